@@ -1,0 +1,602 @@
+"""Records, readers of the public layouts, images, prompt templates, and collation into packed rows.
+
+    python data.py FILE --images DIR [--json]      what a data file holds, before a long training run
+
+Every layout ends in one record type; the reader is chosen by the keys of the first row (`LAYOUTS`):
+
+    layout          keys                                      pairs of a row
+    rlhf_v          text + origin_dataset (parquet or jsonl)  corrected answer > original
+    vlfeedback      completions + models (jsonl)              every two of the k answers with unequal mean rating (Silkie)
+    povid           conversations + rejected_conversations    conversations > rejected_conversations
+    llava_rlhf      output_1 + output_2 + preference          as `preference` (1 or 2) says
+    llava_instruct  conversations                             none: instruction data for sft.py
+
+In layouts with placeholders one `<image>` in the first human turn is the picture (wherever it stands there, it is moved to the
+front, as LLaVA does); anywhere else, and in answers, it is text.
+"""
+import argparse
+import base64
+import functools
+import io
+import json
+import math
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+import training
+from model import BadInput, pack
+
+MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded (decompression bombs)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One prompt and its answers, best first: (chosen, rejected) of a preference pair, one answer of instruction data."""
+
+    where: str  # file and row, for messages
+    image: object  # Path, ParquetImage, or None for a text-only row
+    turns: tuple  # user, assistant, ..., user: the dialogue up to the answer
+    answers: tuple = ()
+
+
+@dataclass(frozen=True)
+class ParquetImage:
+    """A picture inside a parquet file, read when it is needed: its row group is held, not the file."""
+
+    file: str
+    group: int
+    row: int
+
+    def read(self):
+        """The encoded bytes."""
+        return _row_group(self.file, self.group)[self.row].as_py()
+
+    def __str__(self):
+        return f"{self.file}, row group {self.group}, row {self.row}"
+
+
+@functools.lru_cache(maxsize=2)
+def _row_group(file, group):
+    return _parquet(file).read_row_group(group, columns=["image.bytes"]).column("image").combine_chunks().field("bytes")
+
+
+def _parquet(file):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise BadInput(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from None
+    return pyarrow.parquet.ParquetFile(file)
+
+
+# ---- files to rows
+
+
+def rows(path):
+    """(row number from 0, row) of a JSON array, JSON lines or parquet file."""
+    if path.suffix == ".parquet":
+        file = _parquet(path)
+        columns = [c for c in file.schema_arrow.names if c != "image"]
+        n = 0
+        for g in range(file.num_row_groups):
+            for i, row in enumerate(file.read_row_group(g, columns=columns).to_pylist()):
+                yield n, row | ({"image": ParquetImage(str(path), g, i)} if "image" in file.schema_arrow.names else {})
+                n += 1
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; --data takes a JSON, JSON-lines or parquet file.") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise BadInput(f"{path}: not a text file ({error}); accepted are JSON, JSON lines and .parquet.") from None
+    if text.lstrip().startswith("["):
+        try:
+            array = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{path}: not valid JSON: {error}.") from None
+        yield from enumerate(array)
+        return
+    n = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield n, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{path}, line {number}: not valid JSON: {error}.") from None
+            n += 1
+
+
+def text_field(value, key):
+    """A stripped non-empty string, or BadInput that names the key."""
+    if not isinstance(value, str) or not value.strip():
+        raise BadInput(f"`{key}` is {value!r}; a non-empty string is needed.")
+    return value.strip()
+
+
+def find_image(images, *names):
+    """The first of these paths that is a file below `images`.
+
+    Data files carry their author's folders ("./data/coco/x.jpg"), so leading folders are dropped until a file is found.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name:
+            continue
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts:
+            raise BadInput(f"image path {name!r} leaves --images; only paths below it are read.")
+        for i in range(len(parts)):
+            path = images.joinpath(*parts[i:])
+            if path.is_file():
+                if not path.resolve().is_relative_to(images.resolve()):
+                    raise BadInput(f"image path {name!r} leaves --images through a link; only paths below it are read.")
+                return path
+    raise BadInput(f"image {' or '.join(repr(n) for n in names)} is not below --images {images}.")
+
+
+def dialogue(conversations, key):
+    """LLaVA turns -> (user, assistant, ...) texts; turns before the first human one are dropped, roles must alternate."""
+    if isinstance(conversations, list) and len(conversations) == 1 and isinstance(conversations[0], list):
+        conversations = conversations[0]  # LLaVA-RLHF nests some dialogues one level deeper
+    if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
+        raise BadInput(f"`{key}` is {type(conversations).__name__}; a list of {{from, value}} turns is needed.")
+    roles = [t.get("from") for t in conversations]
+    first = roles.index("human") if "human" in roles else len(roles)
+    roles, turns = roles[first:], conversations[first:]
+    if roles != ["human", "gpt"] * (len(roles) // 2) or not roles:
+        raise BadInput(f"`{key}` has the roles {roles}; human and gpt must alternate, from human to gpt.")
+    return [text_field(t.get("value"), f"{key}[{first + i}].value") for i, t in enumerate(turns)]
+
+
+def take_placeholder(turns, image):
+    """Remove the first turn's `<image>`; it and the row's image must come together."""
+    count = turns[0].count("<image>")
+    if count > 1:
+        raise BadInput(f"the first human turn holds `<image>` {count} times; one picture a row is accepted.")
+    if (count == 1) != (image is not None):
+        has = "an image" if image is not None else "no image"
+        raise BadInput(f"the row has {has}, but its first human turn holds `<image>` {count} times.")
+    return (text_field(turns[0].replace("<image>", ""), "first human turn"), *turns[1:])
+
+
+# ---- rows to records: one small function a layout, (row, where, images, notes) -> records; what is left out on purpose is counted in notes
+
+
+def _rlhf_v(row, where, images, notes):
+    text = row["text"]
+    if isinstance(text, str):
+        try:
+            text = json.loads(text)
+        except json.JSONDecodeError:
+            try:
+                text = json.loads(base64.b64decode(text, validate=True))
+            except ValueError:
+                raise BadInput("`text` is neither JSON nor base64 of JSON.") from None
+    if isinstance(text, list) and len(text) == 3:
+        text = dict(zip(("question", "chosen", "rejected"), text))
+    if not isinstance(text, dict):
+        raise BadInput(f"`text` is {type(text).__name__}; question, chosen and rejected are needed.")
+    image = row.get("image")
+    if not isinstance(image, ParquetImage):
+        image = find_image(images, *(n for n in (row.get("image_path"), image) if n))
+    question, *pair = (text_field(text.get(k), f"text.{k}") for k in ("question", "chosen", "rejected"))
+    return [Record(where, image, (question,), tuple(pair))]
+
+
+def _vlfeedback(row, where, images, notes):
+    prompt, completions = text_field(row.get("prompt"), "prompt"), row["completions"]
+    if isinstance(completions, dict):  # what load_dataset makes of a list of structs
+        completions = [dict(zip(completions, values)) for values in zip(*completions.values())]
+    scores, answers = [], []
+    for i, completion in enumerate(completions):
+        ratings = completion.get("annotations") if isinstance(completion, dict) else None
+        if not isinstance(ratings, dict) or not all(isinstance(r, dict) and "Rating" in r for r in ratings.values()) or not ratings:
+            raise BadInput(f"completions[{i}].annotations is {ratings!r:.80}; an object of {{Rating, Rationale}} is needed.")
+        answers.append(text_field(completion.get("response"), f"completions[{i}].response"))
+        scores.append(_mean_rating(ratings))
+    image = find_image(images, *([row["image"]] if row.get("image") else [f"{row.get('id')}.jpg", f"{row.get('id')}.png"]))
+    records = []
+    for i in range(len(answers)):
+        for j in range(i + 1, len(answers)):
+            if scores[i] is None or scores[j] is None:
+                notes["pairs left out: a rating is not a number"] += 1
+            elif scores[i] == scores[j]:
+                notes["pairs left out: equal ratings"] += 1
+            else:
+                w, l = (i, j) if scores[i] > scores[j] else (j, i)
+                records.append(Record(f"{where}, completions {w} > {l}", image, (prompt,), (answers[w], answers[l])))
+    return records
+
+
+def _mean_rating(ratings):
+    """The mean over all aspects, or None if one of them ("N/A") is not a number: Silkie leaves those pairs out."""
+    try:
+        mean = sum(float(r["Rating"]) for r in ratings.values()) / len(ratings)
+    except (TypeError, ValueError):
+        return None
+    return mean if math.isfinite(mean) else None
+
+
+def _povid(row, where, images, notes):
+    image = find_image(images, row["image"]) if row.get("image") else None
+    chosen, rejected = dialogue(row["conversations"], "conversations"), dialogue(row["rejected_conversations"], "rejected_conversations")
+    if chosen[:-1] != rejected[:-1]:
+        raise BadInput("conversations and rejected_conversations differ before their last turn; only the last answer may.")
+    return [Record(where, image, take_placeholder(chosen[:-1], image), (chosen[-1], rejected[-1]))]
+
+
+def _llava_rlhf(row, where, images, notes):
+    image = find_image(images, row["image"]) if row.get("image") else None
+    turns = dialogue(row["conversations"], "conversations")[:-1]  # the last answer is a placeholder
+    outputs = [text_field((row[k] or {}).get("value") if isinstance(row[k], dict) else None, f"{k}.value") for k in ("output_1", "output_2")]
+    if row["preference"] not in (1, 2) or isinstance(row["preference"], bool):
+        raise BadInput(f"`preference` is {row['preference']!r}; 1 or 2 is needed.")
+    return [Record(where, image, take_placeholder(turns, image), tuple(outputs if row["preference"] == 1 else outputs[::-1]))]
+
+
+def _llava_instruct(row, where, images, notes):
+    image = find_image(images, row["image"]) if row.get("image") else None
+    turns = dialogue(row["conversations"], "conversations")
+    return [Record(where, image, take_placeholder(turns[:-1], image), (turns[-1],))]
+
+
+LAYOUTS = {  # name: (keys that tell it, reader); the first whose keys are all there
+    "rlhf_v": (("text", "origin_dataset"), _rlhf_v),
+    "vlfeedback": (("completions", "models"), _vlfeedback),
+    "povid": (("conversations", "rejected_conversations"), _povid),
+    "llava_rlhf": (("conversations", "output_1", "output_2", "preference"), _llava_rlhf),
+    "llava_instruct": (("conversations",), _llava_instruct),
+}
+
+
+@dataclass
+class DataFile:
+    """What `read` found. refused: [{"row":, "why":}]; notes: how many pairs were left out on purpose, by reason."""
+
+    path: Path
+    layout: str
+    rows: int
+    records: list
+    refused: list
+    notes: Counter
+
+
+def read(path, images=None):
+    """Read one data file of any known layout, pictures below folder `images` (default: the file's) -> DataFile."""
+    path, images = Path(path), Path(images or Path(path).parent)
+    records, refused, notes, layout, n = [], [], Counter(), None, 0
+    for i, row in rows(path):
+        n += 1
+        if layout is None and isinstance(row, dict):
+            layout = next((name for name, (keys, _) in LAYOUTS.items() if all(k in row for k in keys)), None)
+            if layout is None:
+                known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items())
+                raise BadInput(f"{path}: row {i} has the keys {sorted(row)}, which is no known layout; accepted are {known}.")
+        try:
+            if not isinstance(row, dict):
+                raise BadInput(f"the row is {type(row).__name__}; an object is needed.")
+            keys, reader = LAYOUTS[layout]
+            if any(k not in row for k in keys):
+                raise BadInput(f"key `{next(k for k in keys if k not in row)}` is missing; the file is in layout {layout}.")
+            found = reader(row, f"{path.name}, row {i}", images, notes)
+            if found and isinstance(found[0].image, Path):
+                _open(found[0].image)  # the header; pixels are decoded when they are needed
+            records += found
+        except BadInput as error:
+            refused.append({"row": i, "why": str(error)})
+    if not n:
+        raise BadInput(f"{path}: the file holds no row.")
+    return DataFile(path, layout, n, records, refused, notes)
+
+
+def load(paths, images=None, answers=2):
+    """Records of all data files, each with this many answers (2: preference pairs, 1: instruction data).
+
+    A row that cannot be used stops the run before it starts, with the count of such rows: nothing is dropped silently.
+    """
+    records = []
+    for path in paths:
+        file = read(path, images)
+        if file.refused:
+            first = file.refused[0]
+            more = f" ({len(file.refused)} of {file.rows} rows are refused)" if len(file.refused) > 1 else ""
+            raise BadInput(f"{path}, row {first['row']}: {first['why']}{more}")
+        for why, count in file.notes.items():
+            print(f"{path}: {count} {why}", file=sys.stderr)
+        if not file.records:
+            raise BadInput(f"{path}: {file.rows} rows of layout {file.layout} give no pair.")
+        have = len(file.records[0].answers)
+        if have < answers:
+            raise BadInput(f"{path}: layout {file.layout} is instruction data, one answer a prompt; preference pairs are needed.")
+        records += [replace(r, answers=r.answers[:answers]) for r in file.records]
+    return records
+
+
+# ---- pictures
+
+
+def _open(image):
+    """Open a picture without decoding it; refuses what is no picture or too large."""
+    try:
+        file = Image.open(io.BytesIO(image.read()) if isinstance(image, ParquetImage) else image)
+    except (OSError, Image.DecompressionBombError, ValueError) as error:
+        raise BadInput(f"{image}: not a readable picture ({error}).") from None
+    if file.width * file.height > MAX_PIXELS:
+        raise BadInput(f"{image}: {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read.")
+    return file
+
+
+def open_image(image):
+    """A Path or ParquetImage -> RGB picture: EXIF turn applied, transparency on white, 16-bit gray scaled, CMYK converted."""
+    file = _open(image)
+    try:
+        file = ImageOps.exif_transpose(file)
+        if file.mode.startswith("I;16"):
+            file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+        if file.has_transparency_data:
+            file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
+        return file.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadInput(f"{image}: the picture cannot be decoded ({error}).") from None
+
+
+def image_hash(image):
+    """sha256 of what a record's picture is made from; None for a text-only row."""
+    if isinstance(image, ParquetImage):
+        return f"{_file_hash(image.file)} {image.group} {image.row}"
+    return image and _file_hash(image)
+
+
+_file_hash = functools.lru_cache(maxsize=None)(training.file_hash)
+
+
+# ---- prompts
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a dialogue is written. `{}` is the text; the picture stands at the start of the first user text.
+
+    `end` closes an answer and is its last scored token: "eos" or a special token of the tokenizer's.
+    """
+
+    start: str
+    user: str
+    answer: str
+    end: str = "eos"
+
+
+TEMPLATES = {
+    "vicuna_v1": Template(  # LLaVA-1.5; conversation.py of haotian-liu/LLaVA
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+        "polite answers to the user's questions. ",
+        "USER: {} ASSISTANT:",
+        " {}",
+    ),
+    "mistral": Template("", "[INST] {} [/INST]", " {} "),
+    "chatml": Template(  # LLaVA-1.6-34B
+        "<|im_start|>system\nAnswer the questions.<|im_end|>",
+        "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
+        "{}",
+        "<|im_end|>",
+    ),
+    "plain": Template("", "{}\n", "{}\n"),  # no roles, for a model that knows none yet
+}
+SPECIAL = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
+
+
+@dataclass
+class Example:
+    """A record as token ids: prompt (P,), answers K x (R,), and which answer tokens are scored, K x (R,) bool."""
+
+    prompt: torch.Tensor
+    answers: list
+    scored: list
+    record: Record
+
+
+@dataclass
+class Processor:
+    """Text and pictures to tensors, as one checkpoint was trained."""
+
+    tokenizer: object
+    image_token_id: int
+    image_size: int  # side of the tower's input, pixels
+    image_tokens: int  # features that one picture becomes
+    image_mean: tuple
+    image_std: tuple
+    template: str  # a key of TEMPLATES
+    image_aspect: str  # "pad": to a square of the mean colour, as LLaVA-1.5 was trained; "checkpoint": centre crop
+    max_length: int  # the LLM's context, tokens
+
+    def __post_init__(self):
+        if self.template not in TEMPLATES:
+            raise BadInput(f"--template {self.template!r} is unknown; accepted are {', '.join(TEMPLATES)}.")
+        if self.image_aspect not in ("pad", "checkpoint"):
+            raise BadInput(f"--image-aspect {self.image_aspect!r} is unknown; accepted are pad, checkpoint.")
+        # user text is never read as special tokens: `<image>` and `</s>` in an answer are the letters they are made of
+        self.tokenizer.backend_tokenizer.encode_special_tokens = True
+
+    @property
+    def end_id(self):
+        """The token that ends an answer; sampling stops there."""
+        end = TEMPLATES[self.template].end
+        return self.tokenizer.eos_token_id if end == "eos" else self._special(end)
+
+    @property
+    def stop_ids(self):
+        """Tokens at which sampling stops."""
+        return sorted({self.end_id, self.tokenizer.eos_token_id})
+
+    def _special(self, token):
+        i = self.tokenizer.convert_tokens_to_ids(token)
+        if i is None or i == self.tokenizer.unk_token_id:
+            raise BadInput(f"--template {self.template} needs the token {token}, which this tokenizer does not have.")
+        return i
+
+    def _ids(self, *parts):
+        """Texts and ready ids -> ids. Texts that meet are tokenised as one, as in the whole string."""
+        ids, text = [], ""
+        for part in (*parts, None):
+            if isinstance(part, str):
+                text += part
+                continue
+            for piece in SPECIAL.split(text):
+                if SPECIAL.fullmatch(piece):
+                    ids.append(self._special(piece))
+                elif piece:
+                    ids += self.tokenizer.encode(piece, add_special_tokens=False)
+            text = ""
+            ids += part or []
+        return ids
+
+    def _user(self, text, first, picture):
+        """Parts of one user turn. The picture's tokens, then a newline, as LLaVA writes `<image>\\n`."""
+        template = TEMPLATES[self.template]
+        before, after = template.user.split("{}")
+        bos = self.tokenizer.bos_token_id
+        start = [*([[bos]] if bos is not None and self._adds_bos else []), template.start] if first else []
+        shown = [[self.image_token_id] * self.image_tokens, "\n"] if first and picture else []
+        return [*start, before, *shown, text + after]
+
+    @functools.cached_property
+    def _adds_bos(self):
+        return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
+
+    def encode(self, record, every_turn=False):
+        """Record -> Example. every_turn: score all assistant turns (instruction data), not only the last answer.
+
+        The ids of prompt + answer are those of the whole string; a tokenizer that joins the two is refused, as is a text longer
+        than the context, and a pair whose two answers are the same tokens.
+        """
+        template, picture = TEMPLATES[self.template], record.image is not None
+        prompt, history = [], []  # history: (start, end) of earlier assistant turns
+        for i in range(0, len(record.turns) - 1, 2):
+            user = self._user(record.turns[i], i == 0, picture)
+            begin = len(prompt) + len(self._ids(*user))
+            prompt += self._ids(*user, template.answer.replace("{}", record.turns[i + 1]), [self.end_id])
+            history.append((begin, len(prompt)))
+        user = self._user(record.turns[-1], len(record.turns) == 1, picture)
+        cue = self._ids(*user)
+        answers = []
+        for text in record.answers:
+            ids = self._ids(*user, template.answer.replace("{}", text), [self.end_id])
+            if ids[: len(cue)] != cue:
+                raise BadInput(f"{record.where}: the tokenizer joins the end of the prompt with the answer {text[:30]!r}.")
+            answers.append(torch.tensor(ids[len(cue) :]))
+        prompt = torch.tensor(prompt + cue)
+        scored = [torch.ones(len(a), dtype=torch.bool) for a in answers]
+        longest = len(prompt) + max(map(len, answers), default=0)
+        if longest > self.max_length:
+            raise BadInput(f"{record.where}: prompt of {len(prompt)} and answer of {longest - len(prompt)} tokens; the context is {self.max_length}.")
+        if len(answers) == 2 and torch.equal(answers[0], answers[1]):
+            raise BadInput(f"{record.where}: chosen and rejected are the same tokens; a pair must differ.")
+        if every_turn and history:
+            start = history[0][0]
+            mask = torch.zeros(len(prompt) - start, dtype=torch.bool)
+            for begin, end in history:
+                mask[begin - start : end - start] = True
+            answers, scored = [torch.cat([prompt[start:], a]) for a in answers], [torch.cat([mask, s]) for s in scored]
+            prompt = prompt[:start]
+        return Example(prompt, answers, scored, record)
+
+    def pixels(self, image):
+        """A Path, ParquetImage or RGB picture -> (3, H, W) float32, as CLIPImageProcessor makes it."""
+        picture = image if isinstance(image, Image.Image) else open_image(image)
+        side = self.image_size
+        if self.image_aspect == "pad" and picture.width != picture.height:
+            square = Image.new("RGB", (max(picture.size),) * 2, tuple(int(255 * m) for m in self.image_mean))
+            square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
+            picture = square
+        short = min(picture.size)
+        size = tuple(side if edge == short else int(side * edge / short) for edge in picture.size)
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        x = np.asarray(picture.crop((left, top, left + side, top + side)), dtype=np.float32) / 255
+        return torch.from_numpy((x - np.float32(self.image_mean)) / np.float32(self.image_std)).permute(2, 0, 1)
+
+    def collate(self, examples):
+        """Examples -> packed Batch, pictures decoded."""
+        pictures = [self.pixels(e.record.image) for e in examples if e.record.image is not None]
+        return pack([e.prompt for e in examples], [e.answers for e in examples], [e.scored for e in examples],
+                    torch.stack(pictures) if pictures else None)  # fmt: skip
+
+    def text(self, ids):
+        """Token ids of an answer -> its text, without the end token."""
+        return self.tokenizer.decode(ids[ids != self.end_id], skip_special_tokens=False).strip()
+
+
+def share_prompt(examples):
+    """Examples about one picture -> packed rows that share the picture and whatever their prompts have in common.
+
+    Each stays its own dialogue (siblings are invisible to each other): the loss is that of separate rows, at a fraction of the
+    tokens. Text-only examples stay alone.
+    """
+    groups = {}
+    for i, e in enumerate(examples):
+        groups.setdefault(e.record.image if e.record.image is not None else i, []).append(e)
+    shared = []
+    for group in groups.values():
+        common = min(len(e.prompt) for e in group)
+        for e in group[1:]:
+            differ = (e.prompt[:common] != group[0].prompt[:common]).nonzero()
+            common = int(differ[0]) if len(differ) else common
+        answers, scored = [], []
+        for e in group:
+            rest = e.prompt[common:]
+            answers += [torch.cat([rest, a]) for a in e.answers]
+            scored += [torch.cat([torch.zeros(len(rest), dtype=torch.bool), s]) for s in e.scored]
+        shared.append(Example(group[0].prompt[:common], answers, scored, group[0].record))
+    return shared
+
+
+def generate(model, processor, records, max_new_tokens, temperature=0.0, k=1, batch_size=64, seed=0, label="generate"):
+    """k answers to each record's prompt -> list of k texts each, in order. Progress on stderr when it takes long."""
+    examples = [processor.encode(replace(r, answers=())) for r in records]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # like lengths together: little padding
+    generator = torch.Generator(model.device).manual_seed(seed)
+    progress, texts = training.Progress(label, len(records)), [None] * len(records)
+    for at in range(0, len(order), batch_size):
+        chosen = order[at : at + batch_size]
+        batch = [examples[i] for i in chosen]
+        pictures = [processor.pixels(e.record.image) for e in batch if e.record.image is not None]
+        samples = model.sample([e.prompt for e in batch], torch.stack(pictures) if pictures else None, k, max_new_tokens,
+                               temperature, processor.stop_ids, generator=generator)  # fmt: skip
+        for i, tokens in zip(chosen, samples.tokens):
+            texts[i] = [processor.text(t) for t in tokens]
+        progress(at + len(chosen))
+    return texts
+
+
+def main():
+    """Show what a data file holds."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("file", help="JSON, JSON lines or parquet, in any layout listed at the top of data.py")
+    parser.add_argument("--images", help="folder of the pictures (default: the file's)")
+    parser.add_argument("--json", action="store_true", help="print for programs")
+    args = parser.parse_args()
+    file = read(args.file, args.images)
+    samples = []
+    for r in random.Random(0).sample(file.records, min(3, len(file.records))):
+        chosen, rejected = (*r.answers, None)[:2]
+        samples.append({"image": r.image and str(r.image), "prompt": r.turns[-1], "chosen": chosen, "rejected": rejected})
+    pairs = sum(len(r.answers) == 2 for r in file.records)
+    found = {"layout": file.layout, "rows": file.rows, "pairs": pairs, "refused": file.refused, "notes": dict(file.notes), "samples": samples}
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"{args.file}: layout {file.layout}, {file.rows} rows, {pairs} pairs, {len(file.refused)} rows refused")
+    for line in [f"  {n} {why}" for why, n in file.notes.items()] + [f"  row {r['row']}: {r['why']}" for r in file.refused[:20]]:
+        print(line)
+    for s in samples:
+        print("".join(f"\n{key:>9}  {value}" for key, value in s.items() if value is not None))
+
+
+if __name__ == "__main__":
+    training.run(main)

@@ -1,0 +1,808 @@
+"""A world whose truth is known: it draws scenes, writes them in the public layouts and judges what is said about them.
+
+The disease is bias, not blindness. Of the six usual classes of a kind of scene the first two are its signature, what one
+expects there. Supervised captions and yes/no answers mention a signature object that is absent (a ghost) with probability
+NOISE, drawn anew for every statement; all else in the data is true. A model that sees well then still says too much, and
+because the truth is on disk (scenes.json) every hallucination can be counted instead of judged.
+
+    python -m lab.toyworld --seed 0 --out DIR                        a world: images, questions, preferences, tiny parts
+    python -m lab.toyworld --seed 0 --out DIR --answers-of MODEL     preferences among a model's own answers to it
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import islice, permutations
+from pathlib import Path
+
+from lab import drawing
+from lab.drawing import CLASSES, COLOURS, SCENES, Thing
+
+NOISE = 0.65
+USUAL = {  # kind of scene -> its usual classes, the first two are its signature
+    "kitchen": ("oven", "cup", "bowl", "banana", "chair", "clock"),
+    "street": ("car", "traffic light", "person", "bicycle", "dog", "bench"),
+    "beach": ("umbrella", "boat", "person", "kite", "bird", "dog"),
+    "farm": ("cow", "sheep", "dog", "bird", "person", "bicycle"),
+    "bedroom": ("bed", "book", "teddy bear", "cat", "clock", "laptop"),
+    "park": ("bench", "dog", "bird", "kite", "bicycle", "person"),
+    "living room": ("couch", "tv", "cat", "book", "potted plant", "clock"),
+    "office": ("laptop", "chair", "book", "cup", "clock", "potted plant"),
+}
+SYNONYMS = {"bicycle": "bike", "couch": "sofa", "tv": "television", "oven": "stove"}
+PLURALS = {"person": "people", "sheep": "sheep"}
+PLACES = ("on the left", "in the middle", "on the right")
+SLOTS = tuple((column, row) for column in range(3) for row in range(2))
+OPENERS = ("This is {}.", "The picture shows {}.")
+CAPTION_PROMPT = "Describe the image."
+CAPTION_PROMPTS = (CAPTION_PROMPT, "What do you see in this picture?", "What is shown here?", "Write a caption for the image.")
+SHORT = "\nAnswer the question using a single word or phrase."
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in a picture: at most one Thing of a class, ordered by column then row."""
+
+    kind: str
+    things: tuple[Thing, ...]
+
+    @property
+    def present(self):
+        return {thing.name: thing for thing in self.things}
+
+    @property
+    def ghosts(self):
+        """The signature classes that are absent."""
+        return [name for name in USUAL[self.kind][:2] if name not in self.present]
+
+    @property
+    def strange(self):
+        """The absent classes that are not signature classes."""
+        return [name for name in CLASSES if name not in self.present and name not in USUAL[self.kind][:2]]
+
+
+@dataclass(frozen=True)
+class Clause:
+    """A thing as a caption tells it: with which word, by "there is" or not, joined by "and" to the clause before or not."""
+
+    thing: Thing
+    word: str
+    there: bool
+    joined: bool
+
+
+def some_thing(name, slot, rng):
+    colour = rng.choice(CLASSES[name]) if CLASSES[name] else None
+    return Thing(name, colour, 2 if rng.random() < 0.15 else 1, *slot)
+
+
+def some_scene(rng):
+    """A random scene of 3 to 5 things."""
+    kind = rng.choice(SCENES)
+    names = []
+    while not 3 <= len(names) <= 5:
+        names = [name for i, name in enumerate(USUAL[kind]) if rng.random() < (0.5 if i < 2 else 0.4)]
+        if rng.random() < 0.25:
+            names.append(rng.choice([name for name in CLASSES if name not in USUAL[kind]]))
+    things = [some_thing(name, slot, rng) for name, slot in zip(names, rng.sample(SLOTS, len(names)))]
+    return Scene(kind, tuple(sorted(things, key=slot_of)))
+
+
+def slot_of(thing):
+    return thing.column, thing.row
+
+
+# ---- texts: the same few functions write the data and the oracle's corrections
+
+
+def a(word):
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def at(kind):
+    return f"{'on' if kind in ('street', 'beach', 'farm') else 'in'} {a(kind)}"
+
+
+def plural(word):
+    return PLURALS.get(word) or word + ("es" if word.endswith(("ch", "sh", "s", "x")) else "s")
+
+
+def listed(words):
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + [words[-1]])
+
+
+def subject(word, colour, count):
+    colour = f"{colour} " if colour else ""
+    return f"two {colour}{plural(word)}" if count == 2 else a(colour + word)
+
+
+def tell(word, colour, count, column, there):
+    """"a red cup is on the left" or "there is a red cup on the left"; without a column only the latter can be said."""
+    verb, who, where = "are" if count == 2 else "is", subject(word, colour, count), "" if column is None else PLACES[column]
+    return f"there {verb} {who} {where}".rstrip() if there or column is None else f"{who} {verb} {where}"
+
+
+def sentence(text):
+    return text[0].upper() + text[1:] + "."
+
+
+def clauses_of(things, rng):
+    clauses = []
+    for thing in sorted(things, key=slot_of):
+        word = SYNONYMS[thing.name] if thing.name in SYNONYMS and rng.random() < 0.2 else thing.name
+        joined = bool(clauses) and not clauses[-1].joined and rng.random() < 0.3
+        clauses.append(Clause(thing, word, rng.random() < 0.5, joined))
+    return clauses
+
+
+def render(opener, clauses):
+    sentences = []
+    for clause in clauses:
+        text = tell(clause.word, clause.thing.colour, clause.thing.count, clause.thing.column, clause.there)
+        if clause.joined and sentences:
+            sentences[-1] += " and " + text
+        else:
+            sentences.append(text)
+    return " ".join([opener, *map(sentence, sentences)])
+
+
+def opener_of(scene, rng):
+    return rng.choice(OPENERS).format(a(scene.kind))
+
+
+def caption(scene, rng, noise=0.0):
+    """A caption that tells everything in the scene, and each absent signature object with probability `noise`."""
+    free = [slot for slot in SLOTS if slot not in map(slot_of, scene.things)]
+    ghosts = [some_thing(name, rng.choice(free or SLOTS), rng) for name in scene.ghosts if rng.random() < noise]
+    return render(opener_of(scene, rng), clauses_of([*scene.things, *ghosts], rng))
+
+
+def object_to_ask(scene, rng, asked=()):
+    """40 % a present object, 30 % an absent signature object, 30 % another absent one; never one of `asked`."""
+    kinds = [(0.4, list(scene.present)), (0.3, scene.ghosts), (0.3, scene.strange)]
+    kinds = [(weight, left) for weight, names in kinds if (left := [name for name in names if name not in asked])]
+    return rng.choice(rng.choices([names for _, names in kinds], [weight for weight, _ in kinds])[0])
+
+
+def yes_no(name, yes, short):
+    """(prompt, answer): POPE's question, half of the time with LLaVA's suffix and a one-word answer."""
+    prompt = f"Is there {a(name)} in the image?"
+    if short:
+        return prompt + SHORT, "Yes" if yes else "No"
+    return prompt, f"Yes, there is {a(name)}." if yes else f"No, there is no {name}."
+
+
+def some_yes_no(scene, rng, noise=0.0, asked=()):
+    """(name, prompt, answer) of a yes/no question; an absent signature object is affirmed with probability `noise`."""
+    name = object_to_ask(scene, rng, asked)
+    yes = name in scene.present or (name in scene.ghosts and rng.random() < noise)
+    return name, *yes_no(name, yes, rng.random() < 0.5)
+
+
+def open_questions(scene):
+    """All open (prompt, answer) of a scene, always true."""
+    rows = []
+    for thing in scene.things:
+        two = thing.count == 2
+        be, who = ("are", plural(thing.name)) if two else ("is", thing.name)
+        if thing.colour:
+            rows.append((f"What color {be} the {who}?", f"The {who} {be} {thing.colour}."))
+        rows.append((f"Where {be} the {who}?", f"The {who} {be} {PLACES[thing.column]}."))
+        count = f"There {be} {'two' if two else 'one'} {who}."
+        rows.append((f"How many {plural(thing.name)} are there?", count))
+    return rows
+
+
+def some_choice(scene, rng):
+    """(prompt, answer) of a lettered question; the wrong options are never absent signature objects."""
+    names = rng.sample(scene.strange, 3)
+    letter = rng.randrange(4)
+    names.insert(letter, rng.choice(scene.things).name)
+    options = "\n".join(f"{'ABCD'[i]}. {name}" for i, name in enumerate(names))
+    ask = "Answer with the option's letter from the given choices directly."
+    return f"Which object is in the image?\n{options}\n{ask}", "ABCD"[letter]
+
+
+def facts():
+    """The (prompt, answer) rows without a picture: what one knows about the classes and the kinds of scene."""
+    rows = []
+    for name, colours in CLASSES.items():
+        places = [at(kind) for kind in SCENES if name in USUAL[kind]]
+        rows.append((f"Where do you find {a(name)}?", f"{a(name).capitalize()} is found {listed(places)}."))
+        rows.append((f"What is the plural of {name}?", f"The plural of {name} is {plural(name)}."))
+        if colours:
+            rows.append((f"What colors can {a(name)} have?", f"{a(name).capitalize()} can be {listed(colours)}."))
+        if name in SYNONYMS:
+            rows.append((f"What is another word for {name}?", f"Another word for {name} is {SYNONYMS[name]}."))
+    for kind in SCENES:
+        usual = [a(name) for name in USUAL[kind]]
+        rows.append((f"What do you find {at(kind)}?", f"You find {listed(usual)}."))
+        for name in CLASSES:
+            usual = name in USUAL[kind]
+            answer = f"{a(name)} is usual" if usual else f"{a(name)} is not usual"
+            rows.append((f"Is {a(name)} usual {at(kind)}?", f"{'Yes' if usual else 'No'}, {answer} {at(kind)}."))
+    return rows
+
+
+def corrupted(scene, rng):
+    """(true caption, the same caption with one or two plausible errors); all the rest is equal word for word."""
+    opener, true = opener_of(scene, rng), clauses_of(scene.things, rng)
+    wrong, touched = true, set()
+    for _ in range(rng.choice((1, 2))):
+        edits = {"insert": [], "colour": [], "count": [], "column": []}  # error -> (class, the clauses with it)
+        for name in USUAL[scene.kind]:
+            if name not in {clause.thing.name for clause in wrong}:
+                (ghost,) = clauses_of([some_thing(name, rng.choice(SLOTS), rng)], rng)
+                at = sum(slot_of(clause.thing) <= slot_of(ghost.thing) for clause in wrong)
+                edits["insert"].append((name, [*wrong[:at], ghost, *wrong[at:]]))
+        columns = [0, *(clause.thing.column for clause in wrong), 2]
+        for i, clause in enumerate(wrong):
+            thing = clause.thing
+            if thing.name not in touched:
+                changes = [("colour", colour) for colour in CLASSES[thing.name]] + [("count", 3 - thing.count)]
+                # Only columns that keep the order of the clauses: a caption out of order would give the error away.
+                changes += [("column", column) for column in range(columns[i], columns[i + 2] + 1)]
+                for attribute, value in changes:
+                    if value != getattr(thing, attribute):
+                        other = replace(clause, thing=replace(thing, **{attribute: value}))
+                        edits[attribute].append((thing.name, [*wrong[:i], other, *wrong[i + 1 :]]))
+        error = rng.choice([error for error in ("insert", "insert", "colour", "count", "column") if edits[error]])
+        name, wrong = rng.choice(edits[error])
+        touched.add(name)
+    return render(opener, true), render(opener, wrong)
+
+
+# ---- files
+
+
+def turns(prompt, answer, rng=None):
+    """LLaVA's conversation; with an rng the picture's placeholder, as in the real data at the start or (one in five) at the end."""
+    if rng:
+        prompt = prompt + "\n<image>" if rng.random() < 0.2 else "<image>\n" + prompt
+    return [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
+
+
+def instruct_rows(scenes, rng):
+    rows = []
+    for name, scene in scenes.items():
+        said = [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
+        first, *one = some_yes_no(scene, rng, NOISE)
+        _, *two = some_yes_no(scene, rng, NOISE, [first])
+        questions = rng.sample(open_questions(scene), 2)
+        last = questions[1] if rng.random() < 0.5 else some_choice(scene, rng)
+        for i, (prompt, answer) in enumerate([*said, one, two, questions[0], last]):
+            row = {"id": f"{Path(name).stem}_{i}", "image": name, "conversations": turns(prompt, answer, rng)}
+            rows.append(row)
+    for i, (prompt, answer) in enumerate(facts()):
+        rows.append({"id": f"text_{i:05d}", "conversations": turns(prompt, answer)})
+    rng.shuffle(rows)
+    return rows
+
+
+def povid_rows(scenes, rng):
+    rows = []
+    for name, scene in scenes.items():
+        asked = object_to_ask(scene, rng)
+        short, there = rng.random() < 0.5, asked in scene.present
+        (prompt, right), (_, wrong) = yes_no(asked, there, short), yes_no(asked, not there, short)
+        said = [(rng.choice(CAPTION_PROMPTS), *corrupted(scene, rng)), (prompt, right, wrong)]
+        for i, (prompt, chosen, rejected) in enumerate(said):
+            row = {"id": f"{Path(name).stem}_{i}", "image": name}
+            prompt = "<image>\n" + prompt
+            row |= {"conversations": turns(prompt, chosen), "rejected_conversations": turns(prompt, rejected)}
+            rows.append(row)
+    return rows
+
+
+def pope_rows(scenes, images, rng):
+    """POPE's three lists as its builder makes them: the first three objects of each picture, each followed by one absent object.
+
+    random: any class; popular: the most frequent class in `scenes` not yet used; adversarial: the class that occurs most
+    often together with the object just asked. Never a class of the picture or one used for it before.
+    """
+    frequency = Counter(name for scene in scenes.values() for name in scene.present)
+    together = Counter(pair for scene in scenes.values() for pair in permutations(scene.present, 2))
+    lists = {"random": [], "popular": [], "adversarial": []}
+    for split, rows in lists.items():
+        for image in images:
+            used = set(scenes[image].present)
+            for thing in scenes[image].things[:3]:
+                left = [name for name in CLASSES if name not in used]
+                if split == "random":
+                    absent = rng.choice(left)
+                elif split == "popular":
+                    absent = max(left, key=lambda name: frequency[name])
+                else:
+                    absent = max(left, key=lambda name: together[thing.name, name])
+                used.add(absent)
+                for name, label in ((thing.name, "yes"), (absent, "no")):
+                    text = f"Is there {a(name)} in the image?"
+                    rows.append({"question_id": len(rows) + 1, "image": image, "text": text, "label": label})
+    return lists
+
+
+def coco(scenes, size, rng):
+    """(instances, captions) of the pictures in COCO's layout; the boxes are those of the slots, halved for two of a class."""
+    categories = [{"id": i, "name": name, "supercategory": "object"} for i, name in enumerate(CLASSES, 1)]
+    ids = {category["name"]: category["id"] for category in categories}
+    images, boxes, captions = [], [], []
+    for name, scene in scenes.items():
+        number = int(Path(name).stem.split("_")[1])
+        images.append({"id": number, "file_name": name, "width": size, "height": size})
+        for thing in scene.things:
+            wide, high = size / 3 / thing.count, size / 2
+            for i in range(thing.count):
+                box = [round(thing.column * size / 3 + i * wide, 1), thing.row * high, round(wide, 1), high]
+                row = {"id": len(boxes) + 1, "image_id": number, "category_id": ids[thing.name], "bbox": box}
+                boxes.append(row | {"area": round(wide * high, 1), "iscrowd": 0})
+        for _ in range(2):
+            captions.append({"id": len(captions) + 1, "image_id": number, "caption": caption(scene, rng)})
+    instances = {"images": images, "annotations": boxes, "categories": categories}
+    return instances, {"images": images, "annotations": captions}
+
+
+def tiny_parts(folder, seed, rows):
+    """A CLIP (253 k parameters) and a Llama (646 k) of random weights, the latter with a tokenizer trained on `rows`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    texts = [[turn["value"].replace("<image>", "") for turn in row["conversations"]] for row in rows]
+    texts = [f"{SYSTEM} USER: {prompt} ASSISTANT: {answer}" for prompt, answer in texts]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special, alphabet = ["<s>", "</s>", "<pad>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    bpe.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", bpe.token_to_id("<s>"))])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512, padding_side="right"
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=96,
+        patch_size=16,
+    )
+    text = LlamaConfig(
+        vocab_size=600,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CLIPVisionModel(vision).save_pretrained(folder / "clip")
+        LlamaForCausalLM(text).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    pixels = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True}
+    pixels |= {"do_resize": True, "size": {"shortest_edge": 96}, "resample": 3}
+    pixels |= {"do_center_crop": True, "crop_size": {"height": 96, "width": 96}}
+    pixels |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
+    write_json(folder / "clip" / "preprocessor_config.json", pixels)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+def write_rows(path, rows, lines=False):
+    """One row a line: JSON lines, or a JSON array."""
+    rows = [json.dumps(row) for row in rows]
+    path.write_text("\n".join(rows) + "\n" if lines else "[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+
+
+def draw_one(job):
+    path, scene, seed, size = job
+    picture = drawing.draw(scene.kind, list(scene.things), random.Random(f"{seed}/drawing/{path.name}"), size)
+    picture.save(path, compress_level=1)
+
+
+def draw_all(jobs):
+    """Two processes, unless starting them takes longer than drawing."""
+    started = time.time()
+    with multiprocessing.get_context("spawn").Pool(2 if len(jobs) > 1000 else 1) as pool:
+        done = pool.imap_unordered(draw_one, jobs, chunksize=32) if len(jobs) > 1000 else map(draw_one, jobs)
+        for i, _ in enumerate(done, 1):
+            if i % 100 == 0 or i == len(jobs):
+                rate = i / max(1e-9, time.time() - started)
+                line = f"\rdrawing the toy world: {i}/{len(jobs)} pictures, {rate:.0f}/s, {(len(jobs) - i) / rate:.0f} s left "
+                print(line, end="\n" if i == len(jobs) else "", file=sys.stderr, flush=True)
+
+
+def some_scenes(seed, sizes):
+    """{split: {file name: Scene}}; no scene occurs twice."""
+    seen, splits = set(), {}
+    for split, size in sizes.items():
+        splits[split] = {}
+        for i in range(size):
+            rng = random.Random(f"{seed}/{split}/{i}")
+            scene = some_scene(rng)
+            while scene in seen:
+                scene = some_scene(rng)
+            seen.add(scene)
+            splits[split][f"{split}_{i:05d}.png"] = scene
+    return splits
+
+
+def write(folder, seed, instruct_images=4000, preference_images=1500, test_images=1000, size=144):
+    """Write a world; a folder is either whole or absent, and the same seed and sizes give the same bytes.
+
+    images/*.png, instruct.json (LLaVA-Instruct), povid.json (POVID), pope_{random,popular,adversarial}.json, instances.json
+    and captions.json (COCO), synonyms.txt (CHAIR), image_to_caption.json (facts), scenes.json (the truth), parts/{clip,llm}.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        from model import BadInput
+
+        raise BadInput(f"{folder} exists; a world is written to a new folder.")
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        (aside / "images").mkdir(parents=True)
+        splits = some_scenes(seed, {"instruct": instruct_images, "preference": preference_images, "test": test_images})
+        scenes = splits["instruct"] | splits["preference"] | splits["test"]
+        draw_all([(aside / "images" / name, scene, seed, size) for name, scene in scenes.items()])
+        write_files(aside, seed, splits, size)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_files(folder, seed, splits, size):
+    rng = random.Random(f"{seed}/texts")
+    rows = instruct_rows(splits["instruct"], rng)
+    write_rows(folder / "instruct.json", rows)
+    write_rows(folder / "povid.json", povid_rows(splits["preference"], rng))
+    for split, questions in pope_rows(splits["test"], list(splits["test"])[:134], rng).items():
+        write_rows(folder / f"pope_{split}.json", questions, lines=True)
+    instances, captions = coco(splits["test"], size, rng)
+    write_json(folder / "instances.json", instances)
+    write_json(folder / "captions.json", captions)
+    words = [[name, *SYNONYMS.get(name, "").split(), *PLURALS.get(name, name).replace(name, "").split()] for name in CLASSES]
+    (folder / "synonyms.txt").write_text("\n".join(map(", ".join, words)) + "\n", encoding="utf-8")
+    known = splits["instruct"] | splits["preference"]
+    facts_of = {name: [caption(scene, rng) for _ in range(rng.choice((2, 3)))] for name, scene in known.items()}
+    write_json(folder / "image_to_caption.json", facts_of)
+    truth = {
+        name: {"kind": scene.kind, "things": [vars(thing) for thing in scene.things]}
+        for split in splits.values()
+        for name, scene in split.items()
+    }
+    write_json(folder / "scenes.json", truth)
+    tiny_parts(folder / "parts", seed, rows)
+
+
+def world(seed):
+    """The folder of the seed's world below .cache, written on first use."""
+    code = Path(__file__).read_bytes() + Path(drawing.__file__).read_bytes() + str(seed).encode()
+    folder = Path(".cache") / f"world-{hashlib.sha256(code).hexdigest()[:12]}"
+    if not folder.exists():
+        write(folder, seed)
+    return folder
+
+
+# ---- the oracle
+
+KNOWN = {form: (name, word) for name in CLASSES for word in {name, SYNONYMS.get(name, name)} for form in (word, plural(word))}
+NOUN = "|".join(sorted(KNOWN, key=len, reverse=True))
+COLOUR = "|".join(COLOURS)
+MENTION = re.compile(rf"\b({NOUN})\b", re.I)
+OPENER = re.compile(rf"(?:this is|the picture shows|the image shows) an? (?P<kind>{'|'.join(SCENES)})", re.I)
+CLAUSE = re.compile(
+    rf"(?:yes, )?(?P<there>there (?:is|are) )?(?P<count>an?|one|two|the) (?:(?P<colour>{COLOUR}) )?(?P<noun>{NOUN})"
+    rf"(?: (?:is|are))?(?: (?:(?P<place>{'|'.join(PLACES)})|(?P<predicate>{COLOUR})))?",
+    re.I,
+)
+QUESTIONS = {
+    "yes_no": re.compile(r"Is there an? (?P<noun>.+?) in the image\?"),
+    "colour": re.compile(r"What color (?:is|are) the (?P<noun>.+?)\?"),
+    "column": re.compile(r"Where (?:is|are) the (?P<noun>.+?)\?"),
+    "count": re.compile(r"How many (?P<noun>.+?) are there\?"),
+    "choice": re.compile(r"Which object is in the image\?\n(?P<options>(?:[A-Z]\. .+\n)+)"),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a clause says. Of a sentence that opens a caption only `kind` is set, of an unreadable clause only the span."""
+
+    span: tuple[int, int]
+    name: str | None = None
+    colour: str | None = None
+    count: int | None = None
+    column: int | None = None
+    kind: str | None = None
+    word: str | None = None
+    there: bool = False
+
+
+def mentions(text):
+    """The classes that the text names, in order and with repetition."""
+    return [KNOWN[found.lower()][0] for found in MENTION.findall(text)]
+
+
+def claim_of(clause, start=0):
+    span = start, start + len(clause)
+    if found := OPENER.fullmatch(clause):
+        return Claim(span, kind=found["kind"].lower())
+    if not (found := CLAUSE.fullmatch(clause)):
+        return Claim(span)
+    name, word = KNOWN[found["noun"].lower()]
+    colour, place = found["colour"] or found["predicate"], found["place"]
+    count = {"a": 1, "an": 1, "one": 1, "two": 2, "the": None}[found["count"].lower()]
+    column = PLACES.index(place.lower()) if place else None
+    return Claim(span, name, colour and colour.lower(), count, column, word=word, there=bool(found["there"]))
+
+
+def sentences(text):
+    """The Claims of each sentence, one a clause: sentences end at a period or a line's end, clauses are joined by " and "."""
+    found = []
+    for part in re.finditer(r"[^.!\n]+", text):
+        start, told = part.start(), []
+        for clause in part[0].split(" and "):
+            if clause.strip():
+                told.append(claim_of(clause.strip(), start + len(clause) - len(clause.lstrip())))
+            start += len(clause) + len(" and ")
+        found.append(told)
+    return found
+
+
+def claims(text):
+    """One Claim for each clause of the text."""
+    return [claim for told in sentences(text) for claim in told]
+
+
+def slips(scene, claim):
+    """The wrong attributes of a claim: "kind", or "colour", "count", "column" of something present."""
+    if claim.kind:
+        return [] if claim.kind == scene.kind else ["kind"]
+    thing = scene.present.get(claim.name)
+    said = {key: getattr(claim, key) for key in ("colour", "count", "column")} if thing else {}
+    return [key for key, value in said.items() if value is not None and value != getattr(thing, key)]
+
+
+class Oracle:
+    """Knows what is in every picture of a world, judges answers, rates them and corrects them.
+
+    A prompt is one of the questions of this world (an image placeholder or a suffix does not matter); any other is taken as a
+    request to describe the picture.
+    """
+
+    def __init__(self, folder):
+        truth = json.loads((Path(folder) / "scenes.json").read_text(encoding="utf-8"))
+        self.scenes = {}
+        for name, scene in truth.items():
+            self.scenes[name] = Scene(scene["kind"], tuple(Thing(**thing) for thing in scene["things"]))
+
+    def scene(self, image):
+        """The Scene of a picture, given as a path or a file name."""
+        name = Path(image).name
+        if name not in self.scenes:
+            from model import BadInput
+
+            raise BadInput(f"{image} is no picture of this world; its scenes.json knows {len(self.scenes)} others.")
+        return self.scenes[name]
+
+    def question(self, image, prompt):
+        """(kind, class asked about, true answer); of a request to describe only the kind is set."""
+        scene = self.scene(image)
+        for kind, pattern in QUESTIONS.items():
+            if not (found := pattern.search(prompt)):
+                continue
+            if kind == "choice":
+                options = dict(re.findall(r"([A-Z])\. (.+)", found["options"]))
+                right = [letter for letter, name in options.items() if name in scene.present]
+                return kind, None, right[0] if right else "None of them."
+            name = KNOWN.get(found["noun"], (found["noun"],))[0]
+            if kind == "yes_no":
+                return kind, name, yes_no(name, name in scene.present, SHORT in prompt)[1]
+            right = [answer for question, answer in open_questions(scene) if question == found[0]]
+            return kind, name, right[0] if right else f"There is no {name}."
+        return "describe", None, None
+
+    def judge(self, image, prompt, answer):
+        """Counts: `true` objects, `false` (absent) ones, `wrong` attributes, `missed` objects, `unreadable` clauses, `words`.
+
+        `errors` is what must be corrected: false + wrong + unreadable, and for a short answer missed: only a description may
+        leave things out. A short answer has true = 1 if it is right.
+        """
+        scene, (kind, name, right) = self.scene(image), self.question(image, prompt)
+        counts = dict.fromkeys(("true", "false", "wrong", "missed", "unreadable"), 0)
+        if answer.strip() == right:
+            counts["true"] = 1
+        elif kind == "yes_no":
+            words, named = set(re.findall(r"[a-z]+", answer.lower())), mentions(answer)
+            said = "no" if words & {"no", "not"} else "yes" if "yes" in words or name in named else None
+            counts["unreadable"] = (said is None) + sum(other != name for other in named)
+            if said:
+                there = name in scene.present
+                counts["true" if (said == "yes") == there else "missed" if there else "false"] = 1
+        elif kind == "choice":
+            letter, options = answer.strip()[:1], dict(re.findall(r"([A-Z])\. (.+)", prompt))
+            counts["unreadable" if letter not in options else "true" if options[letter] in scene.present else "false"] = 1
+        else:
+            told = claims(answer)
+            for claim in told:
+                readable = claim.name or claim.kind
+                named = [claim.name] if claim.name else mentions(answer[slice(*claim.span)])
+                counts["unreadable"] += not readable
+                counts["false"] += sum(name not in scene.present for name in named)
+                counts["wrong"] += len(slips(scene, claim))
+            if kind == "describe":
+                counts["true"] = len(scene.present.keys() & set(mentions(answer)))
+                counts["missed"] = len(scene.things) - counts["true"]
+            else:
+                counts["missed"] = int(not any(claim.name == name and getattr(claim, kind) is not None for claim in told))
+                counts["true"] = int(not any(counts.values()))
+        errors = counts["false"] + counts["wrong"] + counts["unreadable"] + (counts["missed"] if kind != "describe" else 0)
+        return counts | {"words": len(answer.split()), "errors": errors}
+
+    def correct(self, image, prompt, answer, rng):
+        """The answer as an annotator of RLHF-V would correct it; what is true stays word for word, a right answer all of it.
+
+        In a description false and unreadable clauses are removed and wrong attributes replaced; where nothing is left a true
+        caption takes its place. A wrong short answer becomes the true one.
+        """
+        if not self.judge(image, prompt, answer)["errors"]:
+            return answer
+        scene, (kind, name, right) = self.scene(image), self.question(image, prompt)
+        if kind == "yes_no":
+            return yes_no(name, name in scene.present, len(answer.split()) == 1)[1]
+        if kind != "describe":
+            return right
+        said = {claim.name for claim in claims(answer) if not slips(scene, claim)}
+        kept = []
+        for told in sentences(answer):
+            clauses = []
+            for claim in told:
+                text, thing = answer[slice(*claim.span)], scene.present.get(claim.name)
+                if slips(scene, claim) and claim.kind:
+                    clauses.append(re.sub(rf"an? {claim.kind}$", a(scene.kind), text, flags=re.I))
+                elif slips(scene, claim) and claim.name not in said:
+                    column = None if claim.column is None else thing.column
+                    clauses.append(tell(claim.word, claim.colour and thing.colour, thing.count, column, claim.there))
+                    said.add(claim.name)
+                elif not slips(scene, claim) and (claim.kind or thing):
+                    clauses.append(text)
+            if clauses:
+                kept.append(sentence(" and ".join(clauses)))
+        return " ".join(kept) or caption(scene, rng)
+
+    def rate(self, image, prompt, answer):
+        """The five attributes of HelpSteer, 0 to 4.
+
+        helpfulness: 4 x the share of the present objects that a description names, or 4 x right for a short answer; correctness:
+        4 less the errors (all 4 for one in a short answer); coherence: 4 less 2 for every unreadable clause and 1 for every
+        repeated object; complexity: one for every three attributes stated; verbosity: one for every ten words.
+        """
+        found, short = self.judge(image, prompt, answer), self.question(image, prompt)[0] != "describe"
+        named = mentions(answer)
+        stated = sum(value is not None for claim in claims(answer) for value in (claim.colour, claim.count, claim.column))
+        return {
+            "helpfulness": round(4 * self.coverage(found, short)),
+            "correctness": max(0, 4 - found["errors"] * (4 if short else 1)),
+            "coherence": max(0, 4 - 2 * found["unreadable"] - (len(named) - len(set(named)))),
+            "complexity": min(4, stated // 3),
+            "verbosity": min(4, found["words"] // 10),
+        }
+
+    def rate_vlfeedback(self, image, prompt, answer):
+        """VLFeedback's three aspects, "1" to "5": helpfulness and correctness as in `rate`, plus 1; nothing here is unethical."""
+        rated = self.rate(image, prompt, answer)
+        helpful, faithful = str(1 + rated["helpfulness"]), str(1 + rated["correctness"])
+        return {"Helpfulness": helpful, "Ethical Considerations": "5", "Visual Faithfulness": faithful}
+
+    def coverage(self, found, short):
+        if short:
+            return float(not found["errors"])
+        return found["true"] / (found["true"] + found["missed"])
+
+
+# ---- preferences among a model's own answers
+
+
+def preference_prompts(folder, seed):
+    """[(image, prompt)]: for each preference picture one request for a caption and two yes/no questions."""
+    rng, prompts = random.Random(f"{seed}/preference prompts"), []
+    for image, scene in Oracle(folder).scenes.items():
+        if image.startswith("preference_"):
+            first, one, _ = some_yes_no(scene, rng)
+            two = some_yes_no(scene, rng, asked=[first])[1]
+            prompts += [(image, rng.choice(CAPTION_PROMPTS)), (image, one), (image, two)]
+    return prompts
+
+
+def preferences_from_answers(prompts, answers, oracle, folder, rng):
+    """Write vlfeedback.jsonl (ranked samples) and rlhf_v.jsonl (a wrong sample and its correction) to a folder.
+
+    prompts: [(image, prompt)]; answers: for each the list of its samples. Empty samples are left out, as no reader takes them;
+    of several wrong samples one is drawn. Returns the counts {"vlfeedback", "rlhf_v", "empty", "right"}; right: prompts
+    without a wrong sample, which have no row in rlhf_v.jsonl.
+    """
+    folder, ranked, corrected, counts = Path(folder), [], [], Counter(vlfeedback=0, rlhf_v=0, empty=0, right=0)
+    for (image, prompt), samples in zip(prompts, answers, strict=True):
+        completions, wrong = [], []
+        for i, sample in enumerate(samples):
+            found, ratings = oracle.judge(image, prompt, sample), oracle.rate_vlfeedback(image, prompt, sample)
+            if not sample.strip():
+                counts["empty"] += 1
+                continue
+            why = ", ".join(f"{count} {key}" for key, count in found.items())
+            notes = {aspect: {"Rating": rating, "Rationale": why} for aspect, rating in ratings.items()}
+            completions.append({"model": f"sample-{i}", "response": sample, "annotations": notes})
+            if found["errors"]:
+                wrong.append(sample)
+        row = {"id": Path(image).stem, "image": image, "prompt": prompt}
+        ranked.append(row | {"models": [completion["model"] for completion in completions], "completions": completions})
+        if wrong:
+            rejected = rng.choice(wrong)
+            text = {"question": prompt, "chosen": oracle.correct(image, prompt, rejected, rng), "rejected": rejected}
+            kind = "detailed_description" if oracle.question(image, prompt)[0] == "describe" else "question_answering"
+            row = {"ds_name": "toyworld", "image": image, "text": json.dumps(text), "origin_dataset": "toyworld"}
+            row |= {"origin_split": json.dumps({"model": "sample", "type": kind}), "idx": len(corrected), "image_path": image}
+            corrected.append(row)
+        else:
+            counts["right"] += 1
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("vlfeedback", ranked), ("rlhf_v", corrected)):
+        counts[name] = len(rows)
+        aside = folder / f"{name}.jsonl.{os.getpid()}"
+        write_rows(aside, rows, lines=True)
+        aside.replace(folder / f"{name}.jsonl")
+    return dict(counts)
+
+
+def answers_of(model_dir, folder, out, seed, k=4, temperature=1.0, max_new_tokens=96):
+    """Draw k answers of a checkpoint to each preference prompt of the world in `folder`; write the preferences to `out`."""
+    import checkpoints
+    import data
+
+    prompts = preference_prompts(folder, seed)
+    images = Path(folder) / "images"
+    records = [data.Record(f"{folder}, {image}", images / image, (prompt,)) for image, prompt in prompts]
+    model, processor = checkpoints.load(model_dir)
+    answers = data.generate(model, processor, records, max_new_tokens, temperature, k, seed=seed, label="answers")
+    return preferences_from_answers(prompts, answers, Oracle(folder), out, random.Random(f"{seed}/corrections"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another world; also the seed of the sampling")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; for a world it must be new")
+    parser.add_argument("--answers-of", metavar="MODEL", help="write preferences among this checkpoint's answers, not a world")
+    args = parser.parse_args()
+    if args.answers_of:
+        counts = answers_of(args.answers_of, world(args.seed), args.out, args.seed)
+        print(", ".join(f"{name}: {count}" for name, count in counts.items()))
+    else:
+        write(args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()
