@@ -14,12 +14,12 @@ Every layout ends in one record type; the reader is chosen by the keys of the fi
 In layouts with placeholders one `<image>` in the first human turn is the picture (wherever it stands there, it is moved to the
 front, as LLaVA does); anywhere else, and in answers, it is text.
 """
-import argparse
 import base64
 import functools
 import io
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -34,7 +34,8 @@ from PIL import Image, ImageOps
 import training
 from model import BadInput, pack
 
-MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded (decompression bombs)
+MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded (decompression bombs) ...
+MAX_SIDE, MAX_RATIO = 20_000, 200  # ... and so is a long or thin one, that padding or resizing would make large
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ def _parquet(file):
         import pyarrow.parquet
     except ImportError:
         raise BadInput(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from None
-    return pyarrow.parquet.ParquetFile(file)
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, ValueError) as error:  # no such file, or none that Arrow can read
+        raise BadInput(f"{file}: not readable as parquet ({str(error).splitlines()[0]}).") from None
 
 
 # ---- files to rows
@@ -83,11 +87,12 @@ def rows(path):
     """(row number from 0, row) of a JSON array, JSON lines or parquet file."""
     if path.suffix == ".parquet":
         file = _parquet(path)
-        columns = [c for c in file.schema_arrow.names if c != "image"]
+        pictures = {f.name for f in file.schema_arrow if f.name == "image" and f.type.num_fields}  # a column of paths has none
+        columns = [c for c in file.schema_arrow.names if c not in pictures]
         n = 0
         for g in range(file.num_row_groups):
             for i, row in enumerate(file.read_row_group(g, columns=columns).to_pylist()):
-                yield n, row | ({"image": ParquetImage(str(path), g, i)} if "image" in file.schema_arrow.names else {})
+                yield n, row | {name: ParquetImage(str(path), g, i) for name in pictures}
                 n += 1
         return
     try:
@@ -99,16 +104,16 @@ def rows(path):
     if text.lstrip().startswith("["):
         try:
             array = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}: not valid JSON: {error}.") from None
         yield from enumerate(array)
         return
     n = 0
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028, which JSON strings may hold
         if line.strip():
             try:
                 yield n, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput(f"{path}, line {number}: not valid JSON: {error}.") from None
             n += 1
 
@@ -116,7 +121,9 @@ def rows(path):
 def text_field(value, key):
     """A stripped non-empty string, or BadInput that names the key."""
     if not isinstance(value, str) or not value.strip():
-        raise BadInput(f"`{key}` is {value!r}; a non-empty string is needed.")
+        raise BadInput(f"`{key}` is {value!r:.80}; a non-empty string is needed.")
+    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can write them, no tokenizer can read them
+        raise BadInput(f"`{key}` holds half of a surrogate pair: {value!a:.80}; whole characters are needed.")
     return value.strip()
 
 
@@ -133,15 +140,15 @@ def find_image(images, *names):
             raise BadInput(f"image path {name!r} leaves --images; only paths below it are read.")
         for i in range(len(parts)):
             path = images.joinpath(*parts[i:])
-            if path.is_file():
+            if os.path.isfile(path):  # Path.is_file raises for a name that is too long
                 if not path.resolve().is_relative_to(images.resolve()):
                     raise BadInput(f"image path {name!r} leaves --images through a link; only paths below it are read.")
                 return path
-    raise BadInput(f"image {' or '.join(repr(n) for n in names)} is not below --images {images}.")
+    raise BadInput(f"image {' or '.join(f'{n!r:.80}' for n in names)} is not below --images {images}.")
 
 
-def dialogue(conversations, key):
-    """LLaVA turns -> (user, assistant, ...) texts; turns before the first human one are dropped, roles must alternate."""
+def dialogue(conversations, key, used=None):
+    """LLaVA turns -> (user, assistant, ...) texts [:used]; those before the first human one are dropped, roles must alternate."""
     if isinstance(conversations, list) and len(conversations) == 1 and isinstance(conversations[0], list):
         conversations = conversations[0]  # LLaVA-RLHF nests some dialogues one level deeper
     if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
@@ -151,7 +158,7 @@ def dialogue(conversations, key):
     roles, turns = roles[first:], conversations[first:]
     if roles != ["human", "gpt"] * (len(roles) // 2) or not roles:
         raise BadInput(f"`{key}` has the roles {roles}; human and gpt must alternate, from human to gpt.")
-    return [text_field(t.get("value"), f"{key}[{first + i}].value") for i, t in enumerate(turns)]
+    return [text_field(t.get("value"), f"{key}[{first + i}].value") for i, t in enumerate(turns[:used])]
 
 
 def take_placeholder(turns, image):
@@ -192,7 +199,12 @@ def _rlhf_v(row, where, images, notes):
 def _vlfeedback(row, where, images, notes):
     prompt, completions = text_field(row.get("prompt"), "prompt"), row["completions"]
     if isinstance(completions, dict):  # what load_dataset makes of a list of structs
-        completions = [dict(zip(completions, values)) for values in zip(*completions.values())]
+        lists = list(completions.values())
+        if not all(isinstance(v, list) and len(v) == len(lists[0]) for v in lists):
+            raise BadInput("`completions` is an object whose values are not lists of one length.")
+        completions = [dict(zip(completions, values)) for values in zip(*lists)]
+    if not isinstance(completions, list):
+        raise BadInput(f"`completions` is {completions!r:.80}; a list of {{annotations, response}} is needed.")
     scores, answers = [], []
     for i, completion in enumerate(completions):
         ratings = completion.get("annotations") if isinstance(completion, dict) else None
@@ -233,7 +245,7 @@ def _povid(row, where, images, notes):
 
 def _llava_rlhf(row, where, images, notes):
     image = find_image(images, row["image"]) if row.get("image") else None
-    turns = dialogue(row["conversations"], "conversations")[:-1]  # the last answer is a placeholder
+    turns = dialogue(row["conversations"], "conversations", -1)  # the last answer is a placeholder, maybe empty
     outputs = [text_field((row[k] or {}).get("value") if isinstance(row[k], dict) else None, f"{k}.value") for k in ("output_1", "output_2")]
     if row["preference"] not in (1, 2) or isinstance(row["preference"], bool):
         raise BadInput(f"`preference` is {row['preference']!r}; 1 or 2 is needed.")
@@ -277,7 +289,7 @@ def read(path, images=None):
             layout = next((name for name, (keys, _) in LAYOUTS.items() if all(k in row for k in keys)), None)
             if layout is None:
                 known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items())
-                raise BadInput(f"{path}: row {i} has the keys {sorted(row)}, which is no known layout; accepted are {known}.")
+                raise BadInput(f"{path}: row {i} has the keys {str(sorted(row)):.200}, which is no known layout; accepted are {known}.")
         try:
             if not isinstance(row, dict):
                 raise BadInput(f"the row is {type(row).__name__}; an object is needed.")
@@ -325,10 +337,11 @@ def _open(image):
     """Open a picture without decoding it; refuses what is no picture or too large."""
     try:
         file = Image.open(io.BytesIO(image.read()) if isinstance(image, ParquetImage) else image)
-    except (OSError, Image.DecompressionBombError, ValueError) as error:
+    except Exception as error:  # each of Pillow's decoders fails in its own way
         raise BadInput(f"{image}: not a readable picture ({error}).") from None
-    if file.width * file.height > MAX_PIXELS:
-        raise BadInput(f"{image}: {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read.")
+    if file.width * file.height > MAX_PIXELS or max(file.size) > min(MAX_SIDE, MAX_RATIO * min(file.size)):
+        limits = f"{MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side and sides of 1 : {MAX_RATIO}"
+        raise BadInput(f"{image}: {file.width} x {file.height} pixels; at most {limits} are read.")
     return file
 
 
@@ -342,7 +355,7 @@ def open_image(image):
         if file.has_transparency_data:
             file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
         return file.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # corrupt pixels or EXIF: OSError, SyntaxError, struct.error, TypeError, ...
         raise BadInput(f"{image}: the picture cannot be decoded ({error}).") from None
 
 
@@ -421,7 +434,7 @@ class Processor:
         if self.image_aspect not in ("pad", "checkpoint"):
             raise BadInput(f"--image-aspect {self.image_aspect!r} is unknown; accepted are pad, checkpoint.")
         # user text is never read as special tokens: `<image>` and `</s>` in an answer are the letters they are made of
-        self.tokenizer.backend_tokenizer.encode_special_tokens = True
+        self.tokenizer.split_special_tokens = True  # set on the backend alone, the first `encode` would put it back
 
     @property
     def end_id(self):
@@ -443,27 +456,35 @@ class Processor:
     def _ids(self, *parts):
         """Texts and ready ids -> ids. Texts that meet are tokenised as one, as in the whole string."""
         ids, text = [], ""
-        for part in (*parts, None):
+        for part in (*parts, []):
             if isinstance(part, str):
                 text += part
                 continue
-            for piece in SPECIAL.split(text):
-                if SPECIAL.fullmatch(piece):
-                    ids.append(self._special(piece))
-                elif piece:
-                    ids += self.tokenizer.encode(piece, add_special_tokens=False)
-            text = ""
-            ids += part or []
+            ids += self.tokenizer.encode(text, add_special_tokens=False) if text else []
+            ids, text = ids + part, ""
         return ids
+
+    def _written(self, pattern, text=""):
+        """Parts of a piece of the template: its special tokens as ids; those that `text` spells out stay text."""
+        pieces = SPECIAL.split(pattern)
+        return [[self._special(p)] if SPECIAL.fullmatch(p) else p.replace("{}", text) for p in pieces]
 
     def _user(self, text, first, picture):
         """Parts of one user turn. The picture's tokens, then a newline, as LLaVA writes `<image>\\n`."""
         template = TEMPLATES[self.template]
         before, after = template.user.split("{}")
         bos = self.tokenizer.bos_token_id
-        start = [*([[bos]] if bos is not None and self._adds_bos else []), template.start] if first else []
+        start = [*([[bos]] if bos is not None and self._adds_bos else []), *self._written(template.start)] if first else []
         shown = [[self.image_token_id] * self.image_tokens, "\n"] if first and picture else []
-        return [*start, before, *shown, text + after]
+        return [*start, *self._written(before), *shown, *self._written("{}" + after, text)]
+
+    def _turn(self, user, text, where):
+        """Parts of a user turn and the answer's text -> (ids of the prompt, ids of the answer), those of the whole string."""
+        cue = self._ids(*user)
+        ids = self._ids(*user, TEMPLATES[self.template].answer.replace("{}", text), [self.end_id])
+        if ids[: len(cue)] != cue:
+            raise BadInput(f"{where}: the tokenizer joins the end of the prompt with the answer {text[:30]!r}.")
+        return cue, ids[len(cue) :]
 
     @functools.cached_property
     def _adds_bos(self):
@@ -475,22 +496,16 @@ class Processor:
         The ids of prompt + answer are those of the whole string; a tokenizer that joins the two is refused, as is a text longer
         than the context, and a pair whose two answers are the same tokens.
         """
-        template, picture = TEMPLATES[self.template], record.image is not None
+        picture = record.image is not None
         prompt, history = [], []  # history: (start, end) of earlier assistant turns
         for i in range(0, len(record.turns) - 1, 2):
             user = self._user(record.turns[i], i == 0, picture)
-            begin = len(prompt) + len(self._ids(*user))
-            prompt += self._ids(*user, template.answer.replace("{}", record.turns[i + 1]), [self.end_id])
-            history.append((begin, len(prompt)))
+            cue, answer = self._turn(user, record.turns[i + 1], record.where)
+            history.append((len(prompt) + len(cue), len(prompt) + len(cue) + len(answer)))
+            prompt += cue + answer
         user = self._user(record.turns[-1], len(record.turns) == 1, picture)
-        cue = self._ids(*user)
-        answers = []
-        for text in record.answers:
-            ids = self._ids(*user, template.answer.replace("{}", text), [self.end_id])
-            if ids[: len(cue)] != cue:
-                raise BadInput(f"{record.where}: the tokenizer joins the end of the prompt with the answer {text[:30]!r}.")
-            answers.append(torch.tensor(ids[len(cue) :]))
-        prompt = torch.tensor(prompt + cue)
+        answers = [torch.tensor(self._turn(user, text, record.where)[1]) for text in record.answers]
+        prompt = torch.tensor(prompt + self._ids(*user))
         scored = [torch.ones(len(a), dtype=torch.bool) for a in answers]
         longest = len(prompt) + max(map(len, answers), default=0)
         if longest > self.max_length:
@@ -576,7 +591,7 @@ def generate(model, processor, records, max_new_tokens, temperature=0.0, k=1, ba
 
 def main():
     """Show what a data file holds."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = training.Parser(main.__doc__)
     parser.add_argument("file", help="JSON, JSON lines or parquet, in any layout listed at the top of data.py")
     parser.add_argument("--images", help="folder of the pictures (default: the file's)")
     parser.add_argument("--json", action="store_true", help="print for programs")

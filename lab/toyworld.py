@@ -1,15 +1,14 @@
-"""A world whose truth is known: it draws scenes, writes them in the public layouts and judges what is said about them.
+"""A world whose truth is known: it draws scenes, writes them in the public layouts and judges what is said of them.
 
-The disease is bias, not blindness. Of the six usual classes of a kind of scene the first two are its signature, what one
-expects there. Supervised captions and yes/no answers mention a signature object that is absent (a ghost) with probability
-NOISE, drawn anew for every statement; all else in the data is true. A model that sees well then still says too much, and
-because the truth is on disk (scenes.json) every hallucination can be counted instead of judged.
+The disease is bias, not blindness. Of the six usual classes of a kind of scene the first two are its signature, what
+one expects there. Supervised captions and yes/no answers mention a signature object that is absent (a ghost) with
+probability NOISE, drawn anew for every statement; all else in the data is true. A model that sees well still says too
+much then, and because the truth is on disk (scenes.json) every hallucination can be counted instead of judged.
 
-    python -m lab.toyworld --seed 0 --out DIR                        a world: images, questions, preferences, tiny parts
+    python -m lab.toyworld --seed 0 --out DIR                        a world: pictures, questions, preferences, parts
     python -m lab.toyworld --seed 0 --out DIR --answers-of MODEL     preferences among a model's own answers to it
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -21,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import islice, permutations
+from itertools import permutations
 from pathlib import Path
 
 from lab import drawing
@@ -44,7 +43,7 @@ PLACES = ("on the left", "in the middle", "on the right")
 SLOTS = tuple((column, row) for column in range(3) for row in range(2))
 OPENERS = ("This is {}.", "The picture shows {}.")
 CAPTION_PROMPT = "Describe the image."
-CAPTION_PROMPTS = (CAPTION_PROMPT, "What do you see in this picture?", "What is shown here?", "Write a caption for the image.")
+CAPTION_PROMPTS = (CAPTION_PROMPT, "What do you see in this picture?", "What is shown?", "Write a caption.")
 SHORT = "\nAnswer the question using a single word or phrase."
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -54,7 +53,7 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture: at most one Thing of a class, ordered by column then row."""
+    """What is in a picture: at most one Thing of a class (which may show two of it), ordered by column, then row."""
 
     kind: str
     things: tuple[Thing, ...]
@@ -76,7 +75,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Clause:
-    """A thing as a caption tells it: with which word, by "there is" or not, joined by "and" to the clause before or not."""
+    """A thing as a caption tells it: by which word, with "there is" or not, joined to the one before or not."""
 
     thing: Thing
     word: str
@@ -130,9 +129,11 @@ def subject(word, colour, count):
 
 
 def tell(word, colour, count, column, there):
-    """"a red cup is on the left" or "there is a red cup on the left"; without a column only the latter can be said."""
-    verb, who, where = "are" if count == 2 else "is", subject(word, colour, count), "" if column is None else PLACES[column]
-    return f"there {verb} {who} {where}".rstrip() if there or column is None else f"{who} {verb} {where}"
+    """A clause: "a red cup is on the left" or "there is a red cup on the left"; without a column the latter."""
+    verb, who = "are" if count == 2 else "is", subject(word, colour, count)
+    if column is None:
+        return f"there {verb} {who}"
+    return f"there {verb} {who} {PLACES[column]}" if there else f"{who} {verb} {PLACES[column]}"
 
 
 def sentence(text):
@@ -140,6 +141,7 @@ def sentence(text):
 
 
 def clauses_of(things, rng):
+    """One in five uses a synonym where there is one; three of ten that can are joined to the clause before."""
     clauses = []
     for thing in sorted(things, key=slot_of):
         word = SYNONYMS[thing.name] if thing.name in SYNONYMS and rng.random() < 0.2 else thing.name
@@ -149,14 +151,15 @@ def clauses_of(things, rng):
 
 
 def render(opener, clauses):
-    sentences = []
+    told = []
     for clause in clauses:
-        text = tell(clause.word, clause.thing.colour, clause.thing.count, clause.thing.column, clause.there)
-        if clause.joined and sentences:
-            sentences[-1] += " and " + text
+        thing = clause.thing
+        text = tell(clause.word, thing.colour, thing.count, thing.column, clause.there)
+        if clause.joined:
+            told[-1] += " and " + text
         else:
-            sentences.append(text)
-    return " ".join([opener, *map(sentence, sentences)])
+            told.append(text)
+    return " ".join([opener, *map(sentence, told)])
 
 
 def opener_of(scene, rng):
@@ -178,7 +181,7 @@ def object_to_ask(scene, rng, asked=()):
 
 
 def yes_no(name, yes, short):
-    """(prompt, answer): POPE's question, half of the time with LLaVA's suffix and a one-word answer."""
+    """(prompt, answer): POPE's question; if `short` with LLaVA's suffix, and answered by one word."""
     prompt = f"Is there {a(name)} in the image?"
     if short:
         return prompt + SHORT, "Yes" if yes else "No"
@@ -196,13 +199,11 @@ def open_questions(scene):
     """All open (prompt, answer) of a scene, always true."""
     rows = []
     for thing in scene.things:
-        two = thing.count == 2
-        be, who = ("are", plural(thing.name)) if two else ("is", thing.name)
+        number, be, who = ("two", "are", plural(thing.name)) if thing.count == 2 else ("one", "is", thing.name)
+        rows.append((f"Where {be} the {who}?", f"The {who} {be} {PLACES[thing.column]}."))
+        rows.append((f"How many {plural(thing.name)} are there?", f"There {be} {number} {who}."))
         if thing.colour:
             rows.append((f"What color {be} the {who}?", f"The {who} {be} {thing.colour}."))
-        rows.append((f"Where {be} the {who}?", f"The {who} {be} {PLACES[thing.column]}."))
-        count = f"There {be} {'two' if two else 'one'} {who}."
-        rows.append((f"How many {plural(thing.name)} are there?", count))
     return rows
 
 
@@ -253,7 +254,7 @@ def corrupted(scene, rng):
             thing = clause.thing
             if thing.name not in touched:
                 changes = [("colour", colour) for colour in CLASSES[thing.name]] + [("count", 3 - thing.count)]
-                # Only columns that keep the order of the clauses: a caption out of order would give the error away.
+                # only columns that keep the order of the clauses: a caption out of order would give the error away
                 changes += [("column", column) for column in range(columns[i], columns[i + 2] + 1)]
                 for attribute, value in changes:
                     if value != getattr(thing, attribute):
@@ -268,50 +269,48 @@ def corrupted(scene, rng):
 # ---- files
 
 
-def turns(prompt, answer, rng=None):
-    """LLaVA's conversation; with an rng the picture's placeholder, as in the real data at the start or (one in five) at the end."""
-    if rng:
-        prompt = prompt + "\n<image>" if rng.random() < 0.2 else "<image>\n" + prompt
+def turns(prompt, answer):
     return [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
 
 
 def instruct_rows(scenes, rng):
+    """Five rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
     rows = []
-    for name, scene in scenes.items():
-        said = [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
+    for image, scene in scenes.items():
         first, *one = some_yes_no(scene, rng, NOISE)
         _, *two = some_yes_no(scene, rng, NOISE, [first])
-        questions = rng.sample(open_questions(scene), 2)
-        last = questions[1] if rng.random() < 0.5 else some_choice(scene, rng)
-        for i, (prompt, answer) in enumerate([*said, one, two, questions[0], last]):
-            row = {"id": f"{Path(name).stem}_{i}", "image": name, "conversations": turns(prompt, answer, rng)}
-            rows.append(row)
-    for i, (prompt, answer) in enumerate(facts()):
-        rows.append({"id": f"text_{i:05d}", "conversations": turns(prompt, answer)})
+        question, last = rng.sample(open_questions(scene), 2)
+        last = last if rng.random() < 0.5 else some_choice(scene, rng)
+        said = [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE)), one, two, question, last]
+        for i, (prompt, answer) in enumerate(said):
+            prompt = prompt + "\n<image>" if rng.random() < 0.2 else "<image>\n" + prompt
+            rows.append({"id": f"{Path(image).stem}_{i}", "image": image, "conversations": turns(prompt, answer)})
+    rows += [{"id": f"text_{i:05d}", "conversations": turns(*fact)} for i, fact in enumerate(facts())]
     rng.shuffle(rows)
     return rows
 
 
 def povid_rows(scenes, rng):
+    """Two rows a picture: a true caption against its corruption, a right yes/no answer against the wrong one."""
     rows = []
-    for name, scene in scenes.items():
+    for image, scene in scenes.items():
         asked = object_to_ask(scene, rng)
         short, there = rng.random() < 0.5, asked in scene.present
         (prompt, right), (_, wrong) = yes_no(asked, there, short), yes_no(asked, not there, short)
         said = [(rng.choice(CAPTION_PROMPTS), *corrupted(scene, rng)), (prompt, right, wrong)]
         for i, (prompt, chosen, rejected) in enumerate(said):
-            row = {"id": f"{Path(name).stem}_{i}", "image": name}
-            prompt = "<image>\n" + prompt
-            row |= {"conversations": turns(prompt, chosen), "rejected_conversations": turns(prompt, rejected)}
+            row = {"id": f"{Path(image).stem}_{i}", "image": image}
+            for key, answer in (("conversations", chosen), ("rejected_conversations", rejected)):
+                row[key] = turns("<image>\n" + prompt, answer)
             rows.append(row)
     return rows
 
 
 def pope_rows(scenes, images, rng):
-    """POPE's three lists as its builder makes them: the first three objects of each picture, each followed by one absent object.
+    """POPE's three lists as its builder makes them: three objects of each picture, each followed by an absent one.
 
-    random: any class; popular: the most frequent class in `scenes` not yet used; adversarial: the class that occurs most
-    often together with the object just asked. Never a class of the picture or one used for it before.
+    random: any class; popular: the class most frequent in `scenes`; adversarial: the class that occurs most often
+    together with the object just asked. Never a class of the picture or one used for it before.
     """
     frequency = Counter(name for scene in scenes.values() for name in scene.present)
     together = Counter(pair for scene in scenes.values() for pair in permutations(scene.present, 2))
@@ -329,13 +328,13 @@ def pope_rows(scenes, images, rng):
                     absent = max(left, key=lambda name: together[thing.name, name])
                 used.add(absent)
                 for name, label in ((thing.name, "yes"), (absent, "no")):
-                    text = f"Is there {a(name)} in the image?"
-                    rows.append({"question_id": len(rows) + 1, "image": image, "text": text, "label": label})
+                    row = {"question_id": len(rows) + 1, "image": image, "text": yes_no(name, True, False)[0]}
+                    rows.append(row | {"label": label})
     return lists
 
 
 def coco(scenes, size, rng):
-    """(instances, captions) of the pictures in COCO's layout; the boxes are those of the slots, halved for two of a class."""
+    """(instances, captions) in COCO's layout; a box is that of the slot, halved where it holds two."""
     categories = [{"id": i, "name": name, "supercategory": "object"} for i, name in enumerate(CLASSES, 1)]
     ids = {category["name"]: category["id"] for category in categories}
     images, boxes, captions = [], [], []
@@ -355,56 +354,48 @@ def coco(scenes, size, rng):
 
 
 def tiny_parts(folder, seed, rows):
-    """A CLIP (253 k parameters) and a Llama (646 k) of random weights, the latter with a tokenizer trained on `rows`."""
+    """Random weights: a CLIP (252 k parameters), a Llama (646 k) and its byte-level BPE trained on the rows."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     texts = [[turn["value"].replace("<image>", "") for turn in row["conversations"]] for row in rows]
     texts = [f"{SYSTEM} USER: {prompt} ASSISTANT: {answer}" for prompt, answer in texts]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special, alphabet = ["<s>", "</s>", "<pad>"], sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    )
-    bpe.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", bpe.token_to_id("<s>"))])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512, padding_side="right"
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=96,
-        patch_size=16,
-    )
-    text = LlamaConfig(
-        vocab_size=600,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(special.values()), initial_alphabet=bytes_,
+                                  show_progress=False)  # fmt: skip
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
+    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                              image_size=96, patch_size=16)  # fmt: skip
+    text = LlamaConfig(vocab_size=600, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                       num_attention_heads=4, max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
+                       pad_token_id=2, tie_word_embeddings=False)  # fmt: skip
+    disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         CLIPVisionModel(vision).save_pretrained(folder / "clip")
         LlamaForCausalLM(text).save_pretrained(folder / "llm")
-    tokenizer.save_pretrained(folder / "llm")
+    PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=512, **special).save_pretrained(folder / "llm")
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    pixels = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True}
-    pixels |= {"do_resize": True, "size": {"shortest_edge": 96}, "resample": 3}
-    pixels |= {"do_center_crop": True, "crop_size": {"height": 96, "width": 96}}
-    pixels |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
+    pixels = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": 96},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 96, "width": 96},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
     write_json(folder / "clip" / "preprocessor_config.json", pixels)
 
 
@@ -425,15 +416,16 @@ def draw_one(job):
 
 
 def draw_all(jobs):
-    """Two processes, unless starting them takes longer than drawing."""
+    """In two processes, unless starting them takes longer than drawing."""
+    if len(jobs) < 1000:
+        return [draw_one(job) for job in jobs]
     started = time.time()
-    with multiprocessing.get_context("spawn").Pool(2 if len(jobs) > 1000 else 1) as pool:
-        done = pool.imap_unordered(draw_one, jobs, chunksize=32) if len(jobs) > 1000 else map(draw_one, jobs)
-        for i, _ in enumerate(done, 1):
-            if i % 100 == 0 or i == len(jobs):
-                rate = i / max(1e-9, time.time() - started)
-                line = f"\rdrawing the toy world: {i}/{len(jobs)} pictures, {rate:.0f}/s, {(len(jobs) - i) / rate:.0f} s left "
-                print(line, end="\n" if i == len(jobs) else "", file=sys.stderr, flush=True)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for i, _ in enumerate(pool.imap_unordered(draw_one, jobs, chunksize=50), 1):
+            if i == len(jobs) or (i % 100 == 0 and sys.stderr.isatty()):
+                rate, end = i / (time.time() - started), "\n" if i == len(jobs) else ""
+                line = f"\rtoy world: {i}/{len(jobs)} pictures, {rate:.0f}/s, {(len(jobs) - i) / rate:.0f} s left "
+                print(line, end=end, file=sys.stderr, flush=True)
 
 
 def some_scenes(seed, sizes):
@@ -454,8 +446,9 @@ def some_scenes(seed, sizes):
 def write(folder, seed, instruct_images=4000, preference_images=1500, test_images=1000, size=144):
     """Write a world; a folder is either whole or absent, and the same seed and sizes give the same bytes.
 
-    images/*.png, instruct.json (LLaVA-Instruct), povid.json (POVID), pope_{random,popular,adversarial}.json, instances.json
-    and captions.json (COCO), synonyms.txt (CHAIR), image_to_caption.json (facts), scenes.json (the truth), parts/{clip,llm}.
+    images/*.png, instruct.json (LLaVA-Instruct), povid.json (POVID), pope_{random,popular,adversarial}.json,
+    instances.json and captions.json (COCO), synonyms.txt (CHAIR), image_to_caption.json (facts), scenes.json (the
+    truth), parts/clip and parts/llm. BadInput if the folder exists.
     """
     folder = Path(folder)
     if folder.exists():
@@ -475,6 +468,7 @@ def write(folder, seed, instruct_images=4000, preference_images=1500, test_image
 
 
 def write_files(folder, seed, splits, size):
+    """All but the pictures."""
     rng = random.Random(f"{seed}/texts")
     rows = instruct_rows(splits["instruct"], rng)
     write_rows(folder / "instruct.json", rows)
@@ -484,32 +478,35 @@ def write_files(folder, seed, splits, size):
     instances, captions = coco(splits["test"], size, rng)
     write_json(folder / "instances.json", instances)
     write_json(folder / "captions.json", captions)
-    words = [[name, *SYNONYMS.get(name, "").split(), *PLURALS.get(name, name).replace(name, "").split()] for name in CLASSES]
-    (folder / "synonyms.txt").write_text("\n".join(map(", ".join, words)) + "\n", encoding="utf-8")
+    forms = [(name, SYNONYMS.get(name), PLURALS.get(name)) for name in CLASSES]  # a scorer's rules miss odd plurals
+    lines = [", ".join(dict.fromkeys(filter(None, words))) for words in forms]
+    (folder / "synonyms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     known = splits["instruct"] | splits["preference"]
-    facts_of = {name: [caption(scene, rng) for _ in range(rng.choice((2, 3)))] for name, scene in known.items()}
-    write_json(folder / "image_to_caption.json", facts_of)
-    truth = {
-        name: {"kind": scene.kind, "things": [vars(thing) for thing in scene.things]}
-        for split in splits.values()
-        for name, scene in split.items()
-    }
+    told = {image: [caption(scene, rng) for _ in range(rng.choice((2, 3)))] for image, scene in known.items()}
+    write_json(folder / "image_to_caption.json", told)
+    everything = known | splits["test"]
+    truth = {image: {"kind": s.kind, "things": [vars(thing) for thing in s.things]} for image, s in everything.items()}
     write_json(folder / "scenes.json", truth)
     tiny_parts(folder / "parts", seed, rows)
 
 
 def world(seed):
-    """The folder of the seed's world below .cache, written on first use."""
-    code = Path(__file__).read_bytes() + Path(drawing.__file__).read_bytes() + str(seed).encode()
-    folder = Path(".cache") / f"world-{hashlib.sha256(code).hexdigest()[:12]}"
+    """The folder of the seed's world below .cache in the working folder, written on first use."""
+    made_of = Path(__file__).read_bytes() + Path(drawing.__file__).read_bytes() + str(seed).encode()
+    folder = Path(".cache") / f"world-{hashlib.sha256(made_of).hexdigest()[:12]}"
     if not folder.exists():
-        write(folder, seed)
+        try:
+            write(folder, seed)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same bytes
+                raise
     return folder
 
 
 # ---- the oracle
 
-KNOWN = {form: (name, word) for name in CLASSES for word in {name, SYNONYMS.get(name, name)} for form in (word, plural(word))}
+WORDS = [(name, word) for name in CLASSES for word in (name, SYNONYMS.get(name, name))]
+KNOWN = {form: (name, word) for name, word in WORDS for form in (word, plural(word))}  # "sofas": ("couch", "sofa")
 NOUN = "|".join(sorted(KNOWN, key=len, reverse=True))
 COLOUR = "|".join(COLOURS)
 MENTION = re.compile(rf"\b({NOUN})\b", re.I)
@@ -530,7 +527,7 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What a clause says. Of a sentence that opens a caption only `kind` is set, of an unreadable clause only the span."""
+    """What a clause says. An opener has only `kind` set, an unreadable clause only the span."""
 
     span: tuple[int, int]
     name: str | None = None
@@ -561,7 +558,7 @@ def claim_of(clause, start=0):
 
 
 def sentences(text):
-    """The Claims of each sentence, one a clause: sentences end at a period or a line's end, clauses are joined by " and "."""
+    """The Claims of each sentence, one a clause; sentences end at a period or a line's end, " and " joins clauses."""
     found = []
     for part in re.finditer(r"[^.!\n]+", text):
         start, told = part.start(), []
@@ -590,8 +587,7 @@ def slips(scene, claim):
 class Oracle:
     """Knows what is in every picture of a world, judges answers, rates them and corrects them.
 
-    A prompt is one of the questions of this world (an image placeholder or a suffix does not matter); any other is taken as a
-    request to describe the picture.
+    A prompt that is none of this world's questions (placeholder and suffix aside) is taken as a request to describe.
     """
 
     def __init__(self, folder):
@@ -627,9 +623,9 @@ class Oracle:
         return "describe", None, None
 
     def judge(self, image, prompt, answer):
-        """Counts: `true` objects, `false` (absent) ones, `wrong` attributes, `missed` objects, `unreadable` clauses, `words`.
+        """Counts: true objects, false (absent) ones, wrong attributes, missed objects, unreadable clauses, words.
 
-        `errors` is what must be corrected: false + wrong + unreadable, and for a short answer missed: only a description may
+        And errors, what must be corrected: false + wrong + unreadable, and missed for a short answer; a description may
         leave things out. A short answer has true = 1 if it is right.
         """
         scene, (kind, name, right) = self.scene(image), self.question(image, prompt)
@@ -637,37 +633,39 @@ class Oracle:
         if answer.strip() == right:
             counts["true"] = 1
         elif kind == "yes_no":
-            words, named = set(re.findall(r"[a-z]+", answer.lower())), mentions(answer)
+            words, named = set(re.findall("[a-z]+", answer.lower())), set(mentions(answer))
             said = "no" if words & {"no", "not"} else "yes" if "yes" in words or name in named else None
-            counts["unreadable"] = (said is None) + sum(other != name for other in named)
-            if said:
-                there = name in scene.present
-                counts["true" if (said == "yes") == there else "missed" if there else "false"] = 1
+            if said is None or named - {name}:
+                counts["unreadable"] = 1
+            elif name in scene.present:
+                counts["true" if said == "yes" else "missed"] = 1
+            else:
+                counts["true" if said == "no" else "false"] = 1
         elif kind == "choice":
-            letter, options = answer.strip()[:1], dict(re.findall(r"([A-Z])\. (.+)", prompt))
-            counts["unreadable" if letter not in options else "true" if options[letter] in scene.present else "false"] = 1
+            name = dict(re.findall(r"([A-Z])\. (.+)", prompt)).get(answer.strip()[:1])
+            counts["true" if name in scene.present else "false" if name else "unreadable"] = 1
         else:
             told = claims(answer)
             for claim in told:
-                readable = claim.name or claim.kind
                 named = [claim.name] if claim.name else mentions(answer[slice(*claim.span)])
-                counts["unreadable"] += not readable
-                counts["false"] += sum(name not in scene.present for name in named)
+                counts["false"] += sum(other not in scene.present for other in named)
                 counts["wrong"] += len(slips(scene, claim))
+                counts["unreadable"] += not (claim.name or claim.kind)
             if kind == "describe":
                 counts["true"] = len(scene.present.keys() & set(mentions(answer)))
                 counts["missed"] = len(scene.things) - counts["true"]
             else:
-                counts["missed"] = int(not any(claim.name == name and getattr(claim, kind) is not None for claim in told))
+                about = [claim for claim in told if claim.name == name and getattr(claim, kind) is not None]
+                counts["missed"] = int(not about)
                 counts["true"] = int(not any(counts.values()))
-        errors = counts["false"] + counts["wrong"] + counts["unreadable"] + (counts["missed"] if kind != "describe" else 0)
+        errors = sum(counts[key] for key in ("false", "wrong", "unreadable") + ("missed",) * (kind != "describe"))
         return counts | {"words": len(answer.split()), "errors": errors}
 
     def correct(self, image, prompt, answer, rng):
-        """The answer as an annotator of RLHF-V would correct it; what is true stays word for word, a right answer all of it.
+        """The answer as an annotator of RLHF-V would correct it: what is true stays, word for word.
 
-        In a description false and unreadable clauses are removed and wrong attributes replaced; where nothing is left a true
-        caption takes its place. A wrong short answer becomes the true one.
+        In a description false and unreadable clauses are removed and wrong attributes replaced; where nothing is left
+        a true caption takes its place. A wrong short answer becomes the true one.
         """
         if not self.judge(image, prompt, answer)["errors"]:
             return answer
@@ -681,14 +679,14 @@ class Oracle:
         for told in sentences(answer):
             clauses = []
             for claim in told:
-                text, thing = answer[slice(*claim.span)], scene.present.get(claim.name)
-                if slips(scene, claim) and claim.kind:
+                text, thing, wrong = answer[slice(*claim.span)], scene.present.get(claim.name), slips(scene, claim)
+                if claim.kind and wrong:
                     clauses.append(re.sub(rf"an? {claim.kind}$", a(scene.kind), text, flags=re.I))
-                elif slips(scene, claim) and claim.name not in said:
-                    column = None if claim.column is None else thing.column
-                    clauses.append(tell(claim.word, claim.colour and thing.colour, thing.count, column, claim.there))
+                elif wrong and claim.name not in said:
+                    colour, column = claim.colour and thing.colour, None if claim.column is None else thing.column
+                    clauses.append(tell(claim.word, colour, thing.count, column, claim.there))
                     said.add(claim.name)
-                elif not slips(scene, claim) and (claim.kind or thing):
+                elif not wrong and (claim.kind or thing):
                     clauses.append(text)
             if clauses:
                 kept.append(sentence(" and ".join(clauses)))
@@ -697,31 +695,28 @@ class Oracle:
     def rate(self, image, prompt, answer):
         """The five attributes of HelpSteer, 0 to 4.
 
-        helpfulness: 4 x the share of the present objects that a description names, or 4 x right for a short answer; correctness:
-        4 less the errors (all 4 for one in a short answer); coherence: 4 less 2 for every unreadable clause and 1 for every
-        repeated object; complexity: one for every three attributes stated; verbosity: one for every ten words.
+        helpfulness: 4 x the share of the present objects that a description names, 4 for a right short answer;
+        correctness: 4 less one for every error, 0 for a wrong short answer; coherence: 4 less two for every unreadable
+        clause and one for every repeated object; complexity: one for every three attributes; verbosity: one for every
+        ten words.
         """
-        found, short = self.judge(image, prompt, answer), self.question(image, prompt)[0] != "describe"
-        named = mentions(answer)
-        stated = sum(value is not None for claim in claims(answer) for value in (claim.colour, claim.count, claim.column))
+        found, named = self.judge(image, prompt, answer), mentions(answer)
+        short = self.question(image, prompt)[0] != "describe"
+        told = [(claim.colour, claim.count, claim.column) for claim in claims(answer)]
+        right, share = not found["errors"], found["true"] / max(1, found["true"] + found["missed"])
         return {
-            "helpfulness": round(4 * self.coverage(found, short)),
+            "helpfulness": round(4 * (right if short else share)),
             "correctness": max(0, 4 - found["errors"] * (4 if short else 1)),
             "coherence": max(0, 4 - 2 * found["unreadable"] - (len(named) - len(set(named)))),
-            "complexity": min(4, stated // 3),
+            "complexity": min(4, sum(value is not None for values in told for value in values) // 3),
             "verbosity": min(4, found["words"] // 10),
         }
 
     def rate_vlfeedback(self, image, prompt, answer):
-        """VLFeedback's three aspects, "1" to "5": helpfulness and correctness as in `rate`, plus 1; nothing here is unethical."""
+        """VLFeedback's aspects, "1" to "5": helpfulness and correctness of `rate`, plus 1; nothing is unethical."""
         rated = self.rate(image, prompt, answer)
         helpful, faithful = str(1 + rated["helpfulness"]), str(1 + rated["correctness"])
         return {"Helpfulness": helpful, "Ethical Considerations": "5", "Visual Faithfulness": faithful}
-
-    def coverage(self, found, short):
-        if short:
-            return float(not found["errors"])
-        return found["true"] / (found["true"] + found["missed"])
 
 
 # ---- preferences among a model's own answers
@@ -741,9 +736,9 @@ def preference_prompts(folder, seed):
 def preferences_from_answers(prompts, answers, oracle, folder, rng):
     """Write vlfeedback.jsonl (ranked samples) and rlhf_v.jsonl (a wrong sample and its correction) to a folder.
 
-    prompts: [(image, prompt)]; answers: for each the list of its samples. Empty samples are left out, as no reader takes them;
-    of several wrong samples one is drawn. Returns the counts {"vlfeedback", "rlhf_v", "empty", "right"}; right: prompts
-    without a wrong sample, which have no row in rlhf_v.jsonl.
+    prompts: [(image, prompt)]; answers: for each the list of its samples. Empty samples are left out, as no reader
+    takes them; of several wrong samples one is drawn. Returns the counts {"vlfeedback", "rlhf_v", "empty", "right"};
+    right: prompts without a wrong sample, which have no row in rlhf_v.jsonl.
     """
     folder, ranked, corrected, counts = Path(folder), [], [], Counter(vlfeedback=0, rlhf_v=0, empty=0, right=0)
     for (image, prompt), samples in zip(prompts, answers, strict=True):
@@ -765,8 +760,8 @@ def preferences_from_answers(prompts, answers, oracle, folder, rng):
             text = {"question": prompt, "chosen": oracle.correct(image, prompt, rejected, rng), "rejected": rejected}
             kind = "detailed_description" if oracle.question(image, prompt)[0] == "describe" else "question_answering"
             row = {"ds_name": "toyworld", "image": image, "text": json.dumps(text), "origin_dataset": "toyworld"}
-            row |= {"origin_split": json.dumps({"model": "sample", "type": kind}), "idx": len(corrected), "image_path": image}
-            corrected.append(row)
+            row |= {"origin_split": json.dumps({"model": "sample", "type": kind}), "idx": len(corrected)}
+            corrected.append(row | {"image_path": image})
         else:
             counts["right"] += 1
     folder.mkdir(parents=True, exist_ok=True)
@@ -779,7 +774,7 @@ def preferences_from_answers(prompts, answers, oracle, folder, rng):
 
 
 def answers_of(model_dir, folder, out, seed, k=4, temperature=1.0, max_new_tokens=96):
-    """Draw k answers of a checkpoint to each preference prompt of the world in `folder`; write the preferences to `out`."""
+    """Draw k answers of a checkpoint to each preference prompt of the world in `folder`; write preferences to `out`."""
     import checkpoints
     import data
 
@@ -792,10 +787,13 @@ def answers_of(model_dir, folder, out, seed, k=4, temperature=1.0, max_new_token
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another world; also the seed of the sampling")
+    """Write a world, or preferences among a model's own answers to it."""
+    import training
+
+    parser = training.Parser(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another world; it seeds the sampling too")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; for a world it must be new")
-    parser.add_argument("--answers-of", metavar="MODEL", help="write preferences among this checkpoint's answers, not a world")
+    parser.add_argument("--answers-of", metavar="MODEL", help="write preferences among its answers instead")
     args = parser.parse_args()
     if args.answers_of:
         counts = answers_of(args.answers_of, world(args.seed), args.out, args.seed)
@@ -805,4 +803,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import training
+
+    training.run(main)

@@ -46,18 +46,25 @@ def turns(row, key="conversations"):
     return prompt.replace("<image>", "").strip(), answer
 
 
-def kitchen():
-    things = (Thing("cup", "red", 1, 0, 0), Thing("banana", None, 2, 0, 1), Thing("bowl", "orange", 1, 2, 0))
-    return Scene("kitchen", things)
+def oracle_of(folder, scenes):
+    truth = {image: {"kind": s.kind, "things": [vars(thing) for thing in s.things]} for image, s in scenes.items()}
+    (folder / "scenes.json").write_text(json.dumps(truth))
+    return Oracle(folder)
 
 
 @pytest.fixture
 def one(tmp_path):
     """An oracle of one picture: a red cup and two bananas on the left, an orange bowl on the right of a kitchen."""
-    scene = kitchen()
-    truth = {"a.png": {"kind": scene.kind, "things": [vars(thing) for thing in scene.things]}}
-    (tmp_path / "scenes.json").write_text(json.dumps(truth))
-    return Oracle(tmp_path)
+    things = (Thing("cup", "red", 1, 0, 0), Thing("banana", None, 2, 0, 1), Thing("bowl", "orange", 1, 2, 0))
+    return oracle_of(tmp_path, {"a.png": Scene("kitchen", things)})
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """(rows with a picture, oracle) of 3000 scenes that are not drawn."""
+    scenes = toyworld.some_scenes(9, {"instruct": 3000})["instruct"]
+    rows = toyworld.instruct_rows(scenes, random.Random(9))
+    return [row for row in rows if "image" in row], oracle_of(tmp_path_factory.mktemp("many"), scenes)
 
 
 # ---- files
@@ -69,13 +76,12 @@ def test_same_seed_same_bytes_in_another_process(tmp_path):
     code = f"from lab.toyworld import write; write({str(tmp_path / 'b')!r}, 3, **{sizes})"
     env = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
-    toyworld.write(tmp_path / "c", 4, **sizes)
     names = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
     assert names == {path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file()}
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    assert (tmp_path / "a" / "instruct.json").read_bytes() != (tmp_path / "c" / "instruct.json").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert toyworld.some_scenes(3, {"test": 5}) != toyworld.some_scenes(4, {"test": 5})
 
 
 def test_a_world_that_exists_is_refused_and_one_that_fails_is_absent(folder, tmp_path, monkeypatch):
@@ -102,7 +108,12 @@ def test_a_picture_does_not_depend_on_its_neighbours(folder, oracle, tmp_path):
     assert (tmp_path / name).read_bytes() == (folder / "images" / name).read_bytes()
 
 
-def test_splits_share_no_scene(folder, oracle):
+def test_no_scene_of_the_default_world_occurs_twice():
+    splits = toyworld.some_scenes(0, {"instruct": 4000, "preference": 1500, "test": 1000})
+    assert len({scene for scenes in splits.values() for scene in scenes.values()}) == 6500
+
+
+def test_scenes_are_as_said(folder, oracle):
     assert len(set(oracle.scenes.values())) == len(oracle.scenes) == 690 == len(list((folder / "images").iterdir()))
     for scene in oracle.scenes.values():
         assert 3 <= len(scene.things) <= 5
@@ -190,9 +201,9 @@ def binomial(successes, trials, p):
     return abs(successes - trials * p) <= 4 * (trials * p * (1 - p)) ** 0.5
 
 
-def test_ghosts_have_their_share_and_all_else_is_true(folder, oracle):
-    captions, answers = Counter(), Counter()
-    for row in (row for row in load(folder, "instruct.json") if "image" in row):
+def test_ghosts_have_their_share_and_all_else_is_true(many):
+    captions, answers, (rows, oracle) = Counter(), Counter(), many
+    for row in rows:
         prompt, answer = turns(row)
         scene, (kind, name, right) = oracle.scene(row["image"]), oracle.question(row["image"], prompt)
         if kind == "describe":
@@ -205,15 +216,15 @@ def test_ghosts_have_their_share_and_all_else_is_true(folder, oracle):
             answers[answer.startswith("Yes")] += 1
         else:
             assert answer == right
-    assert binomial(captions[True], captions.total(), NOISE) and captions.total() > 200
-    assert binomial(answers[True], answers.total(), NOISE) and answers.total() > 100
+    assert binomial(captions[True], captions.total(), NOISE) and captions.total() > 2000
+    assert binomial(answers[True], answers.total(), NOISE) and answers.total() > 1000
 
 
-def test_yes_no_questions_are_mixed_as_said(folder, oracle):
-    asked, short = Counter(), 0
-    for row in load(folder, "instruct.json"):
+def test_yes_no_questions_are_mixed_as_said(many):
+    asked, short, (rows, oracle) = Counter(), 0, many
+    for row in rows:
         prompt, answer = turns(row)
-        if row["id"].endswith("_1") and "image" in row:
+        if row["id"].endswith("_1"):
             name, scene = oracle.question(row["image"], prompt)[1], oracle.scene(row["image"])
             if scene.ghosts:
                 asked["present" if name in scene.present else "ghost" if name in scene.ghosts else "strange"] += 1
@@ -221,7 +232,7 @@ def test_yes_no_questions_are_mixed_as_said(folder, oracle):
             assert prompt.endswith(SHORT) == (answer in ("Yes", "No"))
     for kind, share in (("present", 0.4), ("ghost", 0.3), ("strange", 0.3)):
         assert binomial(asked[kind], asked.total(), share), asked
-    assert binomial(short, 400, 0.5)
+    assert binomial(short, 3000, 0.5)
 
 
 def test_choices_never_offer_a_ghost(folder, oracle):
@@ -266,7 +277,8 @@ def test_articles_and_plurals(folder):
 
 def test_every_true_caption_is_read_without_error(folder, oracle):
     captions = [(name, text) for name, texts in load(folder, "image_to_caption.json").items() for text in texts]
-    captions += [(f"test_{row['image_id']:05d}.png", row["caption"]) for row in load(folder, "captions.json")["annotations"]]
+    rows = load(folder, "captions.json")["annotations"]
+    captions += [(f"test_{row['image_id']:05d}.png", row["caption"]) for row in rows]
     words = Counter()
     for image, text in captions:
         told = [claim for claim in toyworld.claims(text) if claim.name]
@@ -295,7 +307,10 @@ def test_mentions_go_through_the_synonyms():
 # ---- the oracle
 
 
-CAPTION = "The picture shows a kitchen. There is a red cup on the left and two bananas are on the left. An orange bowl is on the right."
+CAPTION = (
+    "The picture shows a kitchen. There is a red cup on the left and two bananas are on the left. "
+    "An orange bowl is on the right."
+)
 CORRECTIONS = {  # what is said -> (false, wrong, unreadable), its correction
     CAPTION: ((0, 0, 0), CAPTION),
     "A red cup is on the left": ((0, 0, 0), "A red cup is on the left"),
@@ -326,7 +341,10 @@ def test_where_nothing_is_left_a_true_caption_comes(one):
 
 
 CUP, OVEN = "Is there a cup in the image?", "Is there an oven in the image?"
-CHOICE = "Which object is in the image?\nA. dog\nB. bowl\nC. kite\nD. bed\nAnswer with the option's letter from the given choices directly."
+CHOICE = (
+    "Which object is in the image?\nA. dog\nB. bowl\nC. kite\nD. bed\n"
+    "Answer with the option's letter from the given choices directly."
+)
 SHORT_ANSWERS = [  # prompt, answer, its correction
     (CUP, "Yes, there is a cup.", "Yes, there is a cup."),
     (CUP, "yes", "yes"),
@@ -378,7 +396,8 @@ def test_correction_is_the_inverse_of_corruption(folder, oracle):
 
 
 def test_any_garbage_is_judged_and_corrected(oracle):
-    rng, vocabulary = random.Random(1), "a an two the red cup oven is are there on left in middle and . . , yes no This".split()
+    rng = random.Random(1)
+    vocabulary = "a an two the red cup oven is are there on left in middle and . . , yes no This".split()
     image = "preference_00000.png"
     for _ in range(300):
         said = " ".join(rng.choices(vocabulary, k=rng.randrange(25)))
@@ -394,7 +413,8 @@ def test_an_unknown_picture_is_refused(oracle):
 
 def test_ratings_fall_with_errors_and_rise_with_coverage(one):
     def rate(said):
-        rated, aspects = one.rate("a.png", toyworld.CAPTION_PROMPT, said), one.rate_vlfeedback("a.png", toyworld.CAPTION_PROMPT, said)
+        rated = one.rate("a.png", toyworld.CAPTION_PROMPT, said)
+        aspects = one.rate_vlfeedback("a.png", toyworld.CAPTION_PROMPT, said)
         assert all(0 <= value <= 4 for value in rated.values()) and aspects["Ethical Considerations"] == "5"
         assert aspects["Visual Faithfulness"] == str(1 + rated["correctness"])
         return rated
@@ -428,7 +448,8 @@ def test_preferences_from_answers(folder, oracle, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rlhf_v.jsonl", "vlfeedback.jsonl"]
     for row in ranked:
         assert row["image"] == row["id"] + ".png" and row["models"] == [each["model"] for each in row["completions"]]
-        scores = [sum(float(rating["Rating"]) for rating in each["annotations"].values()) for each in row["completions"]]
+        notes = [each["annotations"].values() for each in row["completions"]]
+        scores = [sum(float(note["Rating"]) for note in aspects) for aspects in notes]
         assert scores[0] == max(scores)
     for i, row in enumerate(fixed):
         assert row["idx"] == i and row["ds_name"] == "toyworld" and (folder / "images" / row["image_path"]).is_file()
@@ -471,5 +492,6 @@ def test_parts_are_small_and_load_in_transformers(folder):
     with torch.no_grad():
         assert clip(torch.zeros(1, 3, 96, 96)).last_hidden_state.shape == (1, 37, 64)
     with Image.open(folder / "images" / "test_00000.png") as image:
-        pixels = AutoImageProcessor.from_pretrained(folder / "parts" / "clip")(image, return_tensors="pt")["pixel_values"]
+        processor = AutoImageProcessor.from_pretrained(folder / "parts" / "clip")
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 96, 96)

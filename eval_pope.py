@@ -1,0 +1,198 @@
+"""POPE (Li et al. 2023): yes/no questions about objects; does the model say yes to what is not in the picture?
+
+    python eval_pope.py --questions coco_pope_{random,popular,adversarial}.json --images val2014 --model DIR --out DIR
+    python eval_pope.py --questions coco_pope_random.json --answers answers_random.jsonl        only the score, no model
+
+Official rule (evaluate.py of RUCAIBox/POPE): of an answer take the text up to the first full stop, delete commas,
+split at spaces. If one of the words is exactly "No", "no" or "not" the answer is no, else yes: empty text, "NO" and
+"No!" are yes.
+
+Yes is the positive class. precision: of what the model affirmed, the part that is there; low where it hallucinates.
+recall: of what is there, the part it affirmed. f1: their harmonic mean. accuracy: right answers of all. yes_ratio: how
+often it said yes; half of the labels of the official files are yes. `mean`, over the splits, is what papers report;
+its n is the sum.
+
+What differs from the official script:
+1. a ratio of nothing (precision of a model that never says yes) is 0, not a ZeroDivisionError;
+2. as many answers as questions are needed: zip would score the shorter list and say nothing;
+3. a label other than yes and no is refused, not taken as yes;
+4. an answer ends after 16 tokens, which matters only if its "no" comes later than that.
+"""
+import json
+import re
+from pathlib import Path
+
+import data
+import training
+from model import BadInput
+
+SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's
+MAX_NEW_TOKENS = 16
+METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+
+
+def read_questions(path):
+    """Question file, JSON lines or an array, -> list of {"image", "text", "label": "yes" or "no"}."""
+    questions = []
+    for i, row in data.rows(Path(path)):
+        for key in ("image", "text", "label"):
+            value = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(value, str) or not value:
+                raise BadInput(f"{path}, row {i}: `{key}` is {value!r}; image, text and label must be strings.")
+        if row["label"] not in ("yes", "no"):
+            raise BadInput(f"{path}, row {i}: `label` is {row['label']!r}; accepted are 'yes' and 'no'.")
+        questions.append(row)
+    return questions
+
+
+def read_answers(path):
+    """Answer file of POPE ({"question", "answer"}) or LLaVA ({"question_id", "text"}) -> texts, in the file's order."""
+    answers = []
+    for i, row in data.rows(Path(path)):
+        text = row.get("answer", row.get("text")) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise BadInput(f"{path}, row {i}: a string `answer` (POPE) or `text` (LLaVA) is needed, found {text!r}.")
+        answers.append(text)
+    return answers
+
+
+def split_name(path):
+    """coco_pope_random.json -> "random"; the stem, if the file name's last word is no official split."""
+    stem = Path(path).stem
+    last = re.split("[_.-]", stem)[-1]
+    return last if last in ("random", "popular", "adversarial") else stem
+
+
+def read_splits(paths):
+    """Question files -> {split: questions}."""
+    splits = {}
+    for path in paths:
+        name = split_name(path)
+        if name in splits or name == "mean":
+            raise BadInput(f"{path}: the split name {name!r} is taken; each question file needs one of its own.")
+        splits[name] = read_questions(path)
+    return splits
+
+
+def parse_answer(text):
+    """Text of an answer -> "yes" or "no", by the official rule."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def score(labels, answers, where="score"):
+    """Labels ("yes", "no") and answer texts, in the same order -> the five figures, fractions of 1, and n."""
+    if len(labels) != len(answers) or not labels:
+        raise BadInput(f"{where}: {len(answers)} answers to {len(labels)} questions; one answer a question is needed.")
+    said = [parse_answer(a) for a in answers]
+    count = lambda *pair: sum(p == pair for p in zip(said, labels))
+    tp, fp, fn, tn = count("yes", "yes"), count("yes", "no"), count("no", "yes"), count("no", "no")
+    precision, recall = tp / max(1, tp + fp), tp / max(1, tp + fn)
+    f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
+    figures = ((tp + tn) / len(labels), precision, recall, f1, (tp + fp) / len(labels))
+    return {**dict(zip(METRICS, figures)), "n": len(labels)}
+
+
+def report(scores, out):
+    """{split: figures} -> the same and their mean, splits of equal weight; with `out`, metrics.json is written."""
+    mean = {key: sum(s[key] for s in scores.values()) / len(scores) for key in METRICS}
+    metrics = {**scores, "mean": {**mean, "n": sum(s["n"] for s in scores.values())}}
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        training.write_json(Path(out) / "metrics.json", metrics)
+    return metrics
+
+
+def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_size=64):
+    """Ask the questions of `files` about pictures below folder `images` -> {split: figures, ..., "mean": figures}.
+
+    Greedy decoding. With `out`, writes answers_<split>.jsonl (official layout) and metrics.json there.
+    """
+    splits, records, answers, scores = read_splits(files), {}, {}, {}
+    for path, questions in zip(files, splits.values()):
+        for i, q in enumerate(questions):  # a missing picture is found before the first answer
+            try:
+                image = data.find_image(Path(images), q["image"])
+            except BadInput as error:
+                raise BadInput(f"{path}, row {i}: {error}") from None
+            records[q["image"], q["text"]] = data.Record(f"{path}, row {i}", image, (q["text"] + suffix,))
+    for split, questions in splits.items():
+        asked = [(q["image"], q["text"]) for q in questions]
+        # The splits share all questions whose answer is yes: of the 9000 official ones 5127 are distinct.
+        new = [key for key in dict.fromkeys(asked) if key not in answers]
+        texts = data.generate(model, processor, [records[key] for key in new], MAX_NEW_TOKENS, batch_size=batch_size,
+                              label=f"POPE {split}")  # fmt: skip
+        answers.update((key, text) for key, (text,) in zip(new, texts))
+        scores[split] = score([q["label"] for q in questions], [answers[key] for key in asked])
+        if out:
+            lines = [json.dumps({"question": key[1], "answer": answers[key]}) + "\n" for key in asked]
+            Path(out).mkdir(parents=True, exist_ok=True)
+            (Path(out) / f"answers_{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return report(scores, out)
+
+
+def add_flags(parser):
+    """Flags that both evaluation scripts have."""
+    add = parser.add_argument
+    add("--images", metavar="DIR", help="folder of the pictures")
+    add("--model", metavar="DIR_OR_HUB_ID", help="LLaVA checkpoint to evaluate")
+    add("--adapter", metavar="DIR", help="PEFT adapter to put on it, such as adapter/ of a run folder")
+    add("--out", metavar="DIR", help="folder for answers and metrics.json; new or empty")
+    add("--batch-size", type=int, default=64, metavar="N", help="prompts at a time; less memory with less (default 64)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on cuda, else float32")
+    add("--template", help="prompt: vicuna_v1, mistral, chatml, plain (default: the checkpoint's own)")
+    add("--image-aspect", default="pad", choices=("pad", "checkpoint"),
+        help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does")  # fmt: skip
+
+
+def check_flags(args):
+    """Either --answers, or all that a model needs; --out is created, and must be new or empty."""
+    if args.answers and (args.model or args.adapter):
+        raise BadInput("--answers scores a file without a model; --model and --adapter do not go with it.")
+    if not args.answers and not (args.model and args.images and args.out):
+        raise BadInput("--model, --images and --out are needed, or --answers FILE to score answers that exist.")
+    if args.batch_size < 1:
+        raise BadInput(f"--batch-size is {args.batch_size}; at least 1 is needed.")
+    if args.out and Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
+        raise BadInput(f"--out {args.out} exists and is not an empty folder; give another.")
+
+
+def load(args):
+    """--model with --adapter -> (model, processor)."""
+    import checkpoints  # brings transformers; --help does without
+
+    device, dtype = training.device_and_dtype(args)
+    model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
+    if args.adapter:
+        checkpoints.load_adapter(model, args.adapter)
+    return model, processor
+
+
+def main():
+    parser = training.Parser(__doc__)
+    add = parser.add_argument
+    add("--questions", nargs="+", action="extend", required=True, metavar="FILE", help="question files, one a split")
+    add("--answers", nargs="+", action="extend", metavar="FILE", help="score these, one for each question file")
+    add("--suffix", default=SUFFIX, help='put behind each question, "" for nothing (default: LLaVA\'s %(default)r)')
+    add_flags(parser)
+    args = parser.parse_args()
+    check_flags(args)
+    if args.answers:
+        splits = read_splits(args.questions)
+        if len(args.answers) != len(splits):
+            raise BadInput(f"--answers has {len(args.answers)} files, --questions {len(splits)}; as many are needed.")
+        scores = {}
+        for (split, questions), path in zip(splits.items(), args.answers):
+            scores[split] = score([q["label"] for q in questions], read_answers(path), path)
+        metrics = report(scores, args.out)
+    else:
+        metrics = evaluate(*load(args), args.questions, args.images, args.out, args.suffix, args.batch_size)
+    width = max(map(len, (*metrics, "split")))
+    print(f"{'split':{width}}" + "".join(f"{key.replace('_', ' '):>11}" for key in METRICS) + f"{'n':>8}")
+    for split, s in metrics.items():
+        print(f"{split:{width}}" + "".join(f"{s[key]:11.4f}" for key in METRICS) + f"{s['n']:8d}")
+
+
+if __name__ == "__main__":
+    training.run(main)

@@ -1,0 +1,113 @@
+"""The laboratory: every method x seed in the toy world, by the user's own command lines -> results/results.json and one table.
+
+    python -m lab.reproduce                    # all rows, seeds 0 1 2
+    python -m lab.reproduce --only ipo --seeds 1
+    python -m lab.reproduce --table            # only print the table of what is there
+
+Each cell is one command line and one run folder below results/runs; a finished cell is not run again, an unfinished one is begun
+anew. All methods of a seed start from the same base. The table gives mean and standard deviation over seeds, and the mean
+paired difference to the base. Whatever the README says of results comes from it.
+"""
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import training
+from lab import toyworld
+
+ROWS = {  # row: (what it is, script, data of the toy world, further flags)
+    "dpo": ("DPO, corrected answers (default)", "dpo.py", "rlhf_v.jsonl", []),
+    "dpo-ranked": ("DPO, ranked answers", "dpo.py", "vlfeedback.jsonl", []),
+    "dpo-corrupted": ("DPO, corrupted truth", "dpo.py", "povid.json", []),
+    "ipo": ("IPO, corrected answers", "dpo.py", "rlhf_v.jsonl", ["--loss", "ipo"]),
+    "slic": ("SLiC, corrected answers", "dpo.py", "rlhf_v.jsonl", ["--loss", "slic"]),
+}
+FIGURES = {  # column: where it is in {"pope":, "chair":}
+    "POPE random": ("pope", "random", "accuracy"),
+    "popular": ("pope", "popular", "accuracy"),
+    "adversarial": ("pope", "adversarial", "accuracy"),
+    "yes ratio (adv.)": ("pope", "adversarial", "yes_ratio"),
+    "CHAIR_s": ("chair", "chair_s"),
+    "CHAIR_i": ("chair", "chair_i"),
+    "recall": ("chair", "recall"),
+    "words": ("chair", "length"),
+}
+
+
+def figure(result, place):
+    """The number at a place of {"pope", "chair"}."""
+    for key in place:
+        result = result[key]
+    return result
+
+
+def run_cell(row, seed, quick, folder):
+    """Run one command line to its end -> {"before", "after", "seconds", "minutes", "command"}."""
+    _, script, file, flags = ROWS[row]
+    out = folder / f"{row}-{seed}"
+    flags = [*flags, "--data", str(toyworld.path(seed, file)), "--images", str(toyworld.world(seed) / "images"), "--seed", str(seed)]
+    command = [script, *flags, *(["--steps", "3"] if quick else []), "--out", str(out)]
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"\n{row}, seed {seed}: python {' '.join(command)}", file=sys.stderr)
+    begin = time.time()
+    done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / script), *command[1:]])
+    if done.returncode:
+        raise training.BadInput(f"{row}, seed {seed} ended with status {done.returncode}; call again to go on from here.")
+    summary = json.loads((out / "summary.json").read_text())
+    return summary | {"minutes": round((time.time() - begin) / 60, 2), "command": command}
+
+
+def table(cells):
+    """Cells {row: {seed: summary}} -> Markdown: mean +- standard deviation over seeds, (paired difference to the base)."""
+    lines = ["| method | seeds | " + " | ".join(FIGURES) + " | minutes |", "|---|---|" + "---|" * (len(FIGURES) + 1)]
+
+    def spread(values):
+        return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+    bases = {seed: cell["before"] for row in cells.values() for seed, cell in row.items()}
+    columns = [spread([figure(b, place) for b in bases.values()]) for place in FIGURES.values()]
+    lines.append(f"| base | {len(bases)} | " + " | ".join(columns) + " | |")
+    for row, by_seed in cells.items():
+        columns = []
+        for place in FIGURES.values():
+            after = [figure(c["after"], place) for c in by_seed.values()]
+            change = statistics.mean(a - figure(c["before"], place) for a, c in zip(after, by_seed.values()))
+            columns.append(f"{spread(after)} ({change:+.3f})")
+        minutes = statistics.mean(c["minutes"] for c in by_seed.values())
+        lines.append(f"| {ROWS[row][0]} | {len(by_seed)} | " + " | ".join(columns) + f" | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def main():
+    """Run what is missing, write results.json and table.md, print the table."""
+    parser = training.Parser(__doc__)
+    parser.add_argument("--only", action="append", choices=list(ROWS), metavar="ROW", help=f"one of {', '.join(ROWS)}; may be repeated")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="three steps a cell: does everything still run?")
+    parser.add_argument("--out", default="results", metavar="DIR", help="(default %(default)s)")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    folder = Path(args.out)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    path = folder / ("quick.json" if args.quick else "results.json")
+    cells = json.loads(path.read_text()) if path.exists() else {}
+    for seed in [] if args.table else range(args.seeds):
+        for row in args.only or ROWS:
+            if str(seed) not in cells.get(row, {}):
+                cells.setdefault(row, {})[str(seed)] = run_cell(row, seed, args.quick, folder / "runs")
+                cells = {r: dict(sorted(cells[r].items())) for r in ROWS if r in cells}
+                training.write_json(path, cells)
+    if not cells:
+        raise training.BadInput(f"{path}: no results yet.")
+    text = table(cells)
+    if not args.quick:
+        (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    training.run(main)
