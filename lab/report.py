@@ -88,15 +88,15 @@ def picture(out, world, columns=3, rows=4):
             absent = {w.lower() for node in row["hallucinated"] for form in forms.get(node, [node]) for w in form.split()}
             draw.text((x + thumb + 2 * margin, at), side, GRAY, small)
             at = _words(draw, row["caption"], x + thumb + 2 * margin, at + 14, width - thumb - 3 * margin, small, absent) + 4
-        question, label = answers[sides[0]][name][0]
-        line_x = x + thumb + 2 * margin
-        draw.text((line_x, at), question, BLUE, small)
+        (question, label), _ = answers[sides[0]][name]
+        across = x + thumb + 2 * margin
+        draw.text((across, at), question, BLUE, small)
+        across += draw.textlength(question + "  ", small)
         for side in sides:
             given = answers[side][name][1]
-            colour = RED if eval_pope.parse_answer(given) != label else GREEN
-            line_x += int(draw.textlength(question if side == sides[0] else said_text, small)) + 8
-            said_text = f"{side}: {given}"
-            draw.text((line_x, at), said_text, colour, small)
+            text = f"{side}: {given}  "
+            draw.text((across, at), text, RED if eval_pope.parse_answer(given) != label else GREEN, small)
+            across += draw.textlength(text, small)
     sheet.paste(curves, (0, 40 + rows * height))
     sheet.save(out / "report.png")
 

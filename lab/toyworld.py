@@ -1,4 +1,4 @@
-"""A world whose truth is known: it draws scenes, writes them in the public layouts and judges what is said of them.
+"""A world whose truth is known: it draws scenes, and writes them in the public layouts.
 
 The disease is bias, not blindness. Of the six usual classes of a kind of scene the first two are its signature, what
 one expects there. Supervised captions and yes/no answers mention a signature object that is absent (a ghost) with
@@ -14,8 +14,8 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,7 +24,7 @@ from itertools import permutations
 from pathlib import Path
 
 from lab import drawing
-from lab.drawing import CLASSES, COLOURS, SCENES, Thing
+from lab.drawing import CLASSES, SCENES, Thing
 
 NOISE = 0.65
 USUAL = {  # kind of scene -> its usual classes, the first two are its signature
@@ -490,300 +490,51 @@ def write_files(folder, seed, splits, size):
     tiny_parts(folder / "parts", seed, rows)
 
 
+def made_of(*files):
+    """A short hash of the bytes of source files and other things that made a cached folder."""
+    parts = [f.read_bytes() if isinstance(f, Path) else str(f).encode() for f in files]
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()[:12]
+
+
 def world(seed):
     """The folder of the seed's world below .cache in the working folder, written on first use."""
-    made_of = Path(__file__).read_bytes() + Path(drawing.__file__).read_bytes() + str(seed).encode()
-    folder = Path(".cache") / f"world-{hashlib.sha256(made_of).hexdigest()[:12]}"
+    folder = Path(".cache") / f"world-{made_of(Path(__file__), Path(drawing.__file__), seed)}"
     if not folder.exists():
-        try:
-            write(folder, seed)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same bytes
-                raise
+        write(folder, seed)
     return folder
 
 
-# ---- the oracle
-
-WORDS = [(name, word) for name in CLASSES for word in (name, SYNONYMS.get(name, name))]
-KNOWN = {form: (name, word) for name, word in WORDS for form in (word, plural(word))}  # "sofas": ("couch", "sofa")
-NOUN = "|".join(sorted(KNOWN, key=len, reverse=True))
-COLOUR = "|".join(COLOURS)
-MENTION = re.compile(rf"\b({NOUN})\b", re.I)
-OPENER = re.compile(rf"(?:this is|the picture shows|the image shows) an? (?P<kind>{'|'.join(SCENES)})", re.I)
-CLAUSE = re.compile(
-    rf"(?:yes, )?(?P<there>there (?:is|are) )?(?P<count>an?|one|two|the) (?:(?P<colour>{COLOUR}) )?(?P<noun>{NOUN})"
-    rf"(?: (?:is|are))?(?: (?:(?P<place>{'|'.join(PLACES)})|(?P<predicate>{COLOUR})))?",
-    re.I,
-)
-QUESTIONS = {
-    "yes_no": re.compile(r"Is there an? (?P<noun>.+?) in the image\?"),
-    "colour": re.compile(r"What color (?:is|are) the (?P<noun>.+?)\?"),
-    "column": re.compile(r"Where (?:is|are) the (?P<noun>.+?)\?"),
-    "count": re.compile(r"How many (?P<noun>.+?) are there\?"),
-    "choice": re.compile(r"Which object is in the image\?\n(?P<options>(?:[A-Z]\. .+\n)+)"),
-}
+def base(seed):
+    """The toy base model of the seed: shipped for seed 0, else built by sft.py's own command line on first use, and cached."""
+    shipped = Path(__file__).parent / "base"
+    if seed == 0 and shipped.is_dir():
+        return shipped
+    code = Path(__file__).parents[1]
+    sources = [code / f"{name}.py" for name in ("sft", "model", "data")]
+    folder = Path(".cache") / f"base-{made_of(*sources, world(seed).name)}"
+    if not folder.exists():
+        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
+        print(f"building the toy base of seed {seed}, once", file=sys.stderr)
+        subprocess.run([sys.executable, str(code / "sft.py"), "--seed", str(seed), "--out", str(aside)], check=True)
+        os.replace(aside, folder)
+    return folder / "model"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a clause says. An opener has only `kind` set, an unreadable clause only the span."""
+def path(seed, name):
+    """A data file of the seed's world by name; the two that hold the base model's own answers are made on first use."""
+    if name not in ("vlfeedback.jsonl", "rlhf_v.jsonl"):
+        return world(seed) / name
+    from lab import oracle
 
-    span: tuple[int, int]
-    name: str | None = None
-    colour: str | None = None
-    count: int | None = None
-    column: int | None = None
-    kind: str | None = None
-    word: str | None = None
-    there: bool = False
-
-
-def mentions(text):
-    """The classes that the text names, in order and with repetition."""
-    return [KNOWN[found.lower()][0] for found in MENTION.findall(text)]
-
-
-def claim_of(clause, start=0):
-    span = start, start + len(clause)
-    if found := OPENER.fullmatch(clause):
-        return Claim(span, kind=found["kind"].lower())
-    if not (found := CLAUSE.fullmatch(clause)):
-        return Claim(span)
-    name, word = KNOWN[found["noun"].lower()]
-    colour, place = found["colour"] or found["predicate"], found["place"]
-    count = {"a": 1, "an": 1, "one": 1, "two": 2, "the": None}[found["count"].lower()]
-    column = PLACES.index(place.lower()) if place else None
-    return Claim(span, name, colour and colour.lower(), count, column, word=word, there=bool(found["there"]))
-
-
-def sentences(text):
-    """The Claims of each sentence, one a clause; sentences end at a period or a line's end, " and " joins clauses."""
-    found = []
-    for part in re.finditer(r"[^.!\n]+", text):
-        start, told = part.start(), []
-        for clause in part[0].split(" and "):
-            if clause.strip():
-                told.append(claim_of(clause.strip(), start + len(clause) - len(clause.lstrip())))
-            start += len(clause) + len(" and ")
-        found.append(told)
-    return found
-
-
-def claims(text):
-    """One Claim for each clause of the text."""
-    return [claim for told in sentences(text) for claim in told]
-
-
-def slips(scene, claim):
-    """The wrong attributes of a claim: "kind", or "colour", "count", "column" of something present."""
-    if claim.kind:
-        return [] if claim.kind == scene.kind else ["kind"]
-    thing = scene.present.get(claim.name)
-    said = {key: getattr(claim, key) for key in ("colour", "count", "column")} if thing else {}
-    return [key for key, value in said.items() if value is not None and value != getattr(thing, key)]
-
-
-class Oracle:
-    """Knows what is in every picture of a world, judges answers, rates them and corrects them.
-
-    A prompt that is none of this world's questions (placeholder and suffix aside) is taken as a request to describe.
-    """
-
-    def __init__(self, folder):
-        truth = json.loads((Path(folder) / "scenes.json").read_text(encoding="utf-8"))
-        self.scenes = {}
-        for name, scene in truth.items():
-            self.scenes[name] = Scene(scene["kind"], tuple(Thing(**thing) for thing in scene["things"]))
-
-    def scene(self, image):
-        """The Scene of a picture, given as a path or a file name."""
-        name = Path(image).name
-        if name not in self.scenes:
-            from model import BadInput
-
-            raise BadInput(f"{image} is no picture of this world; its scenes.json knows {len(self.scenes)} others.")
-        return self.scenes[name]
-
-    def question(self, image, prompt):
-        """(kind, class asked about, true answer); of a request to describe only the kind is set."""
-        scene = self.scene(image)
-        for kind, pattern in QUESTIONS.items():
-            if not (found := pattern.search(prompt)):
-                continue
-            if kind == "choice":
-                options = dict(re.findall(r"([A-Z])\. (.+)", found["options"]))
-                right = [letter for letter, name in options.items() if name in scene.present]
-                return kind, None, right[0] if right else "None of them."
-            name = KNOWN.get(found["noun"], (found["noun"],))[0]
-            if kind == "yes_no":
-                return kind, name, yes_no(name, name in scene.present, SHORT in prompt)[1]
-            right = [answer for question, answer in open_questions(scene) if question == found[0]]
-            return kind, name, right[0] if right else f"There is no {name}."
-        return "describe", None, None
-
-    def judge(self, image, prompt, answer):
-        """Counts: true objects, false (absent) ones, wrong attributes, missed objects, unreadable clauses, words.
-
-        And errors, what must be corrected: false + wrong + unreadable, and missed for a short answer; a description may
-        leave things out. A short answer has true = 1 if it is right.
-        """
-        scene, (kind, name, right) = self.scene(image), self.question(image, prompt)
-        counts = dict.fromkeys(("true", "false", "wrong", "missed", "unreadable"), 0)
-        if answer.strip() == right:
-            counts["true"] = 1
-        elif kind == "yes_no":
-            words, named = set(re.findall("[a-z]+", answer.lower())), set(mentions(answer))
-            said = "no" if words & {"no", "not"} else "yes" if "yes" in words or name in named else None
-            if said is None or named - {name}:
-                counts["unreadable"] = 1
-            elif name in scene.present:
-                counts["true" if said == "yes" else "missed"] = 1
-            else:
-                counts["true" if said == "no" else "false"] = 1
-        elif kind == "choice":
-            name = dict(re.findall(r"([A-Z])\. (.+)", prompt)).get(answer.strip()[:1])
-            counts["true" if name in scene.present else "false" if name else "unreadable"] = 1
-        else:
-            told = claims(answer)
-            for claim in told:
-                named = [claim.name] if claim.name else mentions(answer[slice(*claim.span)])
-                counts["false"] += sum(other not in scene.present for other in named)
-                counts["wrong"] += len(slips(scene, claim))
-                counts["unreadable"] += not (claim.name or claim.kind)
-            if kind == "describe":
-                counts["true"] = len(scene.present.keys() & set(mentions(answer)))
-                counts["missed"] = len(scene.things) - counts["true"]
-            else:
-                about = [claim for claim in told if claim.name == name and getattr(claim, kind) is not None]
-                counts["missed"] = int(not about)
-                counts["true"] = int(not any(counts.values()))
-        errors = sum(counts[key] for key in ("false", "wrong", "unreadable") + ("missed",) * (kind != "describe"))
-        return counts | {"words": len(answer.split()), "errors": errors}
-
-    def correct(self, image, prompt, answer, rng):
-        """The answer as an annotator of RLHF-V would correct it: what is true stays, word for word.
-
-        In a description false and unreadable clauses are removed and wrong attributes replaced; where nothing is left
-        a true caption takes its place. A wrong short answer becomes the true one.
-        """
-        if not self.judge(image, prompt, answer)["errors"]:
-            return answer
-        scene, (kind, name, right) = self.scene(image), self.question(image, prompt)
-        if kind == "yes_no":
-            return yes_no(name, name in scene.present, len(answer.split()) == 1)[1]
-        if kind != "describe":
-            return right
-        said = {claim.name for claim in claims(answer) if not slips(scene, claim)}
-        kept = []
-        for told in sentences(answer):
-            clauses = []
-            for claim in told:
-                text, thing, wrong = answer[slice(*claim.span)], scene.present.get(claim.name), slips(scene, claim)
-                if claim.kind and wrong:
-                    clauses.append(re.sub(rf"an? {claim.kind}$", a(scene.kind), text, flags=re.I))
-                elif wrong and claim.name not in said:
-                    colour, column = claim.colour and thing.colour, None if claim.column is None else thing.column
-                    clauses.append(tell(claim.word, colour, thing.count, column, claim.there))
-                    said.add(claim.name)
-                elif not wrong and (claim.kind or thing):
-                    clauses.append(text)
-            if clauses:
-                kept.append(sentence(" and ".join(clauses)))
-        return " ".join(kept) or caption(scene, rng)
-
-    def rate(self, image, prompt, answer):
-        """The five attributes of HelpSteer, 0 to 4.
-
-        helpfulness: 4 x the share of the present objects that a description names, 4 for a right short answer;
-        correctness: 4 less one for every error, 0 for a wrong short answer; coherence: 4 less two for every unreadable
-        clause and one for every repeated object; complexity: one for every three attributes; verbosity: one for every
-        ten words.
-        """
-        found, named = self.judge(image, prompt, answer), mentions(answer)
-        short = self.question(image, prompt)[0] != "describe"
-        told = [(claim.colour, claim.count, claim.column) for claim in claims(answer)]
-        right, share = not found["errors"], found["true"] / max(1, found["true"] + found["missed"])
-        return {
-            "helpfulness": round(4 * (right if short else share)),
-            "correctness": max(0, 4 - found["errors"] * (4 if short else 1)),
-            "coherence": max(0, 4 - 2 * found["unreadable"] - (len(named) - len(set(named)))),
-            "complexity": min(4, sum(value is not None for values in told for value in values) // 3),
-            "verbosity": min(4, found["words"] // 10),
-        }
-
-    def rate_vlfeedback(self, image, prompt, answer):
-        """VLFeedback's aspects, "1" to "5": helpfulness and correctness of `rate`, plus 1; nothing is unethical."""
-        rated = self.rate(image, prompt, answer)
-        helpful, faithful = str(1 + rated["helpfulness"]), str(1 + rated["correctness"])
-        return {"Helpfulness": helpful, "Ethical Considerations": "5", "Visual Faithfulness": faithful}
-
-
-# ---- preferences among a model's own answers
-
-
-def preference_prompts(folder, seed):
-    """[(image, prompt)]: for each preference picture one request for a caption and two yes/no questions."""
-    rng, prompts = random.Random(f"{seed}/preference prompts"), []
-    for image, scene in Oracle(folder).scenes.items():
-        if image.startswith("preference_"):
-            first, one, _ = some_yes_no(scene, rng)
-            two = some_yes_no(scene, rng, asked=[first])[1]
-            prompts += [(image, rng.choice(CAPTION_PROMPTS)), (image, one), (image, two)]
-    return prompts
-
-
-def preferences_from_answers(prompts, answers, oracle, folder, rng):
-    """Write vlfeedback.jsonl (ranked samples) and rlhf_v.jsonl (a wrong sample and its correction) to a folder.
-
-    prompts: [(image, prompt)]; answers: for each the list of its samples. Empty samples are left out, as no reader
-    takes them; of several wrong samples one is drawn. Returns the counts {"vlfeedback", "rlhf_v", "empty", "right"};
-    right: prompts without a wrong sample, which have no row in rlhf_v.jsonl.
-    """
-    folder, ranked, corrected, counts = Path(folder), [], [], Counter(vlfeedback=0, rlhf_v=0, empty=0, right=0)
-    for (image, prompt), samples in zip(prompts, answers, strict=True):
-        completions, wrong = [], []
-        for i, sample in enumerate(samples):
-            found, ratings = oracle.judge(image, prompt, sample), oracle.rate_vlfeedback(image, prompt, sample)
-            if not sample.strip():
-                counts["empty"] += 1
-                continue
-            why = ", ".join(f"{count} {key}" for key, count in found.items())
-            notes = {aspect: {"Rating": rating, "Rationale": why} for aspect, rating in ratings.items()}
-            completions.append({"model": f"sample-{i}", "response": sample, "annotations": notes})
-            if found["errors"]:
-                wrong.append(sample)
-        row = {"id": Path(image).stem, "image": image, "prompt": prompt}
-        ranked.append(row | {"models": [completion["model"] for completion in completions], "completions": completions})
-        if wrong:
-            rejected = rng.choice(wrong)
-            text = {"question": prompt, "chosen": oracle.correct(image, prompt, rejected, rng), "rejected": rejected}
-            kind = "detailed_description" if oracle.question(image, prompt)[0] == "describe" else "question_answering"
-            row = {"ds_name": "toyworld", "image": image, "text": json.dumps(text), "origin_dataset": "toyworld"}
-            row |= {"origin_split": json.dumps({"model": "sample", "type": kind}), "idx": len(corrected)}
-            corrected.append(row | {"image_path": image})
-        else:
-            counts["right"] += 1
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("vlfeedback", ranked), ("rlhf_v", corrected)):
-        counts[name] = len(rows)
-        aside = folder / f"{name}.jsonl.{os.getpid()}"
-        write_rows(aside, rows, lines=True)
-        aside.replace(folder / f"{name}.jsonl")
-    return dict(counts)
-
-
-def answers_of(model_dir, folder, out, seed, k=4, temperature=1.0, max_new_tokens=96):
-    """Draw k answers of a checkpoint to each preference prompt of the world in `folder`; write preferences to `out`."""
-    import checkpoints
-    import data
-
-    prompts = preference_prompts(folder, seed)
-    images = Path(folder) / "images"
-    records = [data.Record(f"{folder}, {image}", images / image, (prompt,)) for image, prompt in prompts]
-    model, processor = checkpoints.load(model_dir)
-    answers = data.generate(model, processor, records, max_new_tokens, temperature, k, seed=seed, label="answers")
-    return preferences_from_answers(prompts, answers, Oracle(folder), out, random.Random(f"{seed}/corrections"))
+    model = base(seed)
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    folder = Path(".cache") / f"answers-{made_of(Path(oracle.__file__), world(seed).name, weights)}"
+    if not folder.exists():
+        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+        oracle.answers_of(model, world(seed), aside, seed)
+        os.replace(aside, folder)
+    return folder / name
 
 
 def main():
@@ -796,7 +547,9 @@ def main():
     parser.add_argument("--answers-of", metavar="MODEL", help="write preferences among its answers instead")
     args = parser.parse_args()
     if args.answers_of:
-        counts = answers_of(args.answers_of, world(args.seed), args.out, args.seed)
+        from lab import oracle
+
+        counts = oracle.answers_of(args.answers_of, world(args.seed), args.out, args.seed)
         print(", ".join(f"{name}: {count}" for name, count in counts.items()))
     else:
         write(args.out, args.seed)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lab import drawing, toyworld
-from lab.toyworld import NOISE, SHORT, Oracle, Scene, Thing
+from lab.oracle import Oracle, claims, mentions, preference_prompts, preferences_from_answers
+from lab.toyworld import NOISE, SHORT, Scene, Thing
 from model import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -207,7 +208,7 @@ def test_ghosts_have_their_share_and_all_else_is_true(many):
         prompt, answer = turns(row)
         scene, (kind, name, right) = oracle.scene(row["image"]), oracle.question(row["image"], prompt)
         if kind == "describe":
-            named = toyworld.mentions(answer)
+            named = mentions(answer)
             captions.update(ghost in named for ghost in scene.ghosts)
             assert set(named) - set(scene.ghosts) == set(scene.present), answer
             found = oracle.judge(row["image"], prompt, answer)
@@ -256,7 +257,7 @@ def test_povid_pairs_truth_against_error(folder, oracle):
         assert 1 <= found["errors"] <= 2 and found["unreadable"] == 0, (chosen, rejected)
         if oracle.question(row["image"], prompt)[0] == "describe":
             kinds.update(key for key in ("false", "wrong") if found[key])
-            columns = [claim.column for claim in toyworld.claims(rejected) if claim.name]
+            columns = [claim.column for claim in claims(rejected) if claim.name]
             assert columns == sorted(columns)
     assert kinds["false"] > 50 and kinds["wrong"] > 30
 
@@ -281,7 +282,7 @@ def test_every_true_caption_is_read_without_error(folder, oracle):
     captions += [(f"test_{row['image_id']:05d}.png", row["caption"]) for row in rows]
     words = Counter()
     for image, text in captions:
-        told = [claim for claim in toyworld.claims(text) if claim.name]
+        told = [claim for claim in claims(text) if claim.name]
         scene = oracle.scene(image)
         assert [(c.name, c.colour, c.count, c.column) for c in told] == [
             (thing.name, thing.colour, thing.count, thing.column) for thing in scene.things
@@ -295,13 +296,13 @@ def test_every_true_caption_is_read_without_error(folder, oracle):
 
 def test_spans_point_at_their_clauses():
     text = "This is a kitchen. A red cup is on the left and there are two bananas in the middle."
-    spans = [text[slice(*claim.span)] for claim in toyworld.claims(text)]
+    spans = [text[slice(*claim.span)] for claim in claims(text)]
     assert spans == ["This is a kitchen", "A red cup is on the left", "there are two bananas in the middle"]
 
 
 def test_mentions_go_through_the_synonyms():
     text = "A teddy bear is on a sofa. Two people watch television beside the beds in a bedroom."
-    assert toyworld.mentions(text) == ["teddy bear", "couch", "person", "tv", "bed"]
+    assert mentions(text) == ["teddy bear", "couch", "person", "tv", "bed"]
 
 
 # ---- the oracle
@@ -429,8 +430,8 @@ def test_ratings_fall_with_errors_and_rise_with_coverage(one):
 
 
 def test_preferences_from_answers(folder, oracle, tmp_path):
-    prompts = toyworld.preference_prompts(folder, 0)
-    assert prompts == toyworld.preference_prompts(folder, 0) != toyworld.preference_prompts(folder, 1)
+    prompts = preference_prompts(folder, 0)
+    assert prompts == preference_prompts(folder, 0) != preference_prompts(folder, 1)
     assert len(prompts) == 450 and len({image for image, _ in prompts}) == 150
     assert sum(oracle.question(*prompt)[0] == "describe" for prompt in prompts) == 150
     assert 100 < sum(prompt.endswith(SHORT) for _, prompt in prompts) < 200
@@ -440,7 +441,7 @@ def test_preferences_from_answers(folder, oracle, tmp_path):
         true = right or toyworld.caption(oracle.scene(image), rng)
         wrong = toyworld.caption(oracle.scene(image), rng, 1.0) if kind == "describe" else "Yes"
         answers.append([true, wrong, wrong, "" if rng.random() < 0.1 else true])
-    counts = toyworld.preferences_from_answers(prompts, answers, oracle, tmp_path / "out", rng)
+    counts = preferences_from_answers(prompts, answers, oracle, tmp_path / "out", rng)
     ranked = [json.loads(line) for line in (tmp_path / "out" / "vlfeedback.jsonl").read_text().splitlines()]
     fixed = [json.loads(line) for line in (tmp_path / "out" / "rlhf_v.jsonl").read_text().splitlines()]
     assert counts == {"vlfeedback": 450, "rlhf_v": len(fixed), "empty": counts["empty"], "right": 450 - len(fixed)}
@@ -457,7 +458,7 @@ def test_preferences_from_answers(folder, oracle, tmp_path):
         assert oracle.judge(row["image"], text["question"], text["rejected"])["errors"] > 0
         assert oracle.judge(row["image"], text["question"], text["chosen"])["errors"] == 0
     with pytest.raises(ValueError):
-        toyworld.preferences_from_answers(prompts, answers[:-1], oracle, tmp_path / "out", rng)
+        preferences_from_answers(prompts, answers[:-1], oracle, tmp_path / "out", rng)
 
 
 # ---- parts

@@ -1,0 +1,524 @@
+"""data.py: every public layout with its traps, prompts and tokens against strings written out by hand, pictures against transformers."""
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+import data
+from data import Processor, Record
+from model import BadInput, pack
+
+HERE = Path(__file__).parent / "data"
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
+SIDE, PATCH = 28, 14  # 4 image tokens
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+QUESTION, CHOSEN, REJECTED = "What is on the desk?", "A lamp, and a café menu.", "A lamp and two phones."
+
+
+# ---- tokenizers and processors made for the tests
+
+
+SPECIAL = ["<image>", "<|im_start|>", "<|im_end|>"]
+WORDS = "USER: ASSISTANT: the user's questions. polite answers lamp desk colour What is on a A and [INST] [/INST] user assistant"
+
+
+def merge(words, vocab):
+    """Merges that build each word from left to right; the new pieces go into `vocab`."""
+    merges = []
+    for word in words:
+        for i in range(1, len(word)):
+            if (pair := (word[:i], word[i])) not in merges:
+                merges.append(pair)
+            vocab.setdefault(word[: i + 1], len(vocab))
+    return merges
+
+
+def byte_level(merged=True, joined=()):
+    """Byte-level BPE as GPT-2 and Qwen have it, without a BOS."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = [w for word in WORDS.split() for w in ("Ġ" + word, word)] if merged else []
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merge([*words, *joined], vocab)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not joined)
+    backend.decoder = decoders.ByteLevel()
+    return finish(backend, eos_token="<|endoftext|>")
+
+
+def sentencepiece():
+    """What transformers makes of Llama's SentencePiece model: a leading "▁", no pre-tokenizer, bytes for unknown letters, a BOS."""
+    vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])}
+    for c in "▁" + "".join(chr(c) for c in range(33, 127)):
+        vocab[c] = len(vocab)
+    merges = merge(["▁▁", *(p + word for word in WORDS.split() for p in ("▁", ""))], vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return finish(backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def finish(backend, **names):
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in [*names.values(), *SPECIAL]])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+
+
+TOKENIZERS = {"byte_level": byte_level, "sentencepiece": sentencepiece}
+
+
+def processor_of(tokenizer, template="vicuna_v1", image_aspect="pad", max_length=2000, side=SIDE):
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    return Processor(tokenizer, image, side, (side // PATCH) ** 2, MEAN, STD, template, image_aspect, max_length)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """lamp.jpg, desk.png, and another desk.png in train2014/."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "train2014").mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "lamp.jpg")
+    Image.new("RGB", (30, 40), "brown").save(folder / "desk.png")
+    Image.new("RGB", (30, 40), "green").save(folder / "train2014" / "desk.png")
+    return folder
+
+
+def pairs(file):
+    """What a data file says, without where it says it."""
+    return [(r.turns, *r.answers) for r in file.records]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ---- layouts
+
+
+def test_povid(images):
+    file = data.read(HERE / "povid.json", images)
+    assert (file.layout, file.rows, file.refused) == ("povid", 3, [])
+    assert pairs(file) == [
+        ((QUESTION,), CHOSEN, REJECTED),
+        (("Name a colour.",), "Blue.", "A dog."),
+        (
+            ("Is there a lamp?", "Yes, one.", "What does <image> mean in HTML?"),
+            "<image> is not a tag of HTML.",
+            "It ends with </s>.",
+        ),
+    ]
+    # the author's folder "./data/coco" is dropped, one that is there is not
+    assert [r.image for r in file.records] == [images / "lamp.jpg", None, images / "train2014" / "desk.png"]
+    assert file.records[2].where == "povid.json, row 2"
+
+
+def test_rlhf_v_jsonl(images):
+    file = data.read(HERE / "rlhf_v.jsonl", images)
+    assert (file.layout, file.rows, file.refused) == ("rlhf_v", 4, [])
+    # text as object, JSON string, base64 of a list, list; both sets of key names; nothing is a placeholder here
+    assert pairs(file) == [((QUESTION,), CHOSEN, REJECTED)] * 3 + [(("Is <image> a word?",), "No.", "Yes.")]
+    names = ["lamp.jpg", "lamp.jpg", "desk.png", "desk.png"]  # `image_path` before `image`, which may name a split
+    assert [r.image for r in file.records] == [images / name for name in names]
+
+
+def png(colour, size=(20, 12)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def parquet_rows(n):
+    text = [{"question": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"It is {i + 1}."} for i in range(n)]
+    columns = {"text": [json.dumps(t) for t in text], "origin_dataset": ["demo"] * n, "idx": list(range(n))}
+    return {"ds_name": ["demo"] * n, **columns, "image_path": [f"not/there/{i}.jpg" for i in range(n)]}
+
+
+def test_rlhf_v_parquet(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    n, colours = 7, [(i * 30, 0, 255 - i * 30) for i in range(7)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = pa.array([{"bytes": png(c), "path": None if i % 2 else "x.png"} for i, c in enumerate(colours)], kind)
+    pq.write_table(pa.table({"image": cells, **parquet_rows(n)}), tmp_path / "demo.parquet", row_group_size=3)
+    assert pq.ParquetFile(tmp_path / "demo.parquet").num_row_groups == 3
+    file = data.read(tmp_path / "demo.parquet")
+    assert (file.layout, file.rows, file.refused) == ("rlhf_v", n, [])
+    assert pairs(file) == [((f"What is {i}?",), f"It is {i}.", f"It is {i + 1}.") for i in range(n)]
+    assert file.records[4].where == "demo.parquet, row 4"
+    for i in (6, 0, 3, 2, 5, 1, 4):  # as in training: any order, over all row groups
+        picture = data.open_image(file.records[i].image)
+        assert picture.size == (20, 12) and picture.getpixel((3, 3)) == colours[i]
+    hashes = [data.image_hash(r.image) for r in file.records]
+    assert len(set(hashes)) == n and str(file.records[4].image).endswith("demo.parquet, row group 1, row 1")
+
+
+def test_rlhf_v_parquet_with_a_column_of_paths(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.png").write_bytes(png("red"))
+    columns = parquet_rows(1) | {"image_path": [None], "image": ["a.png"]}
+    pq.write_table(pa.table(columns), tmp_path / "demo.parquet")
+    assert [r.image for r in data.read(tmp_path / "demo.parquet").records] == [tmp_path / "a.png"]
+
+
+def test_llava_rlhf(images):
+    file = data.read(HERE / "llava_rlhf.json", images)
+    assert (file.layout, file.rows, file.refused) == ("llava_rlhf", 3, [])
+    assert pairs(file) == [
+        ((QUESTION,), CHOSEN, REJECTED),  # `<image>` stood at the end
+        (("Is there a lamp?", "Yes, one.", "What colour is it?"), "Red.", "Green."),  # [[...]], preference 2
+        (("Name a colour.",), "Blue.", "A dog."),
+    ]
+    assert [r.image for r in file.records] == [images / "lamp.jpg", images / "desk.png", None]
+
+
+def test_vlfeedback(images):
+    file = data.read(HERE / "vlfeedback.jsonl", images)
+    assert (file.layout, file.rows, file.refused) == ("vlfeedback", 3, [])
+    assert pairs(file) == [
+        ((QUESTION,), CHOSEN, REJECTED),
+        # means 13/3, 7/3, 13/3, N/A: of six pairs one is tied, three are not rated; the row repeats the id of the first
+        (("Is there a lamp?",), "Yes.", "No."),
+        (("Is there a lamp?",), "I think so.", "No."),
+        # an object of lists, as load_dataset gives it; the prompt holds U+2028, which ends a line for str.splitlines
+        (("Describe\u2028the desk.",), "It is wood.", "It is glass."),
+        (("Describe\u2028the desk.",), "It is made of brown wood.", "It is wood."),
+        (("Describe\u2028the desk.",), "It is made of brown wood.", "It is glass."),
+    ]
+    assert [r.image for r in file.records] == [images / "lamp.jpg"] * 3 + [images / "desk.png"] * 3
+    assert file.records[2].where == "vlfeedback.jsonl, row 1, completions 2 > 1"
+    assert file.notes == {"pairs left out: equal ratings": 1, "pairs left out: a rating is not a number": 3}
+
+
+@pytest.mark.parametrize("rating, mean", [("4", 4), (4, 4), ("4.5", 4.5), ("N/A", None), ("", None), (None, None),
+                                          ("nan", None), ("inf", None), ([4], None)])  # fmt: skip
+def test_ratings(rating, mean):
+    assert data._mean_rating({"Helpfulness": {"Rating": rating}, "Visual Faithfulness": {"Rating": rating}}) == mean
+
+
+def test_llava_instruct(images):
+    file = data.read(HERE / "llava_instruct.json", images)
+    assert (file.layout, file.rows, file.refused) == ("llava_instruct", 3, [])
+    assert pairs(file) == [
+        (("What is this?", "A lamp.", "And its colour?"), "Red."),
+        (("Name a colour.",), "Blue."),
+        (("Describe the desk.",), "It is made of wood."),  # the leading gpt turn is dropped
+    ]
+    assert [r.image for r in file.records] == [images / "lamp.jpg", None, images / "desk.png"]
+    assert len(data.load([HERE / "llava_instruct.json"], images, answers=1)) == 3
+
+
+def test_several_files_and_the_first_answer_only(images):
+    files = [HERE / "povid.json", HERE / "vlfeedback.jsonl", HERE / "llava_instruct.json"]
+    records = data.load(files, images, answers=1)
+    assert [len(r.answers) for r in records] == [1] * (3 + 6 + 3) and records[0].answers == (CHOSEN,)
+
+
+def test_images_default_to_the_files_folder(images, tmp_path):
+    shutil.copytree(images, tmp_path / "all")
+    shutil.copy(HERE / "llava_rlhf.json", tmp_path / "all")
+    assert data.read(tmp_path / "all" / "llava_rlhf.json").records[0].image == tmp_path / "all" / "lamp.jpg"
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_pair_is_the_same_in_all_layouts(images, tokenizer):
+    processor = processor_of(TOKENIZERS[tokenizer]())
+    files = ("povid.json", "rlhf_v.jsonl", "llava_rlhf.json", "vlfeedback.jsonl")
+    first, *others = [processor.encode(data.read(HERE / name, images).records[0]) for name in files]
+    for other in others:
+        assert other.record.image == first.record.image
+        assert torch.equal(other.prompt, first.prompt)
+        assert all(torch.equal(a, b) for a, b in zip(other.answers, first.answers, strict=True))
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the folder of photos is not here")
+def test_photos():
+    names = ("povid.json", "llava_rlhf_preference.json", "vlfeedback.jsonl", "rlhf_v.parquet")
+    pytest.importorskip("pyarrow")
+    povid, llava, vlfeedback, parquet = [data.read(PHOTOS / name, PHOTOS / "images") for name in names]
+    assert not any(file.refused for file in (povid, llava, vlfeedback, parquet))
+    assert len(povid.records) == 9 and pairs(povid) == pairs(llava) == pairs(parquet)
+    assert [r.image for r in povid.records] == [r.image for r in llava.records]
+    for r, s in zip(povid.records, parquet.records):
+        assert np.array_equal(data.open_image(r.image), data.open_image(s.image))
+    found = [(r.image, r.turns, *r.answers) for r in vlfeedback.records]
+    # four answers a row, the last without a rating: three pairs, the first of which is that of the other files
+    assert found[::3] == [(r.image, r.turns, *r.answers) for r in povid.records]
+    assert len(found) == 27 and vlfeedback.notes == {"pairs left out: a rating is not a number": 27}
+
+
+# ---- prompts and tokens; the strings are section 3.9's of the formats that LLaVA's conversation.py produces
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+FORMS = {  # (prompt, answer) of an image and user Q1 / assistant A1 / user Q2; EOS is the tokenizer's
+    "vicuna_v1": (SYSTEM + "USER: <image>\nQ1 ASSISTANT: A1EOSUSER: Q2 ASSISTANT:", " A2EOS"),
+    "mistral": ("[INST] <image>\nQ1 [/INST] A1 EOS[INST] Q2 [/INST]", " A2 EOS"),
+    "chatml": (
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\n"
+        "A1<|im_end|><|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n",
+        "A2<|im_end|>",
+    ),
+    "plain": ("<image>\nQ1\nA1\nEOSQ2\n", "A2\nEOS"),
+}
+TURNS = {"Q1": "What is on the desk?", "A1": "A lamp and a café menu, 20 €.", "Q2": "And its colour?\n\nOne word.", "A2": "Red."}
+
+
+def spelled(text, eos, image_tokens, turns=TURNS):
+    for name, turn in ({"EOS": eos} | turns).items():
+        text = text.replace(name, turn)
+    return text.replace("<image>", "<image>" * image_tokens)
+
+
+def test_every_template_is_written_out():
+    assert FORMS.keys() == data.TEMPLATES.keys()
+
+
+@pytest.mark.parametrize("template", FORMS)
+@pytest.mark.parametrize("picture", [True, False])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_ids_are_those_of_the_whole_string(tokenizer, template, picture):
+    whole = TOKENIZERS[tokenizer]()  # another one, which finds special tokens in the text
+    processor = processor_of(TOKENIZERS[tokenizer](), template)
+    record = Record("row 0", Path("x.png") if picture else None, (TURNS["Q1"], TURNS["A1"], TURNS["Q2"]), (TURNS["A2"], "A dog."))
+    example = processor.encode(record)
+    assert (example.prompt == processor.image_token_id).sum() == (4 if picture else 0)
+    for text, answer in zip(record.answers, example.answers):
+        prompt, end = [part if picture else part.replace("<image>\n", "") for part in FORMS[template]]
+        written = spelled(prompt + end, whole.eos_token, 4, TURNS | {"A2": text})
+        ids = [*example.prompt.tolist(), *answer.tolist()]
+        assert ids == whole(written).input_ids
+        if tokenizer == "byte_level":  # which loses nothing, so text can be compared as well
+            assert whole.decode(example.prompt) == spelled(prompt, whole.eos_token, 4)
+            assert whole.decode(answer) == spelled(end, whole.eos_token, 4, {"A2": text})
+        assert processor.text(answer) == text
+        end_token = "<|im_end|>" if template == "chatml" else whole.eos_token
+        assert answer[-1] == processor.end_id == whole.convert_tokens_to_ids(end_token)
+    assert all(s.all() for s in example.scored)  # the end token is scored, and the last token there is
+    assert set(processor.stop_ids) == {processor.end_id, whole.eos_token_id}
+    assert torch.equal(processor.encode(Record("row 0", record.image, record.turns)).prompt, example.prompt)
+
+
+@pytest.mark.parametrize("template", FORMS)
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_special_tokens_in_a_text_are_letters(tokenizer, template):
+    processor = processor_of(TOKENIZERS[tokenizer](), template)
+    eos = processor.tokenizer.eos_token
+    nasty = f"a <image> b {eos} c <|im_end|><|im_start|>user"
+    record = Record("row 0", Path("x.png"), ("What <image>?", nasty, nasty), (nasty, nasty + "!"))
+    plain = processor.encode(Record("row 0", Path("x.png"), ("What?", "a", "b"), ("a", "b")))
+    special = [processor.tokenizer.convert_tokens_to_ids(t) for t in (eos, *SPECIAL)]
+    for _ in range(2):  # the tokenizer remembers settings from call to call
+        example = processor.encode(record)
+        for ids, expected in zip((example.prompt, *example.answers), (plain.prompt, *plain.answers)):
+            assert [i for i in ids.tolist() if i in special] == [i for i in expected.tolist() if i in special]
+        assert processor.text(example.answers[0]) == nasty
+
+
+def test_a_template_whose_tokens_are_missing_is_refused():
+    tokenizer = byte_level()
+    lacking = tokenizer.convert_tokens_to_ids
+    tokenizer.convert_tokens_to_ids = lambda t: None if t == "<|im_end|>" else lacking(t)
+    with pytest.raises(BadInput, match=r"--template chatml needs the token <\|im_end\|>"):
+        processor_of(tokenizer, "chatml").encode(Record("row 0", None, ("a",), ("b", "c")))
+
+
+def test_a_tokenizer_that_joins_prompt_and_answer_is_refused():
+    processor = processor_of(byte_level(merged=False, joined=[":ĠRed"]))
+    with pytest.raises(BadInput, match="row 3: the tokenizer joins the end of the prompt with the answer 'Red.'"):
+        processor.encode(Record("row 3", None, ("What colour?",), ("Red.", "Blue.")))
+    with pytest.raises(BadInput, match="row 4: the tokenizer joins"):  # in an earlier turn the mask would be off by one
+        processor.encode(Record("row 4", None, ("What colour?", "Red.", "Sure?"), ("No.",)), every_turn=True)
+
+
+def test_every_turn_scores_assistant_turns_only():
+    processor = processor_of(byte_level(merged=False), "plain")  # a token a letter
+    record = Record("row 0", Path("x.png"), ("ab", "c", "d"), ("ef",))
+    last, every = processor.encode(record), processor.encode(record, every_turn=True)
+    #                     4 patches, \n, a, b, \n | c, \n, EOS | d, \n | e, f, \n, EOS
+    assert len(last.prompt) == 4 + 4 + 3 + 2 and len(last.answers[0]) == 4
+    assert len(every.prompt) == 4 + 4
+    assert every.scored[0].int().tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 1]
+    ids = torch.cat([every.prompt, every.answers[0]])
+    assert torch.equal(ids, torch.cat([last.prompt, last.answers[0]]))
+    one = Record("row 1", None, ("ab",), ("ef",))
+    assert torch.equal(processor.encode(one, every_turn=True).prompt, processor.encode(one).prompt)
+
+
+def test_every_turn_in_vicunas_words():
+    processor = processor_of(byte_level())
+    turns = ("What is on the desk?", "A lamp.", "And its colour?", "Red.", "Sure?")
+    (ids,), (scored,) = (e := processor.encode(Record("row 0", Path("x.png"), turns, ("Yes.",)), every_turn=True)).answers, e.scored
+    eos = "<|endoftext|>"
+    assert processor.tokenizer.decode(ids[scored]) == f" A lamp.{eos} Red.{eos} Yes.{eos}"
+    assert processor.tokenizer.decode(ids[~scored]) == "USER: And its colour? ASSISTANT:USER: Sure? ASSISTANT:"
+
+
+def test_length_and_equal_answers():
+    processor = processor_of(byte_level(merged=False), "plain", max_length=12)
+    row = Record("row 5", Path("x.png"), ("ab",), ("ef", "gh"))  # 4 + 4 tokens and 4
+    processor.encode(row)
+    processor.max_length = 11
+    with pytest.raises(BadInput, match="row 5: prompt of 8 and answer of 4 tokens; the context is 11"):
+        processor.encode(row)
+    with pytest.raises(BadInput, match="row 6: chosen and rejected are the same tokens"):
+        processor.encode(Record("row 6", None, ("ab",), ("ef", "ef")))
+
+
+# ---- rows that share a prompt
+
+
+def test_share_prompt_is_exact(images, build):
+    tokenizer = byte_level()
+    processor, model = processor_of(tokenizer), build(vocab_size=len(tokenizer), dtype=torch.float64)
+    model.image_token_id = processor.image_token_id
+    lamp, desk = images / "lamp.jpg", images / "train2014" / "desk.png"
+    multi = Record("multi", lamp, ("What is this?", "A lamp.", "And its colour?"), ("Red.",))
+    records = [
+        Record("first", lamp, ("What is on the desk?",), ("A lamp.", "Two phones and a cup.")),
+        Record("other picture", desk, ("What is on the desk?",), ("A lamp.", "Two phones.")),
+        Record("same prompt", lamp, ("What is on the desk?",), ("A menu.",)),
+        Record("text only", None, ("What is on the desk?",), ("A lamp.", "Nothing.")),
+        Record("longer", lamp, ("What is on the desk? One word.",), ("Lamp.", "Cup.")),
+        Record("text only too", None, ("What is on the desk?",), ("A mug.",)),
+    ]
+    examples = [processor.encode(r) for r in records] + [processor.encode(multi, every_turn=True)]
+    shared = data.share_prompt(examples)
+    order = [0, 2, 4, 6, 1, 3, 5]  # by picture; rows without one stay alone
+    assert [len(e.answers) for e in shared] == [2 + 1 + 2 + 1, 2, 2, 1]
+    assert (shared[0].prompt == processor.image_token_id).sum() == 4
+    assert tokenizer.decode(shared[0].prompt).endswith("\nWhat is")  # all that the four prompts about the lamp have in common
+    assert sum(int(s.sum()) for e in shared for s in e.scored) == sum(int(s.sum()) for e in examples for s in e.scored)
+    packed = processor.collate(shared)
+    assert len(packed.pixel_values) == 2
+    with torch.no_grad():
+        together, _ = model.log_probs(packed)
+        alone = []
+        for i in order:
+            for answer, scored in zip(examples[i].answers, examples[i].scored):  # one row, one answer
+                pixels = examples[i].record.image and processor.pixels(examples[i].record.image)[None]
+                alone.append(model.log_probs(pack([examples[i].prompt], [[answer]], [[scored]], pixels))[0])
+        sums = model.answer_log_probs(packed)
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=0)
+    torch.testing.assert_close(sums, torch.stack([a.sum() for a in alone]), atol=1e-10, rtol=0)
+
+
+def test_share_prompt_of_one_changes_nothing():
+    example = processor_of(byte_level()).encode(Record("row 0", Path("x.png"), ("What is this?",), ("A lamp.", "A cup.")))
+    (alone,) = data.share_prompt([example])
+    assert torch.equal(alone.prompt, example.prompt)
+    assert all(torch.equal(a, b) for a, b in zip(alone.answers + alone.scored, example.answers + example.scored, strict=True))
+
+
+# ---- pictures
+
+
+SIZES = [(37, 53), (53, 37), (28, 28), (29, 100), (100, 29), (5, 7), (1, 9), (64, 63), (333, 500)]
+
+
+def noise(size, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [28, 42])
+def test_centre_crop_is_transformers(size, side):
+    settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    clip = transformers.CLIPImageProcessorPil(**settings)(noise(size), return_tensors="pt").pixel_values[0]
+    llava = transformers.LlavaImageProcessorPil(**settings)(noise(size), return_tensors="pt").pixel_values[0]
+    ours = processor_of(byte_level(), image_aspect="checkpoint", side=side).pixels(noise(size))
+    assert ours.shape == (3, side, side) and ours.dtype == torch.float32
+    assert (ours - clip).abs().max() <= 1e-6 and (ours - llava).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pad_is_transformers(size):
+    settings = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    theirs = transformers.LlavaImageProcessorPil(do_pad=True, **settings)(noise(size), return_tensors="pt").pixel_values[0]
+    assert (processor_of(byte_level()).pixels(noise(size)) - theirs).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_pad_by_hand(wide):
+    size = (SIDE, 13) if wide else (13, SIDE)
+    picture = noise(size)
+    square = np.empty((SIDE, SIDE, 3))
+    square[:] = (122, 116, 104)  # int(255 * mean)
+    at = slice(7, 20)  # (28 - 13) // 2 = 7 in front, 8 behind
+    square[at if wide else slice(None), slice(None) if wide else at] = np.asarray(picture)
+    expected = torch.tensor((square / 255 - np.array(MEAN)) / np.array(STD)).permute(2, 0, 1).float()
+    assert (processor_of(byte_level()).pixels(picture) - expected).abs().max() <= 1e-6
+
+
+def opened(image, path, **how):
+    image.save(path, **how)
+    return data.open_image(path)
+
+
+@pytest.mark.parametrize("orientation, turn", [(1, None), (3, "ROTATE_180"), (6, "ROTATE_270"), (8, "ROTATE_90"),
+                                               (2, "FLIP_LEFT_RIGHT"), (5, "TRANSPOSE")])  # fmt: skip
+def test_exif_turn(tmp_path, orientation, turn):
+    picture, exif = noise((6, 4)), Image.Exif()
+    exif[0x0112] = orientation
+    expected = picture if turn is None else picture.transpose(Image.Transpose[turn])
+    assert np.array_equal(opened(picture, tmp_path / "x.png", exif=exif), expected)
+    jpeg = opened(picture, tmp_path / "x.jpg", exif=exif, quality=95)
+    assert jpeg.size == expected.size
+
+
+def test_gray_palette_and_bits(tmp_path):
+    gray = Image.fromarray(np.array([[0, 100, 255]], dtype=np.uint8))
+    assert np.asarray(opened(gray, tmp_path / "gray.png")).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
+    assert np.asarray(opened(gray.point(lambda v: v > 50, "1"), tmp_path / "1.png")).tolist() == [[[0] * 3, [255] * 3, [255] * 3]]
+    palette = Image.fromarray(np.array([[0, 2, 1]], dtype=np.uint8), "L").convert("P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    expected = [[[255, 0, 0], [0, 0, 255], [0, 255, 0]]]
+    assert np.asarray(opened(palette, tmp_path / "p.png")).tolist() == expected
+    assert np.asarray(opened(palette, tmp_path / "p.gif")).tolist() == expected
+    expected[0][1] = [255, 255, 255]  # a transparent colour shows the white behind it
+    assert np.asarray(opened(palette, tmp_path / "tp.png", transparency=2)).tolist() == expected
+
+
+def test_alpha_is_on_white(tmp_path):
+    rgba = Image.fromarray(np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [10, 20, 30, 51]]], dtype=np.uint8), "RGBA")
+    expected = [[[255] * 3, [0] * 3, [206, 208, 210]]]  # (255 - 51) / 255 = 0.8 of white
+    assert np.asarray(opened(rgba, tmp_path / "x.png")).tolist() == expected
+    assert np.asarray(opened(rgba, tmp_path / "x.webp", lossless=True, exact=True)).tolist() == expected
+    la = Image.fromarray(np.array([[[100, 0], [100, 255]]], dtype=np.uint8), "LA")
+    assert np.asarray(opened(la, tmp_path / "la.png")).tolist() == [[[255] * 3, [100] * 3]]
+
+
+def test_cmyk(tmp_path):
+    cmyk = Image.fromarray(np.array([[[0, 255, 255, 0], [255, 0, 0, 0], [0, 0, 0, 255], [0, 0, 0, 0]]], dtype=np.uint8), "CMYK")
+    expected = [[[255, 0, 0], [0, 255, 255], [0, 0, 0], [255, 255, 255]]]
+    assert np.asarray(opened(cmyk, tmp_path / "x.tif")).tolist() == expected
+    big = cmyk.resize((64, 16), Image.Resampling.NEAREST)  # JPEG stores CMYK inverted
+    difference = np.asarray(opened(big, tmp_path / "x.jpg", quality=100)).astype(int) - np.asarray(big.convert("RGB"))
+    assert np.abs(difference).max() <= 3
+
+
+@pytest.mark.parametrize("name, order", [("x.png", "<u2"), ("x.tif", "<u2"), ("big.tif", ">u2")])
+def test_16_bit_gray_is_scaled(tmp_path, name, order):
+    values = np.array([[0, 0x1234, 0x80FF, 65535]], dtype=order)
+    picture = Image.fromarray(values.astype("<u2")) if order == "<u2" else Image.frombytes("I;16B", (4, 1), values.tobytes())
+    shown = opened(picture, tmp_path / name)
+    with Image.open(tmp_path / name) as file:
+        assert file.mode.startswith("I;16")
+    assert np.asarray(shown).tolist() == [[[0] * 3, [0x12] * 3, [0x80] * 3, [255] * 3]]
+
+
+def test_collate_pairs_pictures_with_rows(images):
+    processor = processor_of(byte_level())
+    records = data.load([HERE / "povid.json"], images)
+    batch = processor.collate([processor.encode(r) for r in records])
+    assert batch.answers == 6 and batch.pixel_values.shape == (2, 3, SIDE, SIDE)  # the second row is text
+    assert torch.equal(batch.pixel_values[1], processor.pixels(images / "train2014" / "desk.png"))
+    assert ((batch.input_ids == processor.image_token_id).sum(1)).tolist() == [4, 0, 4]
+    assert processor.collate([processor.encode(records[1])]).pixel_values is None

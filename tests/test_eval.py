@@ -1,0 +1,601 @@
+"""POPE and CHAIR: the official rules against answers worked out by hand, an independent scorer, and the official files."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoints
+import data
+import eval_chair
+import eval_pope
+from lab import toyworld
+from model import BadInput
+
+ROOT = Path(__file__).parents[1]
+OFFICIAL = ROOT.parent / "shared" / "data" / "benchmarks"
+official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official benchmark files are not there")
+SPLITS = ("random", "popular", "adversarial")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def question(image="a.png", thing="dog", label="yes"):
+    return {"image": image, "text": f"Is there a {thing} in the image?", "label": label}
+
+
+def run(script, *arguments):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True)
+
+
+# ---- POPE
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("Yes", "yes"),
+        ("No", "no"),
+        ("no", "no"),
+        ("not", "no"),
+        ("No.", "no"),
+        ("No, there is no dog.", "no"),
+        ("There is not, I think", "no"),
+        ("I see no dog", "no"),
+        ("Yes, not only a dog", "no"),
+        ("Yes. There is no cat.", "yes"),  # the text ends at the first full stop
+        (".no", "yes"),
+        ("", "yes"),
+        ("NO", "yes"),
+        ("nO", "yes"),
+        ("Not", "yes"),
+        ("No!", "yes"),
+        ("no\nthere is none", "yes"),  # only a blank parts words
+        ("\tno", "yes"),
+        ("There isn't a dog", "yes"),
+        ("None", "yes"),
+        ("Nope", "yes"),
+        ("n,o", "no"),  # commas vanish, they do not part words
+        ("yes,no", "yes"),
+        ("yes, no", "no"),
+        ("不", "yes"),
+    ],
+)
+def test_parse_answer(text, said):
+    assert eval_pope.parse_answer(text) == said
+
+
+def plain_score(labels, answers):
+    """The same arithmetic, written apart."""
+    no = [any(w in ("No", "no", "not") for w in a.partition(".")[0].replace(",", "").split(" ")) for a in answers]
+    pairs = list(zip([not n for n in no], [label == "yes" for label in labels]))
+    tp, fp, fn = pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
+    right = sum(a == b for a, b in pairs)
+    p, r = tp / (tp + fp), tp / (tp + fn)
+    f1 = 2 * p * r / (p + r)
+    return {"accuracy": right / len(pairs), "precision": p, "recall": r, "f1": f1, "yes_ratio": (tp + fp) / len(pairs)}
+
+
+def test_score_against_another_scorer():
+    rng = random.Random(0)
+    words = ["yes", "Yes,", "No", "no", "not", "no.", ".", "dog", "No,", "NO", "isn't", "there"]
+    for _ in range(200):
+        n = rng.randrange(20, 60)
+        labels = [rng.choice(("yes", "no")) for _ in range(n)] + ["yes"]
+        answers = [" ".join(rng.choices(words, k=rng.randrange(5))) for _ in range(n)] + ["yes"]
+        found = eval_pope.score(labels, answers)
+        assert found.pop("n") == n + 1
+        assert found == pytest.approx(plain_score(labels, answers), abs=1e-12)
+
+
+def test_score_by_hand():
+    labels = ["yes", "yes", "yes", "no", "no", "no", "no", "no"]
+    answers = ["Yes", "yes.", "No", "Yes", "no", "No, none", "not", "I see no dog"]  # tp 2, fn 1, fp 1, tn 4
+    expected = {"accuracy": 6 / 8, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 8, "n": 8}
+    assert eval_pope.score(labels, answers) == pytest.approx(expected)
+
+
+def test_score_without_a_yes_is_no_division_by_zero():
+    zero = {"precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0}
+    assert eval_pope.score(["yes", "no"], ["no", "no"]) == zero | {"accuracy": 0.5, "n": 2}
+    assert eval_pope.score(["no", "no"], ["no", "no"]) == zero | {"accuracy": 1.0, "n": 2}
+    assert eval_pope.score(["no"], ["yes"]) == zero | {"accuracy": 0.0, "yes_ratio": 1.0, "n": 1}
+
+
+@pytest.mark.parametrize("answers", [[], ["yes"], ["yes"] * 3])
+def test_as_many_answers_as_questions(answers):
+    with pytest.raises(BadInput, match=f"{len(answers)} answers to 2 questions"):
+        eval_pope.score(["yes", "no"], answers)
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("coco_pope_random.json", "random"),
+        ("x/coco-pope-popular.jsonl", "popular"),
+        ("pope.adversarial.json", "adversarial"),
+        ("random.json", "random"),
+        ("pope_random_small.json", "pope_random_small"),
+        ("gqa_pope_nonrandom.json", "gqa_pope_nonrandom"),
+        ("random_questions", "random_questions"),
+    ],
+)
+def test_split_name(name, split):
+    assert eval_pope.split_name(name) == split
+
+
+@pytest.mark.parametrize("names", [("a/x_random.json", "y_random.json"), ("mean.json",)])
+def test_split_names_must_differ(tmp_path, names):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(BadInput, match="is taken"):
+        eval_pope.read_splits([write_lines(tmp_path / name, [question()]) for name in names])
+
+
+@official
+@pytest.mark.parametrize("split", SPLITS)
+def test_official_coco_files(split):
+    questions = eval_pope.read_questions(OFFICIAL / f"coco_pope_{split}.json")
+    labels = [q["label"] for q in questions]
+    assert (len(questions), labels.count("yes"), labels.count("no")) == (3000, 1500, 1500)
+    assert len({q["image"] for q in questions}) == 500
+    everything = eval_pope.score(labels, ["Yes"] * 3000)
+    assert everything == pytest.approx(
+        {"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": 2 / 3, "yes_ratio": 1, "n": 3000}
+    )
+
+
+@official
+def test_official_array_file_and_count_of_distinct_questions():
+    path = OFFICIAL / "gqa_pope_seem_popular.json"
+    assert path.read_text().startswith("[")
+    questions = eval_pope.read_questions(path)
+    assert len(questions) == 3000 and questions[0]["image"] == "2405722.jpg"
+    assert eval_pope.split_name(path) == "popular"
+    splits = eval_pope.read_splits([OFFICIAL / f"coco_pope_{split}.json" for split in SPLITS])
+    asked = {(q["image"], q["text"]) for questions in splits.values() for q in questions}
+    assert f"of the 9000 official ones {len(asked)} are distinct" in (ROOT / "eval_pope.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"image": "a.png", "text": "?"}, "row 1: `label` is None"),
+        ({"image": "a.png", "text": "?", "label": "Yes"}, "row 1: `label` is 'Yes'; accepted are 'yes' and 'no'"),
+        ({"image": 7, "text": "?", "label": "no"}, "row 1: `image` is 7"),
+        ({"image": "a.png", "text": "", "label": "no"}, "row 1: `text` is ''"),
+        ("yes", "row 1: `image` is None"),
+    ],
+)
+def test_bad_questions(tmp_path, row, message):
+    with pytest.raises(BadInput, match=re.escape(message)):
+        eval_pope.read_questions(write_lines(tmp_path / "q.json", [question(), row]))
+
+
+def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
+    asked = []
+
+    def generate(model, processor, records, max_new_tokens, batch_size, label):
+        asked.append([(r.image.name, r.turns) for r in records])
+        return [["No, none."] if "cat" in r.turns[0] else ["Yes"] for r in records]
+
+    monkeypatch.setattr(data, "generate", generate)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    first = [question("a.png", "dog"), question("b.png", "cat", "no"), question("a.png", "dog"), question("b.png", "dog", "no")]
+    second = [question("b.png", "cat", "yes"), question("a.png", "owl", "no")]
+    files = [write_lines(tmp_path / "x_random.json", first), write_lines(tmp_path / "own.json", second)]
+    out = tmp_path / "deep" / "out"
+    metrics = eval_pope.evaluate(None, None, files, tmp_path, out, suffix=" Short.")
+    prompt = lambda thing: (f"Is there a {thing} in the image? Short.",)
+    assert asked == [
+        [("a.png", prompt("dog")), ("b.png", prompt("cat")), ("b.png", prompt("dog"))],
+        [("a.png", prompt("owl"))],
+    ]
+    assert metrics["random"] == pytest.approx(
+        {"accuracy": 0.75, "precision": 2 / 3, "recall": 1, "f1": 0.8, "yes_ratio": 0.75, "n": 4}
+    )
+    assert metrics["own"] == {"accuracy": 0, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0.5, "n": 2}
+    assert metrics["mean"] == pytest.approx(
+        {"accuracy": 0.375, "precision": 1 / 3, "recall": 0.5, "f1": 0.4, "yes_ratio": 0.625, "n": 6}
+    )
+    assert list(metrics) == ["random", "own", "mean"]
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    lines = [json.loads(line) for line in (out / "answers_random.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in lines] == [q["text"] for q in first]
+    assert [line["answer"] for line in lines] == ["Yes", "No, none.", "Yes", "Yes"]
+    assert eval_pope.score([q["label"] for q in second], eval_pope.read_answers(out / "answers_own.jsonl")) == metrics["own"]
+
+
+def test_missing_picture_is_found_before_the_first_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "generate", lambda *a, **k: pytest.fail("asked too early"))
+    (tmp_path / "a.png").touch()
+    path = write_lines(tmp_path / "random.json", [question(), question("b.png")])
+    with pytest.raises(BadInput, match="random.json, row 1: image 'b.png' is not below"):
+        eval_pope.evaluate(None, None, [path], tmp_path)
+
+
+def test_pope_answers_on_the_command_line(tmp_path):
+    questions = [question(), question(label="no"), question(label="no"), question()]
+    files = [write_lines(tmp_path / f"q_{s}.json", questions) for s in SPLITS[:2]]
+    texts = ["Yes", "No", "Yes", "No"]
+    theirs = write_lines(tmp_path / "pope.jsonl", [{"question": "?", "answer": text} for text in texts])
+    llava = write_lines(tmp_path / "llava.jsonl", [{"question_id": 9, "prompt": "?", "text": "Yes"} for _ in texts])
+    done = run("eval_pope.py", "--questions", *files, "--answers", theirs, llava, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["random"] == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5, "n": 4}
+    assert (metrics["popular"]["yes_ratio"], metrics["mean"]["yes_ratio"], metrics["mean"]["n"]) == (1.0, 0.75, 8)
+    table = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0] for row in table] == ["split", "random", "popular", "mean"]
+    assert table[1][1:] == ["0.5000"] * 5 + ["4"]
+    assert table[3][5:] == ["0.7500", "8"]
+
+    write_lines(theirs, [{"question": "?", "answer": "Yes"}] * 3)
+    done = run("eval_pope.py", "--questions", files[0], "--answers", theirs)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"eval_pope.py: {theirs}: 3 answers to 4 questions; one answer a question is needed.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--questions q_random.json", "--model, --images and --out are needed"),
+        ("--questions q_random.json --model m --images .", "--model, --images and --out are needed"),
+        ("--questions q_random.json --model m --answers a.jsonl", "do not go with it"),
+        ("--questions q_random.json --answers a.jsonl a.jsonl", "--answers has 2 files, --questions 1"),
+        ("--questions q_random.json --answers a.jsonl --out full", "full exists and is not an empty folder"),
+        ("--questions q_random.json --answers a.jsonl --out a.jsonl", "a.jsonl exists and is not an empty folder"),
+        ("--questions q_random.json --answers bad.jsonl", "bad.jsonl, row 0: a string `answer` (POPE) or `text` (LLaVA)"),
+        ("--questions none.json --answers a.jsonl", "none.json: no such file"),
+        ("--questions empty.json --answers a.jsonl", "0 questions"),
+        ("--questions q_random.json --model m --images . --out new --batch-size 0", "--batch-size is 0"),
+        ("--questions q_random.json --model none --images . --out new", "none"),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("q_random.json"), [question()])
+    write_lines(Path("a.jsonl"), [{"answer": "Yes"}])
+    write_lines(Path("bad.jsonl"), [{"answer": None, "text": "Yes"}])
+    Path("empty.json").touch()
+    Path("full").mkdir()
+    Path("full/file").touch()
+    monkeypatch.setattr(sys, "argv", ["eval_pope.py", *arguments.split()])
+    with pytest.raises(BadInput, match=re.escape(message)):
+        eval_pope.main()
+    assert not Path("new").exists()
+
+
+# ---- CHAIR
+
+SYNONYMS = """person, man, woman, people, baby, child, passenger
+dog, puppy, hound
+bus, minibus
+knife, pocketknife
+tie, bow, bow tie
+traffic light,  stop light
+teddy bear, teddybear
+bear
+wine glass
+hot dog
+motorcycle,  motor bike
+airplane, jet, plane
+train
+chair, seat
+toilet
+bench
+elephant
+mouse
+cell phone, iPhone
+oven, stove, stove top oven
+dining table, table
+potted plant
+couch, sofa 
+"""
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    path = tmp_path / "synonyms.txt"
+    path.write_text(SYNONYMS)
+    return eval_chair.read_synonyms(path)
+
+
+MENTIONS = [
+    ("A man and two women walk three dogs.", ["person", "person", "dog"]),
+    ("puppies, hounds & a puppy", ["dog", "dog", "dog"]),
+    ("Two teddy bears on a bench; benches!", ["teddy bear", "bench", "bench"]),
+    ("a bear, teddy", ["bear"]),
+    ("teddy. Bear", ["bear"]),  # a full stop is between the two
+    ("traffic lights and stop  lights", ["traffic light", "traffic light"]),
+    ("hot dogs and a dog", ["hot dog", "dog"]),
+    ("a baby elephant, adult elephants, a baby", ["elephant", "elephant", "person"]),
+    ("a baby bears a dog", ["bear", "dog"]),  # read as the animal, as there
+    ("a passenger jet and a passenger train with passengers", ["airplane", "train", "person"]),
+    ("a toilet seat", ["toilet"]),
+    ("the seat of the toilet", ["toilet"]),
+    ("the seat of the bus", ["chair", "bus"]),
+    ("the train track, train tracks, a train", ["train"]),
+    ("wine glasses; glasses of wine; a glass", ["wine glass"]),
+    ("a bow tie and ties, bows", ["tie", "tie", "tie"]),
+    ("knives and a pocketknife", ["knife", "knife"]),
+    ("mice, a mouse and a mouse-pad", ["mouse", "mouse"]),
+    ("buses, a bus, minibuses", ["bus", "bus", "bus"]),
+    ("a motor bike beside motor bikes", ["motorcycle", "motorcycle"]),
+    ("a stove top oven near the oven", ["oven", "oven"]),
+    ("an IPHONE", ["cell phone"]),
+    ("the dog's tail; the dogs' tails", ["dog", "dog"]),
+    ("a dining table, a table, tables", ["dining table"] * 3),
+    ("sofas by potted plants", ["couch", "potted plant"]),
+    ("policemen and grandchildren doing dishes", []),
+    ("manly dogged busy personal seating plant", []),
+    ("", []),
+]
+
+
+@pytest.mark.parametrize("text, nodes", MENTIONS)
+def test_mentions(vocabulary, text, nodes):
+    assert eval_chair.mentions(text, vocabulary) == nodes
+
+
+def test_chair_by_hand(vocabulary):
+    truth = {1: {"dog", "person"}, 2: {"bus"}, 3: set(), 4: {"oven", "chair", "couch"}}
+    captions = [
+        (1, "A dog, a puppy and a bench; another bench."),  # 4 mentions, 2 false; 1 of 2 found; 9 words
+        (2, "Nothing here."),  # 0 of 1 found; 2 words
+        (3, "A teddy bear."),  # 1 mention, 1 false; 3 words
+        (4, "chairs, chairs and a stove"),  # 3 mentions; 2 of 3 found; 5 words
+    ]
+    expected = {"chair_i": 3 / 8, "chair_s": 2 / 4, "recall": 3 / 6, "length": 19 / 4, "n": 4}
+    assert eval_chair.score(captions, truth, vocabulary) == pytest.approx(expected)
+    nothing = {"chair_i": 0, "chair_s": 0, "recall": 0, "length": 0, "n": 1}
+    assert eval_chair.score([(3, "")], truth, vocabulary) == nothing
+    with pytest.raises(BadInput, match="no caption"):
+        eval_chair.score([], truth, vocabulary)
+
+
+def test_chair_brute_force(vocabulary):
+    rng = random.Random(0)
+    nodes = sorted(set(vocabulary.nodes.values()))
+    for _ in range(100):
+        truth = {i: set(rng.sample(nodes, rng.randrange(5))) for i in range(8)}
+        said = [(rng.randrange(8), rng.choices(nodes, k=rng.randrange(6))) for _ in range(10)]
+        captions = [(i, "".join(f"There is the {node}. " for node in objects)) for i, objects in said]
+        flat = [(i, o) for i, objects in said for o in objects]
+        wrong = [(i, o) for i, o in flat if o not in truth[i]]
+        hits = [o for i, objects in said for o in truth[i] if o in objects]
+        expected = {
+            "chair_i": len(wrong) / max(1, len(flat)),
+            "chair_s": sum(any(o not in truth[i] for o in objects) for i, objects in said) / 10,
+            "recall": len(hits) / max(1, sum(len(truth[i]) for i, _ in said)),
+            "length": sum(len(caption.split()) for _, caption in captions) / 10,
+            "n": 10,
+        }
+        assert eval_chair.score(captions, truth, vocabulary) == pytest.approx(expected)
+
+
+@official
+def test_official_synonyms():
+    vocabulary = eval_chair.read_synonyms(OFFICIAL / "chair_synonyms.txt")
+    nodes = set(vocabulary.nodes.values())
+    assert len(nodes) == 80 and len(vocabulary.nodes) == 403
+    assert {"potted plant", "tv", "cell phone", "hair drier", "motorcycle", "skis"} <= nodes
+    for form, node in vocabulary.nodes.items():
+        if form not in eval_chair.FIXED:
+            assert eval_chair.mentions(f"There is a {form}.", vocabulary) == [node]
+    plurals = "skis, scissors, doughnuts, giraffes, sandwiches, couches, geese, calves, ladies, oxen, ferries, skies"
+    objects = ["skis", "scissors", "donut", "giraffe", "sandwich", "couch", "bird", "cow", "person", "cow", "boat"]
+    assert eval_chair.mentions(plurals, vocabulary) == objects  # skies are no skis
+    # what the authors' port (Maxlinn/CHAIR-metric-standalone, outputs.json) finds in its first example
+    text = (
+        "The image features a young child sitting in a high chair, reaching for a birthday cake placed on a dining table. The "
+        "cake has a single pink candle on it, indicating that it is a birthday celebration. \n\nAnother person, possibly a "
+        "woman, is present in the scene, standing behind the child and holding out their hand towards the cake. A cup is also "
+        "visible on the table, close to the cake. The scene captures a joyful moment of a child's birthday celebration."
+    )
+    theirs = "person chair cake table cake person person person cake cup table cake person".replace("table", "dining_table")
+    assert eval_chair.mentions(text, vocabulary) == [word.replace("_", " ") for word in theirs.split()]
+
+
+COCO = {
+    "categories": [{"id": 18, "name": "dog"}, {"id": 6, "name": "bus"}],
+    "images": [{"id": 42, "file_name": "COCO_42.jpg"}, {"id": 7, "file_name": "COCO_7.jpg"}, {"id": 1, "file_name": "COCO_1.jpg"}],
+    "annotations": [{"image_id": 42, "category_id": 18}, {"image_id": 7, "category_id": 6}, {"image_id": 42, "category_id": 18}],
+}
+REFERENCES = {
+    "annotations": [
+        {"image_id": 42, "caption": "A man with his dog."},
+        {"image_id": 42, "caption": "A puppy on a bench."},
+        {"image_id": 7, "caption": "It is red."},
+        {"image_id": 1, "caption": "Two people."},
+        {"image_id": 99, "caption": "An oven elsewhere."},
+    ]
+}
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Instances, captions and synonyms as files, and pictures that need not be opened."""
+    for name, value in (("instances.json", COCO), ("captions.json", REFERENCES)):
+        (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / "synonyms.txt").write_text(SYNONYMS)
+    for image in COCO["images"]:
+        (tmp_path / image["file_name"]).touch()
+    return tmp_path
+
+
+def test_truth(coco, vocabulary):
+    pictures = eval_chair.read_pictures([coco / "instances.json"], [coco / "captions.json"], vocabulary)
+    assert list(pictures) == [42, 7, 1]
+    truth = eval_chair.truth_of(pictures, pictures, vocabulary)
+    assert truth == {42: {"dog", "person", "bench"}, 7: {"bus"}, 1: {"person"}}
+
+
+def test_truth_of_two_files(coco, vocabulary):
+    (coco / "more.json").write_text(json.dumps(COCO | {"images": [{"id": 5, "file_name": "COCO_5.jpg"}], "annotations": []}))
+    (coco / "more_captions.json").write_text(json.dumps({"annotations": [{"image_id": 5, "caption": "A couch."}]}))
+    files = [coco / "instances.json", coco / "more.json"], [coco / "more_captions.json", coco / "captions.json"]
+    pictures = eval_chair.read_pictures(*files, vocabulary)
+    assert eval_chair.truth_of([5, 7], pictures, vocabulary) == {5: {"couch"}, 7: {"bus"}}
+
+
+def test_chair_evaluate(coco, monkeypatch):
+    said = {"COCO_42.jpg": "A dog and a bus. A bus!", "COCO_7.jpg": "A bus."}
+
+    def generate(model, processor, records, max_new_tokens, batch_size, label):
+        assert [r.turns for r in records] == [("Tell.",)] * 2 and max_new_tokens == 128
+        return [[said[r.image.name]] for r in records]
+
+    monkeypatch.setattr(data, "generate", generate)
+    files = [coco / "instances.json"], [coco / "captions.json"], coco / "synonyms.txt"
+    figures = eval_chair.evaluate(None, None, *files, coco, coco / "out", prompt="Tell.", limit=2)
+    assert figures == pytest.approx({"chair_i": 2 / 4, "chair_s": 1 / 2, "recall": 2 / 4, "length": 9 / 2, "n": 2})
+    assert json.loads((coco / "out" / "metrics.json").read_text()) == figures
+    assert [json.loads(line) for line in (coco / "out" / "captions.jsonl").read_text().splitlines()] == [
+        {"image_id": 42, "image": "COCO_42.jpg", "caption": "A dog and a bus. A bus!", "hallucinated": ["bus", "bus"]},
+        {"image_id": 7, "image": "COCO_7.jpg", "caption": "A bus.", "hallucinated": []},
+    ]
+
+
+def test_chair_answers_on_the_command_line(coco):
+    rows = [{"image_id": 42, "caption": "A dog, a bus."}, {"image_id": "COCO_7.jpg", "caption": "A bus."}]
+    files = [f"--{name}={coco / name}.json" for name in ("instances", "captions")] + [f"--synonyms={coco}/synonyms.txt"]
+    (coco / "array.json").write_text(json.dumps(rows))
+    first = run("eval_chair.py", *files, "--answers", coco / "array.json", "--out", coco / "out")
+    assert first.returncode == 0, first.stderr
+    metrics = json.loads((coco / "out" / "metrics.json").read_text())
+    assert metrics == pytest.approx({"chair_i": 1 / 3, "chair_s": 0.5, "recall": 2 / 4, "length": 3, "n": 2})
+    again = run("eval_chair.py", *files, "--answers", coco / "out" / "captions.jsonl")  # its own file can be scored again
+    assert again.stdout == first.stdout and "chair_i     0.3333\n" in first.stdout
+
+
+def change(coco, name, **values):
+    content = json.loads((coco / name).read_text())
+    (coco / name).write_text(json.dumps(content | values))
+
+
+MISTAKES = {
+    "category without a word": (
+        lambda c: change(c, "instances.json", categories=[{"id": 18, "name": "zebra"}]),
+        "instances.json, categories[0]: the category 'zebra' is not in the synonym file",
+    ),
+    "unknown category": (
+        lambda c: change(c, "instances.json", annotations=[{"image_id": 42, "category_id": 3}]),
+        "instances.json, annotations[0]: category_id 3 is not among",
+    ),
+    "no file name": (
+        lambda c: change(c, "instances.json", images=[{"id": 42}]),
+        "instances.json, images[0]: `file_name` is None; str is needed",
+    ),
+    "no images": (lambda c: change(c, "instances.json", images=None), "instances.json: `images` is None; list is needed"),
+    "same id twice": (
+        lambda c: change(c, "instances.json", images=[*COCO["images"], {"id": 7, "file_name": "x.jpg"}]),
+        "images[3]: id 7 is 'x.jpg' here and 'COCO_7.jpg' elsewhere",
+    ),
+    "no reference": (
+        lambda c: change(c, "captions.json", annotations=REFERENCES["annotations"][:2]),
+        "image id 7 (COCO_7.jpg) has no reference caption",
+    ),
+    "bad reference": (
+        lambda c: change(c, "captions.json", annotations=[{"image_id": 7}]),
+        "captions.json, annotations[0]: `caption` is None; str is needed",
+    ),
+    "no JSON": (lambda c: (c / "captions.json").write_text("{"), "captions.json: not a readable JSON file"),
+    "no synonyms": (lambda c: (c / "synonyms.txt").unlink(), "synonyms.txt: not a readable text file"),
+    "empty synonyms": (lambda c: (c / "synonyms.txt").write_text("\n"), "synonyms.txt: no word"),
+    "two objects": (
+        lambda c: (c / "synonyms.txt").write_text(SYNONYMS + "cat, dog\n"),
+        "line 24: 'dog' is of 'dog' already",
+    ),
+    "unknown image": (
+        lambda c: write_lines(c / "answers.jsonl", [{"image_id": 8, "caption": "A bus."}]),
+        "answers.jsonl, row 0: `image_id` is 8",
+    ),
+    "unknown file": (
+        lambda c: write_lines(c / "answers.jsonl", [{"image_id": "8.jpg", "caption": "A bus."}]),
+        "answers.jsonl, row 0: `image_id` is '8.jpg'",
+    ),
+    "no caption": (
+        lambda c: write_lines(c / "answers.jsonl", [{"image_id": 7}]),
+        "answers.jsonl, row 0: `caption` is None; str is needed",
+    ),
+    "no answers": (lambda c: write_lines(c / "answers.jsonl", []), "no caption to score"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_chair_mistakes(coco, monkeypatch, name):
+    spoil, message = MISTAKES[name]
+    write_lines(coco / "answers.jsonl", [{"image_id": 7, "caption": "A bus."}])
+    arguments = "--instances instances.json --captions captions.json --synonyms synonyms.txt --answers answers.jsonl"
+    monkeypatch.setattr(sys, "argv", ["eval_chair.py", *arguments.split()])
+    monkeypatch.chdir(coco)
+    eval_chair.main()
+    spoil(coco)
+    with pytest.raises(BadInput, match=re.escape(message)):
+        eval_chair.main()
+
+
+# ---- both, with a model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "world"
+    toyworld.write(folder, 3, instruct_images=30, preference_images=5, test_images=8, size=48)
+    return folder
+
+
+def test_toy_truth_agrees_with_its_scenes(world):
+    vocabulary = eval_chair.read_synonyms(world / "synonyms.txt")
+    pictures = eval_chair.read_pictures([world / "instances.json"], [world / "captions.json"], vocabulary)
+    scenes = json.loads((world / "scenes.json").read_text())
+    for picture in pictures.values():
+        there = {thing["name"] for thing in scenes[picture.file]["things"]}
+        assert picture.objects == there
+        for caption in picture.captions:  # they tell everything, and nothing else
+            assert set(eval_chair.mentions(caption, vocabulary)) == there
+
+
+def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
+    model, processor = checkpoints.compose(world / "parts" / "clip", world / "parts" / "llm")
+    checkpoints.save(model, processor, tmp_path / "model")
+    common = f"--images {world}/images --model {tmp_path}/model --dtype float32 --device cpu --batch-size 16"
+    files = " ".join(f"{world}/pope_{split}.json" for split in SPLITS)
+    monkeypatch.setattr(sys, "argv", f"eval_pope.py --questions {files} {common} --out {tmp_path}/pope".split())
+    eval_pope.main()
+    asked = {split: eval_pope.read_questions(world / f"pope_{split}.json") for split in SPLITS}
+    for split, questions in asked.items():
+        lines = [json.loads(line) for line in (tmp_path / "pope" / f"answers_{split}.jsonl").read_text().splitlines()]
+        assert [line["question"] for line in lines] == [q["text"] for q in questions]
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in found] == ["split", *SPLITS, "mean"]
+    assert int(found[-1][-1]) == sum(map(len, asked.values()))
+    with pytest.raises(BadInput, match="is not an empty folder"):
+        eval_pope.main()
+    model.prepare(lora_rank=4)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(weight, std=0.5)
+    checkpoints.save_adapter(model, tmp_path / "adapter", str(tmp_path / "model"))
+    truth = f"--instances {world}/instances.json --captions {world}/captions.json --synonyms {world}/synonyms.txt"
+    said = {}
+    for out, more in (("plain", ""), ("adapted", f"--adapter {tmp_path}/adapter")):
+        arguments = f"eval_chair.py {truth} {common} {more} --limit 5 --max-new-tokens 8 --out {tmp_path / out}"
+        monkeypatch.setattr(sys, "argv", arguments.split())
+        eval_chair.main()
+        said[out] = [json.loads(line) for line in (tmp_path / out / "captions.jsonl").read_text().splitlines()]
+        assert [line["image"] for line in said[out]] == [f"test_{i:05d}.png" for i in range(5)]
+        assert json.loads((tmp_path / out / "metrics.json").read_text())["n"] == 5
+    records = [data.Record("here", world / "images" / line["image"], (eval_chair.PROMPT,)) for line in said["plain"]]
+    assert [line["caption"] for line in said["adapted"]] == [t for (t,) in data.generate(model, processor, records, 8)]
+    assert said["plain"] != said["adapted"]

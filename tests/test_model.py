@@ -1,0 +1,546 @@
+"""model.py against the plain way: five lines of log-softmax, one padded row an answer, one full forward pass a token."""
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import BadInput, FusedLogProb, LoRALinear, attention_mask, fused_log_probs, pack
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # layer 0 full, layer 1 sliding
+LLMS = [("llama", {}), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": 6}), ("qwen2", {}),
+        ("qwen2", SLIDING), ("qwen3", {}), ("qwen3", SLIDING)]  # fmt: skip
+IMAGE = 96  # the image token of `build`
+STOP = {3, 17, 40, 80}
+
+
+def ids(*shape, high=IMAGE):
+    return torch.randint(1, high, shape)
+
+
+def prompts(n=3):
+    """Prompts of unequal lengths: with a picture in the middle, without one, with one near the end."""
+    picture = torch.full((4,), IMAGE)
+    return [torch.cat([ids(2), picture, ids(5)]), ids(4), torch.cat([ids(9), picture, ids(1)])][:n]
+
+
+def pixels(n=2):
+    return torch.randn(n, 3, 28, 28)
+
+
+# ---- fused log-probs
+
+
+def plain_log_probs(h, weight, targets):
+    """What FusedLogProb replaces."""
+    logits = (h @ weight.t()).to(torch.promote_types(h.dtype, torch.float32))
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def head(p, dtype=torch.float64, N=40, D=64, V=1009):
+    """h, W, y with p(y) = p in every row, up to the rounding of `dtype`: h moves along W[y] until it is (bisection)."""
+    torch.manual_seed(0)
+    weight = (torch.randn(V, D, dtype=torch.float64) * 0.3).to(dtype).double()
+    h, targets = torch.randn(N, D, dtype=torch.float64), torch.randint(V, (N,))
+    low, high = torch.full((N, 1), -100.0, dtype=torch.float64), torch.full((N, 1), 100.0, dtype=torch.float64)
+    for _ in range(80):
+        middle = (low + high) / 2
+        too_much = plain_log_probs(h + middle * weight[targets], weight, targets)[0].exp()[:, None] > p
+        low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
+    return (h + low * weight[targets]).to(dtype), weight.to(dtype), targets
+
+
+def with_gradients(function, h, weight, targets, incoming):
+    """log p, entropy, d (incoming . log p) / dh and / dW, all as float64."""
+    h, weight = h.clone().requires_grad_(), weight.clone().requires_grad_()
+    log_p, entropy = function(h, weight, targets)
+    (log_p * incoming.to(log_p.dtype)).sum().backward()
+    return [t.detach().double() for t in (log_p, entropy, h.grad, weight.grad)]
+
+
+def row_error(a, b):
+    return (a - b).norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
+def test_fused_in_float64_and_float32(p):
+    for dtype in (torch.float64, torch.float32):
+        h, weight, targets = head(p, dtype)
+        incoming = torch.randn(len(h), dtype=torch.float64)
+        want = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
+        assert torch.allclose(want[0].exp(), torch.full_like(want[0], p), atol=1e-5)
+        got = with_gradients(fused_log_probs, h, weight, targets, incoming)
+        errors = [(a - b).abs() for a, b in zip(got, want)]
+        if dtype == torch.float64:
+            assert max(e.max() for e in errors) <= 1e-10
+            continue
+        assert (errors[0] / want[0].abs().clamp(min=1)).max() <= 3e-6
+        assert errors[1].max() <= 1e-5
+        assert errors[2].norm(dim=1).max() <= 1e-6 * weight.norm(dim=1).mean()
+        assert errors[3].norm(dim=1).max() <= 1e-6 * h.norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
+def test_fused_in_bfloat16_is_as_good_as_autograd(p):
+    """Both start from the same bfloat16 h and W; the truth is float64 on those."""
+    h, weight, targets = head(p, torch.bfloat16)
+    incoming = torch.randn(len(h), dtype=torch.float64)
+    truth = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
+    ours = with_gradients(fused_log_probs, h, weight, targets, incoming)
+    plain = with_gradients(plain_log_probs, h, weight, targets, incoming)
+    assert (ours[0] - truth[0]).abs().mean() <= 1.05 * (plain[0] - truth[0]).abs().mean()
+    assert (ours[1] - truth[1]).abs().mean() <= 1.05 * (plain[1] - truth[1]).abs().mean()
+    for i in (2, 3):
+        assert row_error(ours[i], truth[i]) <= 1.05 * row_error(plain[i], truth[i])
+
+
+def test_fused_chunks_agree():
+    h, weight, targets = head(0.5)
+    incoming = torch.randn(len(h), dtype=torch.float64)
+    results = [with_gradients(lambda *a: fused_log_probs(*a, chunk), h, weight, targets, incoming)
+               for chunk in (1, 7, 10**9)]  # fmt: skip
+    for other in results[1:]:
+        assert max((a - b).abs().max() for a, b in zip(other, results[0])) <= 1e-12
+
+
+def test_no_rows():
+    h, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(5, 8)
+    log_p, entropy = fused_log_probs(h, weight, torch.zeros(0, dtype=torch.long))
+    assert log_p.shape == entropy.shape == (0,)
+    log_p.sum().backward()
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products over the vocabulary, and notes the largest tensor that any operation made."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.products, self.largest = vocabulary, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.products += any(self.vocabulary in t.shape for t in args if torch.is_tensor(t))
+        if torch.is_tensor(out):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("trainable, forward, backward", [(False, 2, 0), (True, 2, 2)])
+def test_products_over_the_vocabulary(trainable, forward, backward):
+    """Two in the forward pass; none in the backward pass of a frozen head, whose W never gets a gradient."""
+    h, weight, targets = (t.detach() for t in head(0.5, torch.float32, N=30))
+    h.requires_grad_(), weight.requires_grad_(trainable)
+    with CountProducts(len(weight)) as count:
+        log_p, entropy = fused_log_probs(h, weight, targets)
+    assert count.products == forward and not entropy.requires_grad
+    with CountProducts(len(weight)) as count:
+        log_p.sum().backward()
+    assert count.products == backward
+    if not trainable:
+        assert weight.grad is None
+        assert count.largest <= h.numel(), "the backward pass made something larger than (N, D)"
+
+
+def test_one_product_without_gradients():
+    h, weight, targets = head(0.5, torch.float32)
+    with torch.no_grad(), CountProducts(len(weight)) as count:
+        fused_log_probs(h, weight, targets)
+    assert count.products == 1
+
+
+def test_chunks_bound_the_memory():
+    h, weight, targets = head(0.5, torch.float32, N=40)
+    h.requires_grad_(), weight.requires_grad_()
+    with CountProducts(len(weight)) as count:
+        fused_log_probs(h, weight, targets, chunk=4)[0].sum().backward()
+    assert count.largest <= weight.numel(), "(N, V) logits were made"
+
+
+def test_softmax_is_not_called_in_the_backward_pass(build, monkeypatch):
+    """The same through the model: LoRA trains, the head is frozen."""
+    model, calls, original = build(), [], FusedLogProb.minus_softmax
+    model.prepare(lora_rank=2)
+    monkeypatch.setattr(FusedLogProb, "minus_softmax", staticmethod(lambda *a: calls.append(1) or original(*a)))
+    loss = model.answer_log_probs(pack(prompts(), [[ids(3), ids(5)]] * 3, pixel_values=pixels())).sum()
+    assert len(calls) == 1
+    loss.backward()
+    assert len(calls) == 1 and model.llm.lm_head.weight.grad is None
+
+
+# ---- rows that share a prompt
+
+
+def test_pack_by_hand():
+    t = torch.tensor
+    scored = [[t([True, True]), t([True, False, True])], [t([True]), t([True, True])]]
+    batch = pack([t([5, 6, 7]), t([8])], [[t([10, 11]), t([20, 21, 22])], [t([30]), t([40, 41])]], scored, pad_id=1)
+    # flat position              0   1   2   3   4   5   6   7      8   9  10  11 ...
+    assert batch.input_ids.tolist() == [[5, 6, 7, 10, 11, 20, 21, 22], [8, 30, 40, 41, 1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5], [0, 1, 1, 2, 0, 0, 0, 0]]
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 2, -1, -1, -1, -1]]
+    # 10 and 20 from 7, the prompt's last token; 11 from 10; 22 from 21 (21 is not scored); 30 and 40 from 8; 41 from 40
+    assert batch.targets.tolist() == [10, 11, 20, 22, 30, 40, 41]
+    assert batch.index.tolist() == [2, 3, 2, 6, 8, 8, 10]
+    assert batch.owner.tolist() == [0, 0, 1, 1, 2, 3, 3]
+    assert batch.answers == 4
+
+
+def test_attention_mask_against_three_loops():
+    segments = pack([ids(4), ids(2), ids(1)], [[ids(3), ids(1), ids(2)], [ids(2)], [ids(1), ids(1)]]).segments
+    B, L = segments.shape
+    hidden = torch.rand(B, L) < 0.3
+    got, got_hidden = attention_mask(segments), attention_mask(segments, hidden)
+    assert got.shape == (B, 1, L, L) and got.dtype == torch.bool
+    for b in range(B):
+        for i in range(L):
+            for j in range(L):
+                a, c = segments[b, i].item(), segments[b, j].item()
+                sees = j <= i and (c == a or c == 0)  # itself or the prompt
+                assert got[b, 0, i, j] == sees
+                assert got_hidden[b, 0, i, j] == (sees and (i == j or not hidden[b, j]))
+    assert got.any(-1).all() and got_hidden.any(-1).all(), "an empty softmax"
+
+
+def padded_log_probs(model, prompts, answers, images):
+    """The plain way: a row an answer with its own prompt and picture, padded, masked by transformers, all logits."""
+    rows, pictures, place = [], [], 0
+    for prompt, row in zip(prompts, answers):
+        has = int((prompt == IMAGE).any())
+        for answer in row:
+            rows.append((prompt, answer))
+            pictures += [images[place]] * has
+        place += has
+    length = max(len(p) + len(a) for p, a in rows)
+    tokens, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, (p, a) in enumerate(rows):
+        tokens[i, : len(p) + len(a)], mask[i, : len(p) + len(a)] = torch.cat([p, a]), 1
+    x = model.embed(tokens, torch.stack(pictures) if pictures else None)
+    log_p = model.llm(inputs_embeds=x, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
+    return torch.stack([sum(log_p[i, len(p) + t - 1, token] for t, token in enumerate(a))
+                        for i, (p, a) in enumerate(rows)])  # fmt: skip
+
+
+def gradients(model, log_probs):
+    """Loss with an uneven weight for each answer, and the gradient of every parameter (None where there is none)."""
+    loss = (log_probs * torch.linspace(-1, 1.5, len(log_probs), dtype=log_probs.dtype)).sum()
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_same(got, want, tolerance):
+    """Losses and gradients, relative to the gradient's norm. CLIP's key biases have none: they shift all scores alike."""
+    (loss, grads), (want_loss, want_grads) = got, want
+    assert abs(loss - want_loss) <= tolerance * abs(want_loss)
+    largest = max(g.norm() for g in want_grads.values() if g is not None)
+    for name, a in want_grads.items():
+        b = grads[name]
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert (a - b).norm() <= tolerance * max(a.norm(), 1e-8 * largest), name
+
+
+def perturb(model):
+    """Move LoRA's B and whatever else starts at a special value away from it."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.05)
+
+
+@pytest.mark.parametrize("kind, more", LLMS)
+@pytest.mark.parametrize("what", ["lora", "full"])
+def test_packed_pair_is_padded_pair(build, kind, more, what):
+    model = build(kind, torch.float64, **more)
+    model.prepare(lora_rank=3) if what == "lora" else model.prepare(vision=True)
+    perturb(model.double())
+    rows, images = prompts(), pixels().double()
+    answers = [[ids(7), ids(3)], [ids(2), ids(8)], [ids(1), ids(6)]]
+    want = gradients(model, padded_log_probs(model, rows, answers, images))
+    got = gradients(model, model.answer_log_probs(pack(rows, answers, pixel_values=images)))
+    assert_same(got, want, 1e-6)
+    trains = {n for n, g in got[1].items() if g is not None}
+    if what == "lora":
+        assert all(".lora_" in n or n.startswith("projector.") for n in trains) and len(trains) == 2 * 7 * 2 + 4
+    else:
+        assert any(n.startswith("vision.") for n in trains) and "llm.lm_head.weight" in trains
+
+
+@pytest.mark.parametrize("kind, more", [LLMS[0], LLMS[4]])
+def test_four_answers_and_gradient_checkpointing(build, kind, more):
+    model = build(kind, torch.float64, **more).prepare(lora_rank=3)
+    perturb(model.double())
+    rows, images = prompts(), pixels().double()
+    answers = [[ids(n) for n in lengths] for lengths in ([4, 1, 6, 3], [2, 2, 5, 1], [3, 7, 1, 2])]
+    batch = pack(rows, answers, pixel_values=images)
+    want = gradients(model, padded_log_probs(model, rows, answers, images))
+    got = gradients(model, model.answer_log_probs(batch))
+    assert_same(got, want, 1e-6)
+
+    calls = []
+    model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.train()
+    model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(gradients(model, model.answer_log_probs(batch)), got, 1e-12)
+    assert len(calls) == 2, "nothing was computed again"
+
+
+def test_packed_pair_in_float32(build):
+    """In the precision in which it is used: the rest is rounding."""
+    model = build().prepare(lora_rank=3)
+    perturb(model)
+    rows, images, answers = prompts(), pixels(), [[ids(7), ids(3)], [ids(2), ids(8)], [ids(1), ids(6)]]
+    want = gradients(model, padded_log_probs(model, rows, answers, images))
+    assert_same(gradients(model, model.answer_log_probs(pack(rows, answers, pixel_values=images))), want, 1e-5)
+
+
+def test_log_probs_of_some_tokens_and_entropy(build):
+    model, rows, images = build(), prompts(), pixels()
+    answers = [[ids(4)] for _ in rows]
+    scored = [[torch.tensor([True, False, False, True])] for _ in rows]
+    with torch.no_grad():
+        every, entropy = model.log_probs(pack(rows, answers, pixel_values=images))
+        some, some_entropy = model.log_probs(pack(rows, answers, scored, images))
+        batch = pack(rows, answers, pixel_values=images)
+        logits = model.llm.lm_head(model.hidden(batch)).flatten(0, 1)[batch.index]
+    assert torch.equal(some, every.view(3, 4)[:, [0, 3]].flatten())
+    assert torch.equal(some_entropy, entropy.view(3, 4)[:, [0, 3]].flatten())
+    assert torch.allclose(entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5)
+
+
+# ---- sampling
+
+
+@torch.no_grad()
+def greedy(model, prompt, image, steps, stop=(), mask=None):
+    """The plain way: all of it again for every token. mask: a function of the length, 4-D for transformers' LLM."""
+    tokens, log_probs = prompt, []
+    for _ in range(steps):
+        x = model.embed(tokens[None], image)
+        more = {} if mask is None else {"attention_mask": mask(len(tokens)), "position_ids": torch.arange(len(tokens))[None]}
+        log_p = model.llm(inputs_embeds=x, use_cache=False, **more).logits[0, -1].log_softmax(-1)
+        allowed = log_p.clone()
+        allowed[IMAGE] = -math.inf
+        tokens = torch.cat([tokens, allowed.argmax()[None]])
+        log_probs.append(log_p[tokens[-1]])
+        if tokens[-1].item() in stop:
+            break
+    return tokens[len(prompt) :], torch.stack(log_probs)
+
+
+def images_of(rows, images):
+    """The picture of each prompt, (1, 3, H, W) or None."""
+    rest = iter(images.split(1))
+    return [next(rest) if (row == IMAGE).any() else None for row in rows]
+
+
+@pytest.mark.parametrize("kind, more", LLMS)
+def test_cached_sampling_is_uncached(build, kind, more):
+    """Unequal prompts with and without pictures in one batch, against each alone, token by token."""
+    model, rows, images = build(kind, **more), prompts(), pixels()
+    samples = model.sample(rows, images, max_new_tokens=12, temperature=0)
+    for b, image in enumerate(images_of(rows, images)):
+        tokens, log_probs = greedy(model, rows[b], image, 12)
+        assert samples.tokens[b][0].tolist() == tokens.tolist()
+        assert torch.allclose(samples.log_probs[b][0], log_probs, atol=1e-5)
+    assert samples.finished == [[False]] * 3
+    assert len({t for row in samples.tokens for t in row[0].tolist()}) > 5, "the model repeats itself: says little"
+
+
+def test_text_only_sampling(build):
+    model, rows = build(), [ids(6), ids(3)]
+    samples = model.sample(rows, max_new_tokens=6, temperature=0)
+    for b, row in enumerate(rows):
+        assert samples.tokens[b][0].tolist() == greedy(model, row, None, 6)[0].tolist()
+
+
+@pytest.mark.parametrize("kind, more", [LLMS[0], LLMS[2], LLMS[4]])
+def test_ended_answers_leave_the_batch(build, kind, more):
+    """Answers end at different lengths; those that go on are what each prompt gives alone."""
+    model, rows = build(kind, **more), [*prompts(), *prompts(), *prompts()]
+    images = pixels(6)
+    samples = model.sample(rows, images, max_new_tokens=20, temperature=0, stop_ids=STOP)
+    for b, image in enumerate(images_of(rows, images)):
+        tokens, log_probs = greedy(model, rows[b], image, 20, STOP)
+        assert samples.tokens[b][0].tolist() == tokens.tolist()
+        assert torch.allclose(samples.log_probs[b][0], log_probs, atol=1e-5)
+        assert samples.finished[b] == [tokens[-1].item() in STOP]
+    assert len({len(row[0]) for row in samples.tokens}) >= 4, "the answers end together: says little"
+
+
+def test_sampled_log_probs_are_those_of_a_second_look(build):
+    """Drawn at another temperature, while ended answers leave the batch; scored as training will score them."""
+    model, rows, images = build(), prompts(), pixels()
+    samples = model.sample(rows, images, k=5, max_new_tokens=15, temperature=0.8, stop_ids=STOP,
+                           generator=torch.Generator().manual_seed(0))  # fmt: skip
+    lengths = {len(t) for row in samples.tokens for t in row}
+    assert len(lengths) > 3
+    with torch.no_grad():
+        log_p, _ = model.log_probs(pack(rows, samples.tokens, pixel_values=images))
+    assert (log_p - torch.cat([t for row in samples.log_probs for t in row])).abs().max() <= 1e-5
+
+
+def test_samples_stop_finish_and_repeat(build):
+    model, rows, images = build(), prompts(), pixels()
+    draw = lambda seed, **how: model.sample(rows, images, k=6, max_new_tokens=8, stop_ids=STOP, **how,
+                                            generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    samples = draw(0)
+    assert [len(row) for row in samples.tokens] == [6, 6, 6]
+    for tokens, finished in ((t, f) for row, flags in zip(samples.tokens, samples.finished) for t, f in zip(row, flags)):
+        inner = set(tokens[:-1].tolist())
+        assert not inner & STOP and IMAGE not in tokens
+        assert finished == (tokens[-1].item() in STOP)
+        assert finished or len(tokens) == 8
+    assert {f for flags in samples.finished for f in flags} == {True, False}
+    assert any(not torch.equal(row[0], other) for row in samples.tokens for other in row[1:]), "k times the same"
+    flat = lambda s: [t.tolist() for row in s.tokens for t in row]
+    assert flat(draw(0)) == flat(samples) and flat(draw(1)) != flat(samples)
+    one = model.sample(rows, images, max_new_tokens=1, temperature=0)
+    assert all(len(row[0]) == 1 for row in one.tokens)
+
+
+def test_frequencies_of_samples(build):
+    """Pairs of tokens come as often as the softmax says, up to five standard deviations of a binomial count."""
+    model, n = build(vocab_size=8), 6000
+    prompt = ids(5, high=7)
+    with torch.no_grad():
+        first = model.llm(prompt[None]).logits[0, -1]
+        second = model.llm(torch.stack([torch.cat([prompt, torch.tensor([t])]) for t in range(8)])).logits[:, -1]
+    for temperature in (1.0, 2.0):
+        samples = model.sample([prompt], k=n, max_new_tokens=2, temperature=temperature,
+                               generator=torch.Generator().manual_seed(0))  # fmt: skip
+        tokens = torch.stack(samples.tokens[0])  # (n, 2)
+        counts = torch.zeros(8, 8).index_put((tokens[:, 0], tokens[:, 1]), torch.ones(n), accumulate=True)
+        drawable = torch.arange(8) != 7  # the image token is never drawn
+        p_first, p_second = (((x / temperature).softmax(-1) * drawable) for x in (first, second))
+        p = (p_first / p_first.sum())[:, None] * p_second / p_second.sum(-1, keepdim=True)
+        assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1).all()
+        assert counts[:, 7].sum() == counts[7].sum() == 0
+        assert (n * p > 20).sum() > 15, "too few pairs are frequent: says little"
+
+
+def test_hidden_pictures(build):
+    """image_mask: nothing of the pixels comes through, and what is seen keeps its place."""
+    model, rows, images = build(), prompts(), pixels()
+    mask = torch.zeros(3, 14, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        mask[b, : len(row)] = row == IMAGE
+    run = lambda images, mask=None: model.sample(rows, images, max_new_tokens=6, temperature=0, image_mask=mask)
+    hidden, other = run(images, mask), run(pixels() * 2, mask)
+    for b in range(3):
+        assert torch.equal(hidden.tokens[b][0], other.tokens[b][0])
+        assert torch.equal(hidden.log_probs[b][0], other.log_probs[b][0])
+    shown = run(images)
+    assert not torch.allclose(shown.log_probs[0][0], hidden.log_probs[0][0], atol=1e-3)
+    assert torch.equal(shown.log_probs[1][0], hidden.log_probs[1][0]), "a row without a picture changed"
+
+
+@pytest.mark.parametrize("kind, more", [LLMS[0], LLMS[2], LLMS[5]])
+def test_image_mask_against_transformers(build, kind, more):
+    """Half of the picture hidden, and everything drawn after it: transformers' LLM with a 4-D mask, without a cache."""
+    model, rows, images = build(kind, **more), prompts(), pixels()
+    mask = torch.zeros(3, 14, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        mask[b, : len(row)] = (row == IMAGE) & (torch.arange(len(row)) % 2 == 0)
+    width = more.get("sliding_window") or 10**6
+    samples = model.sample(rows, images, max_new_tokens=8, temperature=0, image_mask=mask)
+    for b, image in enumerate(images_of(rows, images)):
+
+        def visible(length):
+            see = torch.zeros(1, 1, length, length, dtype=torch.bool)
+            for i in range(length):
+                for j in range(i + 1):
+                    see[0, 0, i, j] = i - j < width and (i == j or j >= len(rows[b]) or not mask[b, j])
+            return see
+
+        tokens, log_probs = greedy(model, rows[b], image, 8, mask=visible)
+        assert samples.tokens[b][0].tolist() == tokens.tolist()
+        assert torch.allclose(samples.log_probs[b][0], log_probs, atol=1e-5)
+
+
+# ---- LoRA, what trains, the reference
+
+
+def some_log_probs(model, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model.log_probs(pack(prompts(), [[ids(4), ids(2)]] * 3, pixel_values=pixels()))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_starts_at_the_base(build, dtype):
+    model = build(dtype=dtype)
+    before = some_log_probs(model)
+    model.prepare(lora_rank=4)
+    assert torch.equal(some_log_probs(model), before)
+
+
+def test_lora_is_a_product_added_to_the_weight():
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(6, 5), rank=2, alpha=3)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 6)
+    want = x @ (layer.base.weight + 1.5 * layer.lora_B @ layer.lora_A).t() + layer.base.bias  # 3 / 2 = 1.5
+    assert torch.allclose(layer(x), want, atol=1e-5)
+
+
+def test_reference_is_the_start(build):
+    model = build()
+    start = some_log_probs(model)
+    model.prepare(lora_rank=4)
+    perturb(model)
+    trained, weights = some_log_probs(model), {n: p.clone() for n, p in model.named_parameters()}
+    assert (trained - start).abs().max() > 1e-2
+    with model.reference() as reference:
+        assert torch.equal(some_log_probs(reference), start)
+    with pytest.raises(ZeroDivisionError), model.reference():
+        1 / 0
+    assert torch.equal(some_log_probs(model), trained)
+    assert all(torch.equal(weights[n], p) for n, p in model.named_parameters())
+
+
+def test_no_reference_when_the_llm_trains(build):
+    with pytest.raises(BadInput, match="--lora-rank 0"), build().prepare().reference():
+        pass
+
+
+@pytest.mark.parametrize(
+    "how, trains",
+    [
+        ({"lora_rank": 4}, ("lora", "projector.")),
+        ({"lora_rank": 4, "projector": False}, ("lora",)),
+        ({}, ("llm.", "projector.")),
+        ({"llm": False}, ("projector.",)),
+        ({"vision": True}, ("llm.", "projector.", "vision.")),
+    ],
+)
+def test_what_trains_is_float32(build, how, trains):
+    model = build(dtype=torch.bfloat16).prepare(**how)
+    for name, p in model.named_parameters():
+        part = "lora" if ".lora_" in name else name.split(".")[0] + "."
+        assert p.requires_grad == (part in trains), name
+        assert p.dtype == (torch.float32 if part in trains else torch.bfloat16), name
+    batch = pack(prompts(), [[ids(4), ids(2)]] * 3, pixel_values=pixels())
+    model.answer_log_probs(batch).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads and all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("images, tokens", [(1, 8), (2, 4), (1, 0)])
+def test_features_and_image_tokens_must_agree(build, images, tokens):
+    prompt = torch.cat([ids(2), torch.full((tokens,), IMAGE), ids(2)])
+    with pytest.raises(BadInput, match=f"{tokens} image tokens in the text against {images * 4} image features"):
+        build().log_probs(pack([prompt], [[ids(2)]], pixel_values=pixels(images)))
+
+
+def test_image_tokens_without_a_picture(build):
+    with pytest.raises(BadInput, match="4 image tokens in the text against 0"):
+        build().log_probs(pack(prompts(1), [[ids(2)]]))
+
+
+def test_heads_that_are_not_a_plain_product_are_refused(build):
+    with pytest.raises(BadInput, match="Gemma2ForCausalLM"):
+        build("gemma2", final_logit_softcapping=30.0, head_dim=16)
