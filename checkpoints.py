@@ -207,7 +207,7 @@ def make_processor(folder, tokenizer, model, template, image_aspect):
     for key in ("size", "crop_size"):
         size = given.get(key, vision.image_size)
         if set(size.values() if isinstance(size, dict) else [size]) != {vision.image_size}:
-            raise BadInput(f"{folder}: {key} of the image processor is {size}; the tower takes {vision.image_size} pixels.")
+            raise BadInput(f"{folder}: {key} of the image processor is {size}; the tower takes {vision.image_size}.")
     return Processor(
         tokenizer=tokenizer,
         image_token_id=model.image_token_id,

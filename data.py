@@ -137,12 +137,12 @@ def find_image(images, *names):
             continue
         parts = Path(name).parts
         if Path(name).is_absolute() or ".." in parts:
-            raise BadInput(f"image path {name!r} leaves --images; only paths below it are read.")
+            raise BadInput(f"image path {name!r:.80} leaves --images; only paths below it are read.")
         for i in range(len(parts)):
             path = images.joinpath(*parts[i:])
             if os.path.isfile(path):  # Path.is_file raises for a name that is too long
                 if not path.resolve().is_relative_to(images.resolve()):
-                    raise BadInput(f"image path {name!r} leaves --images through a link; only paths below it are read.")
+                    raise BadInput(f"image path {name!r:.80} leaves --images through a link; only paths below it are read.")
                 return path
     raise BadInput(f"image {' or '.join(f'{n!r:.80}' for n in names)} is not below --images {images}.")
 

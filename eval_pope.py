@@ -42,6 +42,8 @@ def read_questions(path):
         if row["label"] not in ("yes", "no"):
             raise BadInput(f"{path}, row {i}: `label` is {row['label']!r}; accepted are 'yes' and 'no'.")
         questions.append(row)
+    if not questions:
+        raise BadInput(f"{path}: the file holds no question.")
     return questions
 
 
@@ -147,7 +149,7 @@ def add_flags(parser):
 
 
 def check_flags(args):
-    """Either --answers, or all that a model needs; --out is created, and must be new or empty."""
+    """Either --answers, or all that a model needs; --out must be new or empty."""
     if args.answers and (args.model or args.adapter):
         raise BadInput("--answers scores a file without a model; --model and --adapter do not go with it.")
     if not args.answers and not (args.model and args.images and args.out):

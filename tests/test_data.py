@@ -1,4 +1,4 @@
-"""data.py: every public layout with its traps, prompts and tokens against strings written out by hand, pictures against transformers."""
+"""data.py: every layout with its traps, prompts and tokens against strings by hand, pictures against transformers."""
 import io
 import json
 import shutil
@@ -26,7 +26,7 @@ QUESTION, CHOSEN, REJECTED = "What is on the desk?", "A lamp, and a café menu."
 
 
 SPECIAL = ["<image>", "<|im_start|>", "<|im_end|>"]
-WORDS = "USER: ASSISTANT: the user's questions. polite answers lamp desk colour What is on a A and [INST] [/INST] user assistant"
+WORDS = "USER: ASSISTANT: the user's questions. polite answers lamp desk colour What is on A [INST] [/INST] user"
 
 
 def merge(words, vocab):
@@ -51,7 +51,7 @@ def byte_level(merged=True, joined=()):
 
 
 def sentencepiece():
-    """What transformers makes of Llama's SentencePiece model: a leading "▁", no pre-tokenizer, bytes for unknown letters, a BOS."""
+    """As transformers reads Llama's SentencePiece model: "▁" in front, no pre-tokenizer, byte fallback, a BOS."""
     vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])}
     for c in "▁" + "".join(chr(c) for c in range(33, 127)):
         vocab[c] = len(vocab)
@@ -262,13 +262,13 @@ FORMS = {  # (prompt, answer) of an image and user Q1 / assistant A1 / user Q2; 
     "vicuna_v1": (SYSTEM + "USER: <image>\nQ1 ASSISTANT: A1EOSUSER: Q2 ASSISTANT:", " A2EOS"),
     "mistral": ("[INST] <image>\nQ1 [/INST] A1 EOS[INST] Q2 [/INST]", " A2 EOS"),
     "chatml": (
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\n"
-        "A1<|im_end|><|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n",
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|>"
+        "<|im_start|>assistant\nA1<|im_end|><|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n",
         "A2<|im_end|>",
     ),
     "plain": ("<image>\nQ1\nA1\nEOSQ2\n", "A2\nEOS"),
 }
-TURNS = {"Q1": "What is on the desk?", "A1": "A lamp and a café menu, 20 €.", "Q2": "And its colour?\n\nOne word.", "A2": "Red."}
+TURNS = {"Q1": "What is on the desk?", "A1": "A lamp, 20 €.", "Q2": "And its colour?\n\nOne word.", "A2": "Red."}
 
 
 def spelled(text, eos, image_tokens, turns=TURNS):
@@ -287,11 +287,12 @@ def test_every_template_is_written_out():
 def test_ids_are_those_of_the_whole_string(tokenizer, template, picture):
     whole = TOKENIZERS[tokenizer]()  # another one, which finds special tokens in the text
     processor = processor_of(TOKENIZERS[tokenizer](), template)
-    record = Record("row 0", Path("x.png") if picture else None, (TURNS["Q1"], TURNS["A1"], TURNS["Q2"]), (TURNS["A2"], "A dog."))
+    *turns, answer = TURNS.values()
+    record = Record("row 0", Path("x.png") if picture else None, tuple(turns), (answer, "A dog."))
     example = processor.encode(record)
     assert (example.prompt == processor.image_token_id).sum() == (4 if picture else 0)
     for text, answer in zip(record.answers, example.answers):
-        prompt, end = [part if picture else part.replace("<image>\n", "") for part in FORMS[template]]
+        prompt, end = (part if picture else part.replace("<image>\n", "") for part in FORMS[template])
         written = spelled(prompt + end, whole.eos_token, 4, TURNS | {"A2": text})
         ids = [*example.prompt.tolist(), *answer.tolist()]
         assert ids == whole(written).input_ids
@@ -355,8 +356,8 @@ def test_every_turn_scores_assistant_turns_only():
 def test_every_turn_in_vicunas_words():
     processor = processor_of(byte_level())
     turns = ("What is on the desk?", "A lamp.", "And its colour?", "Red.", "Sure?")
-    (ids,), (scored,) = (e := processor.encode(Record("row 0", Path("x.png"), turns, ("Yes.",)), every_turn=True)).answers, e.scored
-    eos = "<|endoftext|>"
+    example = processor.encode(Record("row 0", Path("x.png"), turns, ("Yes.",)), every_turn=True)
+    ids, scored, eos = example.answers[0], example.scored[0], "<|endoftext|>"
     assert processor.tokenizer.decode(ids[scored]) == f" A lamp.{eos} Red.{eos} Yes.{eos}"
     assert processor.tokenizer.decode(ids[~scored]) == "USER: And its colour? ASSISTANT:USER: Sure? ASSISTANT:"
 
@@ -394,7 +395,7 @@ def test_share_prompt_is_exact(images, build):
     order = [0, 2, 4, 6, 1, 3, 5]  # by picture; rows without one stay alone
     assert [len(e.answers) for e in shared] == [2 + 1 + 2 + 1, 2, 2, 1]
     assert (shared[0].prompt == processor.image_token_id).sum() == 4
-    assert tokenizer.decode(shared[0].prompt).endswith("\nWhat is")  # all that the four prompts about the lamp have in common
+    assert tokenizer.decode(shared[0].prompt).endswith("\nWhat is")  # all four prompts about the lamp begin so
     assert sum(int(s.sum()) for e in shared for s in e.scored) == sum(int(s.sum()) for e in examples for s in e.scored)
     packed = processor.collate(shared)
     assert len(packed.pixel_values) == 2
@@ -411,10 +412,12 @@ def test_share_prompt_is_exact(images, build):
 
 
 def test_share_prompt_of_one_changes_nothing():
-    example = processor_of(byte_level()).encode(Record("row 0", Path("x.png"), ("What is this?",), ("A lamp.", "A cup.")))
+    record = Record("row 0", Path("x.png"), ("What is this?",), ("A lamp.", "A cup."))
+    example = processor_of(byte_level()).encode(record)
     (alone,) = data.share_prompt([example])
     assert torch.equal(alone.prompt, example.prompt)
-    assert all(torch.equal(a, b) for a, b in zip(alone.answers + alone.scored, example.answers + example.scored, strict=True))
+    for a, b in zip(alone.answers + alone.scored, example.answers + example.scored, strict=True):
+        assert torch.equal(a, b)
 
 
 # ---- pictures
@@ -441,8 +444,9 @@ def test_centre_crop_is_transformers(size, side):
 @pytest.mark.parametrize("size", SIZES)
 def test_pad_is_transformers(size):
     settings = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    theirs = transformers.LlavaImageProcessorPil(do_pad=True, **settings)(noise(size), return_tensors="pt").pixel_values[0]
-    assert (processor_of(byte_level()).pixels(noise(size)) - theirs).abs().max() <= 1e-6
+    processor = transformers.LlavaImageProcessorPil(do_pad=True, **settings)
+    llava = processor(noise(size), return_tensors="pt").pixel_values[0]
+    assert (processor_of(byte_level()).pixels(noise(size)) - llava).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -476,7 +480,8 @@ def test_exif_turn(tmp_path, orientation, turn):
 def test_gray_palette_and_bits(tmp_path):
     gray = Image.fromarray(np.array([[0, 100, 255]], dtype=np.uint8))
     assert np.asarray(opened(gray, tmp_path / "gray.png")).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
-    assert np.asarray(opened(gray.point(lambda v: v > 50, "1"), tmp_path / "1.png")).tolist() == [[[0] * 3, [255] * 3, [255] * 3]]
+    bits = opened(gray.point(lambda v: v > 50, "1"), tmp_path / "1.png")
+    assert np.asarray(bits).tolist() == [[[0] * 3, [255] * 3, [255] * 3]]
     palette = Image.fromarray(np.array([[0, 2, 1]], dtype=np.uint8), "L").convert("P")
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     expected = [[[255, 0, 0], [0, 0, 255], [0, 255, 0]]]
@@ -496,7 +501,8 @@ def test_alpha_is_on_white(tmp_path):
 
 
 def test_cmyk(tmp_path):
-    cmyk = Image.fromarray(np.array([[[0, 255, 255, 0], [255, 0, 0, 0], [0, 0, 0, 255], [0, 0, 0, 0]]], dtype=np.uint8), "CMYK")
+    values = [[[0, 255, 255, 0], [255, 0, 0, 0], [0, 0, 0, 255], [0, 0, 0, 0]]]
+    cmyk = Image.fromarray(np.array(values, dtype=np.uint8), "CMYK")
     expected = [[[255, 0, 0], [0, 255, 255], [0, 0, 0], [255, 255, 255]]]
     assert np.asarray(opened(cmyk, tmp_path / "x.tif")).tolist() == expected
     big = cmyk.resize((64, 16), Image.Resampling.NEAREST)  # JPEG stores CMYK inverted
@@ -507,8 +513,7 @@ def test_cmyk(tmp_path):
 @pytest.mark.parametrize("name, order", [("x.png", "<u2"), ("x.tif", "<u2"), ("big.tif", ">u2")])
 def test_16_bit_gray_is_scaled(tmp_path, name, order):
     values = np.array([[0, 0x1234, 0x80FF, 65535]], dtype=order)
-    picture = Image.fromarray(values.astype("<u2")) if order == "<u2" else Image.frombytes("I;16B", (4, 1), values.tobytes())
-    shown = opened(picture, tmp_path / name)
+    shown = opened(Image.frombytes("I;16" if order == "<u2" else "I;16B", (4, 1), values.tobytes()), tmp_path / name)
     with Image.open(tmp_path / name) as file:
         assert file.mode.startswith("I;16")
     assert np.asarray(shown).tolist() == [[[0] * 3, [0x12] * 3, [0x80] * 3, [255] * 3]]

@@ -11,7 +11,7 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers":
 LLMS = [("llama", {}), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": 6}), ("qwen2", {}),
         ("qwen2", SLIDING), ("qwen3", {}), ("qwen3", SLIDING)]  # fmt: skip
 IMAGE = 96  # the image token of `build`
-STOP = {3, 17, 40, 80}
+STOP = set(range(5, IMAGE, 9))
 
 
 def ids(*shape, high=IMAGE):
@@ -39,13 +39,13 @@ def plain_log_probs(h, weight, targets):
     return log_p.gather(-1, targets[:, None])[:, 0], entropy
 
 
-def head(p, dtype=torch.float64, N=40, D=64, V=1009):
+def head(p, dtype=torch.float64, N=200, D=64, V=1009):
     """h, W, y with p(y) = p in every row, up to the rounding of `dtype`: h moves along W[y] until it is (bisection)."""
     torch.manual_seed(0)
-    weight = (torch.randn(V, D, dtype=torch.float64) * 0.3).to(dtype).double()
+    weight = (torch.randn(V, D, dtype=torch.float64) * 0.1).to(dtype).double()
     h, targets = torch.randn(N, D, dtype=torch.float64), torch.randint(V, (N,))
     low, high = torch.full((N, 1), -100.0, dtype=torch.float64), torch.full((N, 1), 100.0, dtype=torch.float64)
-    for _ in range(80):
+    for _ in range(60):
         middle = (low + high) / 2
         too_much = plain_log_probs(h + middle * weight[targets], weight, targets)[0].exp()[:, None] > p
         low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
@@ -61,39 +61,51 @@ def with_gradients(function, h, weight, targets, incoming):
 
 
 def row_error(a, b):
-    return (a - b).norm(dim=1).mean()
+    return (a - b).norm(dim=1)
 
 
 @pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
-def test_fused_in_float64_and_float32(p):
-    for dtype in (torch.float64, torch.float32):
-        h, weight, targets = head(p, dtype)
-        incoming = torch.randn(len(h), dtype=torch.float64)
-        want = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
-        assert torch.allclose(want[0].exp(), torch.full_like(want[0], p), atol=1e-5)
-        got = with_gradients(fused_log_probs, h, weight, targets, incoming)
-        errors = [(a - b).abs() for a, b in zip(got, want)]
-        if dtype == torch.float64:
-            assert max(e.max() for e in errors) <= 1e-10
-            continue
-        assert (errors[0] / want[0].abs().clamp(min=1)).max() <= 3e-6
-        assert errors[1].max() <= 1e-5
-        assert errors[2].norm(dim=1).max() <= 1e-6 * weight.norm(dim=1).mean()
-        assert errors[3].norm(dim=1).max() <= 1e-6 * h.norm(dim=1).mean()
+def test_fused_in_float64(p):
+    h, weight, targets = head(p)
+    incoming = torch.randn(len(h), dtype=torch.float64)
+    want = with_gradients(plain_log_probs, h, weight, targets, incoming)
+    got = with_gradients(fused_log_probs, h, weight, targets, incoming)
+    assert torch.allclose(want[0].exp(), torch.full_like(want[0], p), atol=1e-9)
+    assert max((a - b).abs().max() for a, b in zip(got, want)) <= 1e-10
+
+
+@pytest.mark.parametrize("p", [0.5, 0.99, 0.9999, 0.999999])
+def test_fused_in_float32(p):
+    """Also in sight of certainty, where the gradient is 1 - p: a log-sum-exp of 20 rounded to 1e-6 would swamp it."""
+    h, weight, targets = head(p, torch.float32)
+    incoming = torch.ones(len(h), dtype=torch.float64)
+    truth = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
+    ours = with_gradients(fused_log_probs, h, weight, targets, incoming)
+    plain = with_gradients(plain_log_probs, h, weight, targets, incoming)
+    assert ((ours[0] - truth[0]).abs() / truth[0].abs().clamp(min=1)).max() <= 3e-6
+    assert (ours[1] - truth[1]).abs().max() <= 1e-5
+    assert row_error(ours[2], truth[2]).max() <= 1e-6 * weight.norm(dim=1).mean()
+    assert row_error(ours[3], truth[3]).max() <= 1e-6 * h.norm(dim=1).mean()
+    for i in (2, 3):
+        assert row_error(ours[i], truth[i]).mean() <= 1.5 * row_error(plain[i], truth[i]).mean()
 
 
 @pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
 def test_fused_in_bfloat16_is_as_good_as_autograd(p):
-    """Both start from the same bfloat16 h and W; the truth is float64 on those."""
+    """Both start from the same bfloat16 h and W; the truth is float64 on those.
+
+    With incoming gradients other than 1 the kept slope is rounded once more, by the multiplication: up to 15 % more
+    error where it is large (p = 0.5), nothing where it matters (0.99).
+    """
     h, weight, targets = head(p, torch.bfloat16)
-    incoming = torch.randn(len(h), dtype=torch.float64)
-    truth = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
-    ours = with_gradients(fused_log_probs, h, weight, targets, incoming)
-    plain = with_gradients(plain_log_probs, h, weight, targets, incoming)
-    assert (ours[0] - truth[0]).abs().mean() <= 1.05 * (plain[0] - truth[0]).abs().mean()
-    assert (ours[1] - truth[1]).abs().mean() <= 1.05 * (plain[1] - truth[1]).abs().mean()
-    for i in (2, 3):
-        assert row_error(ours[i], truth[i]) <= 1.05 * row_error(plain[i], truth[i])
+    for incoming, bound in ((torch.ones(len(h)).double(), 1.05), (torch.randn(len(h)).double(), 1.25)):
+        truth = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
+        ours = with_gradients(fused_log_probs, h, weight, targets, incoming)
+        plain = with_gradients(plain_log_probs, h, weight, targets, incoming)
+        assert (ours[0] - truth[0]).abs().mean() <= 1.05 * (plain[0] - truth[0]).abs().mean()
+        assert (ours[1] - truth[1]).abs().mean() <= 1.05 * (plain[1] - truth[1]).abs().mean()
+        for i in (2, 3):
+            assert row_error(ours[i], truth[i]).mean() <= bound * row_error(plain[i], truth[i]).mean()
 
 
 def test_fused_chunks_agree():
