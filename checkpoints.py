@@ -246,7 +246,6 @@ def read_config(folder):
         config = transformers.LlavaConfig.from_dict(raw)
     except Exception as error:  # type checks of transformers and of huggingface_hub
         raise BadInput(f"{path}: not a usable config ({one_line(error)}).") from None
-    config.image_token_index = raw.get("image_token_id", config.image_token_index)  # 5.x has two names for it
     states = config.vision_config.num_hidden_layers + 1
     if not -states <= layer < states:
         raise BadInput(f"{path}: vision_feature_layer is {layer}; the tower has {states} hidden states.")

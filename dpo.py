@@ -92,10 +92,10 @@ def main():
     args, begin = parse(), time.time()
     device, dtype = training.device_and_dtype(args)
     records = data.load(args.data, args.images, answers=2)
-    out = training.start(args, "dpo")
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = args.max_length or processor.max_length
     examples = [processor.encode(r) for r in records]
+    out = training.start(args, "dpo")
     report.show_start(processor, examples)
     seconds = {"setup": time.time() - begin}
     before = report.evaluate(model, processor, args, out / "before")

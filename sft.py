@@ -60,13 +60,13 @@ def main():
     args, begin = parse(), time.time()
     device, dtype = training.device_and_dtype(args)
     records = data.load(args.data, args.images, answers=1)
-    out = training.start(args, "sft")
     if args.model:
         model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     else:
         model, processor = checkpoints.compose(args.vision, args.llm, dtype, device, args.template or "vicuna_v1", args.image_aspect, args.seed)
     processor.max_length = args.max_length or processor.max_length
     examples = data.share_prompt([processor.encode(r, every_turn=True) for r in records])
+    out = training.start(args, "sft")
     report.show_start(processor, examples)
     seconds = {"setup": time.time() - begin, "reference": 0.0}
     before = report.evaluate(model, processor, args, out / "before") if args.model else None
