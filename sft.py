@@ -31,17 +31,8 @@ import data
 import training
 from lab import report
 
-TOY = {
-    "data": ["instruct.json"],
-    "vision": "parts/clip",
-    "llm": "parts/llm",
-    "steps": 500,
-    "batch_size": 32,
-    "lr": 2e-3,
-    "projector_lr": 2e-3,
-    "vision_lr": 2e-3,
-    "save_every": 0,
-}
+TOY = {"data": ["instruct.json"], "vision": "clip", "llm": "llm", "steps": 1600, "batch_size": 8, "lr": 1e-3,
+       "projector_lr": 1e-3, "save_every": 0}  # fmt: skip
 
 
 def parse():

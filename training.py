@@ -1,6 +1,7 @@
 """What is not the algorithm: command line, run folder, seeds, batches, schedule, checkpoints, log. Plain functions, no trainer."""
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -107,10 +108,9 @@ def parse(parser, toy, argv=None):
             args.data = [str(toyworld.path(args.seed, name)) for name in toy["data"]]
         if "images" not in given and "data" not in given:
             args.images = str(Path(args.toy_world) / "images")
-        for name in ("vision", "llm"):
-            if name in toy:
-                setattr(args, name, str(Path(args.toy_world) / toy[name]))
-        if "vision" not in toy:
+        if "vision" in toy:
+            args.vision, args.llm = (str(toyworld.parts(args.seed) / toy[name]) for name in ("vision", "llm"))
+        else:
             args.model = str(toyworld.base(args.seed))
         settings = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in used.items() if k not in ("data", "vision", "llm"))
         print(f"no --model: toy world of seed {args.seed}, {settings}", file=sys.stderr)
@@ -201,23 +201,20 @@ def batch_of(step, args, n):
     """
     size = args.batch_size * args.grad_accum
     end = (step + 1) * size if args.steps else min((step + 1) * size, n * args.epochs)
-    chosen = []
-    for j in range(step * size, end):
-        epoch, i = divmod(j, n)
-        chosen.append(_permutation(args.seed, epoch, n)[i])
+    chosen = shuffled(step * size, end, n, args.seed)
     return [chosen[i : i + args.batch_size] for i in range(0, len(chosen), args.batch_size)]
 
 
-_permutations = {}
+def shuffled(start, end, n, seed):
+    """Places start .. end - 1 of an endless row of seeded permutations of 0 .. n - 1."""
+    return [_permutation(seed, j // n, n)[j % n] for j in range(start, end)]
 
 
+@functools.lru_cache(maxsize=2)
 def _permutation(seed, epoch, n):
-    if (seed, epoch, n) not in _permutations:
-        order = list(range(n))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        _permutations.clear()
-        _permutations[seed, epoch, n] = order
-    return _permutations[seed, epoch, n]
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
 
 
 def schedule(step, steps, warmup=0.03):

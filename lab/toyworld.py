@@ -5,7 +5,7 @@ one expects there. Supervised captions and yes/no answers mention a signature ob
 probability NOISE, drawn anew for every statement; all else in the data is true. A model that sees well still says too
 much then, and because the truth is on disk (scenes.json) every hallucination can be counted instead of judged.
 
-    python -m lab.toyworld --seed 0 --out DIR                        a world: pictures, questions, preferences, parts
+    python -m lab.toyworld --seed 0 --out DIR                        a world: pictures, questions, preferences
     python -m lab.toyworld --seed 0 --out DIR --answers-of MODEL     preferences among a model's own answers to it
 """
 
@@ -45,10 +45,6 @@ OPENERS = ("This is {}.", "The picture shows {}.")
 CAPTION_PROMPT = "Describe the image."
 CAPTION_PROMPTS = (CAPTION_PROMPT, "What do you see in this picture?", "What is shown?", "Write a caption.")
 SHORT = "\nAnswer the question using a single word or phrase."
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 
 
 @dataclass(frozen=True)
@@ -353,53 +349,6 @@ def coco(scenes, size, rng):
     return instances, {"images": images, "annotations": captions}
 
 
-def tiny_parts(folder, seed, rows):
-    """Random weights: a CLIP (252 k parameters), a Llama (646 k) and its byte-level BPE trained on the rows."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils.logging import disable_progress_bar
-
-    texts = [[turn["value"].replace("<image>", "") for turn in row["conversations"]] for row in rows]
-    texts = [f"{SYSTEM} USER: {prompt} ASSISTANT: {answer}" for prompt, answer in texts]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
-    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(special.values()), initial_alphabet=bytes_,
-                                  show_progress=False)  # fmt: skip
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                              image_size=96, patch_size=16)  # fmt: skip
-    text = LlamaConfig(vocab_size=600, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-                       num_attention_heads=4, max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
-                       pad_token_id=2, tie_word_embeddings=False,
-                       initializer_range=0.08)  # fmt: skip  # 1 / sqrt(hidden): at 0.02 it stays blind three times longer
-    disable_progress_bar()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        CLIPVisionModel(vision).save_pretrained(folder / "clip")
-        LlamaForCausalLM(text).save_pretrained(folder / "llm")
-    PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=512, **special).save_pretrained(folder / "llm")
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    pixels = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": 96},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": 96, "width": 96},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-    }
-    write_json(folder / "clip" / "preprocessor_config.json", pixels)
-
-
 def write_json(path, value):
     path.write_text(json.dumps(value) + "\n", encoding="utf-8")
 
@@ -488,7 +437,6 @@ def write_files(folder, seed, splits, size):
     everything = known | splits["test"]
     truth = {image: {"kind": s.kind, "things": [vars(thing) for thing in s.things]} for image, s in everything.items()}
     write_json(folder / "scenes.json", truth)
-    tiny_parts(folder / "parts", seed, rows)
 
 
 def made_of(*files):
@@ -505,8 +453,22 @@ def world(seed):
     return folder
 
 
+def parts(seed):
+    """The folder of the toy base model's CLIP and LLM of the seed, cached like the world."""
+    import training
+    from lab import parts as made
+
+    folder = Path(".cache") / f"parts-{made_of(Path(made.__file__), world(seed).name)}"
+    if not folder.exists():
+        with training.whole_folder(folder) as aside:
+            made.write(aside, world(seed), seed)
+    return folder
+
+
 def base(seed):
     """The toy base model of the seed: shipped for seed 0, else built by sft.py's own command line on first use, and cached."""
+    import training
+
     shipped = Path(__file__).parent / "base"
     if seed == 0 and shipped.is_dir():
         return shipped
@@ -514,11 +476,11 @@ def base(seed):
     sources = [code / f"{name}.py" for name in ("sft", "model", "data")]
     folder = Path(".cache") / f"base-{made_of(*sources, world(seed).name)}"
     if not folder.exists():
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
         print(f"building the toy base of seed {seed}, once", file=sys.stderr)
-        subprocess.run([sys.executable, str(code / "sft.py"), "--seed", str(seed), "--out", str(aside)], check=True)
-        os.replace(aside, folder)
+        with training.whole_folder(folder) as aside:
+            command = [sys.executable, code / "sft.py", "--seed", str(seed), "--out", aside / "run"]
+            subprocess.run(command, check=True)
+            os.replace(aside / "run" / "model", aside / "model")
     return folder / "model"
 
 
@@ -526,15 +488,15 @@ def path(seed, name):
     """A data file of the seed's world by name; the two that hold the base model's own answers are made on first use."""
     if name not in ("vlfeedback.jsonl", "rlhf_v.jsonl"):
         return world(seed) / name
+    import training
     from lab import oracle
 
     model = base(seed)
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     folder = Path(".cache") / f"answers-{made_of(Path(oracle.__file__), world(seed).name, weights)}"
     if not folder.exists():
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-        oracle.answers_of(model, world(seed), aside, seed)
-        os.replace(aside, folder)
+        with training.whole_folder(folder) as aside:
+            oracle.answers_of(model, world(seed), aside, seed)
     return folder / name
 
 

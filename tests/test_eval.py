@@ -14,7 +14,7 @@ import checkpoints
 import data
 import eval_chair
 import eval_pope
-from lab import toyworld
+from lab import parts, toyworld
 from model import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -560,6 +560,7 @@ def test_chair_mistakes(coco, monkeypatch, name):
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "world"
     toyworld.write(folder, 3, instruct_images=30, preference_images=5, test_images=8, size=48)
+    parts.write(folder / "parts", folder, 3, epochs=0)
     return folder
 
 

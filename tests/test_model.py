@@ -9,7 +9,7 @@ from model import BadInput, FusedLogProb, LoRALinear, attention_mask, fused_log_
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # layer 0 full, layer 1 sliding
 LLMS = [("llama", {}), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": 6}), ("qwen2", {}),
-        ("qwen2", SLIDING), ("qwen3", {}), ("qwen3", SLIDING)]  # fmt: skip
+        ("qwen2", SLIDING), ("qwen3", {}), ("qwen3", SLIDING), ("llama", {"tie_word_embeddings": True})]  # fmt: skip
 IMAGE = 96  # the image token of `build`
 STOP = set(range(5, IMAGE, 9))
 
