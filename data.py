@@ -14,6 +14,7 @@ Every layout ends in one record type; the reader is chosen by the keys of the fi
 In layouts with placeholders one `<image>` in the first human turn is the picture (wherever it stands there, it is moved to the
 front, as LLaVA does); anywhere else, and in answers, it is text.
 """
+
 import base64
 import functools
 import io
@@ -148,7 +149,7 @@ def find_image(images, *names):
 
 
 def dialogue(conversations, key, used=None):
-    """LLaVA turns -> (user, assistant, ...) texts [:used]; those before the first human one are dropped, roles must alternate."""
+    """LLaVA turns -> (user, assistant, ...) texts [:used]; those before the first human turn are dropped."""
     if isinstance(conversations, list) and len(conversations) == 1 and isinstance(conversations[0], list):
         conversations = conversations[0]  # LLaVA-RLHF nests some dialogues one level deeper
     if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
@@ -172,7 +173,8 @@ def take_placeholder(turns, image):
     return (text_field(turns[0].replace("<image>", ""), "first human turn"), *turns[1:])
 
 
-# ---- rows to records: one small function a layout, (row, where, images, notes) -> records; what is left out on purpose is counted in notes
+# ---- rows to records: one small function a layout, (row, where, images, notes) -> records
+# what is left out on purpose is counted in notes
 
 
 def _rlhf_v(row, where, images, notes):
@@ -208,7 +210,11 @@ def _vlfeedback(row, where, images, notes):
     scores, answers = [], []
     for i, completion in enumerate(completions):
         ratings = completion.get("annotations") if isinstance(completion, dict) else None
-        if not isinstance(ratings, dict) or not all(isinstance(r, dict) and "Rating" in r for r in ratings.values()) or not ratings:
+        if (
+            not isinstance(ratings, dict)
+            or not all(isinstance(r, dict) and "Rating" in r for r in ratings.values())
+            or not ratings
+        ):
             raise BadInput(f"completions[{i}].annotations is {ratings!r:.80}; an object of {{Rating, Rationale}} is needed.")
         answers.append(text_field(completion.get("response"), f"completions[{i}].response"))
         scores.append(_mean_rating(ratings))
@@ -237,7 +243,10 @@ def _mean_rating(ratings):
 
 def _povid(row, where, images, notes):
     image = find_image(images, row["image"]) if row.get("image") else None
-    chosen, rejected = dialogue(row["conversations"], "conversations"), dialogue(row["rejected_conversations"], "rejected_conversations")
+    chosen, rejected = (
+        dialogue(row["conversations"], "conversations"),
+        dialogue(row["rejected_conversations"], "rejected_conversations"),
+    )
     if chosen[:-1] != rejected[:-1]:
         raise BadInput("conversations and rejected_conversations differ before their last turn; only the last answer may.")
     return [Record(where, image, take_placeholder(chosen[:-1], image), (chosen[-1], rejected[-1]))]
@@ -246,7 +255,10 @@ def _povid(row, where, images, notes):
 def _llava_rlhf(row, where, images, notes):
     image = find_image(images, row["image"]) if row.get("image") else None
     turns = dialogue(row["conversations"], "conversations", -1)  # the last answer is a placeholder, maybe empty
-    outputs = [text_field((row[k] or {}).get("value") if isinstance(row[k], dict) else None, f"{k}.value") for k in ("output_1", "output_2")]
+    outputs = [
+        text_field((row[k] or {}).get("value") if isinstance(row[k], dict) else None, f"{k}.value")
+        for k in ("output_1", "output_2")
+    ]
     if row["preference"] not in (1, 2) or isinstance(row["preference"], bool):
         raise BadInput(f"`preference` is {row['preference']!r}; 1 or 2 is needed.")
     return [Record(where, image, take_placeholder(turns, image), tuple(outputs if row["preference"] == 1 else outputs[::-1]))]
@@ -289,7 +301,9 @@ def read(path, images=None):
             layout = next((name for name, (keys, _) in LAYOUTS.items() if all(k in row for k in keys)), None)
             if layout is None:
                 known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items())
-                raise BadInput(f"{path}: row {i} has the keys {str(sorted(row)):.200}, which is no known layout; accepted are {known}.")
+                raise BadInput(
+                    f"{path}: row {i} has the keys {str(sorted(row)):.200}, which is no known layout; accepted are {known}."
+                )
         try:
             if not isinstance(row, dict):
                 raise BadInput(f"the row is {type(row).__name__}; an object is needed.")
@@ -325,7 +339,9 @@ def load(paths, images=None, answers=2):
             raise BadInput(f"{path}: {file.rows} rows of layout {file.layout} give no pair.")
         have = len(file.records[0].answers)
         if have < answers:
-            raise BadInput(f"{path}: layout {file.layout} is instruction data, one answer a prompt; preference pairs are needed.")
+            raise BadInput(
+                f"{path}: layout {file.layout} is instruction data, one answer a prompt; preference pairs are needed."
+            )
         records += [replace(r, answers=r.answers[:answers]) for r in file.records]
     return records
 
@@ -511,7 +527,9 @@ class Processor:
         scored = [torch.ones(len(a), dtype=torch.bool) for a in answers]
         longest = len(prompt) + max(map(len, answers), default=0)
         if longest > self.max_length:
-            raise BadInput(f"{record.where}: prompt of {len(prompt)} and answer of {longest - len(prompt)} tokens; the context is {self.max_length}.")
+            raise BadInput(
+                f"{record.where}: prompt of {len(prompt)} and answer of {longest - len(prompt)} tokens; the limit is {self.max_length}."
+            )
         if len(answers) == 2 and torch.equal(answers[0], answers[1]):
             raise BadInput(f"{record.where}: chosen and rejected are the same tokens; a pair must differ.")
         if every_turn and history:
@@ -604,12 +622,21 @@ def main():
         chosen, rejected = (*r.answers, None)[:2]
         samples.append({"image": r.image and str(r.image), "prompt": r.turns[-1], "chosen": chosen, "rejected": rejected})
     pairs = sum(len(r.answers) == 2 for r in file.records)
-    found = {"layout": file.layout, "rows": file.rows, "pairs": pairs, "refused": file.refused, "notes": dict(file.notes), "samples": samples}
+    found = {
+        "layout": file.layout,
+        "rows": file.rows,
+        "pairs": pairs,
+        "refused": file.refused,
+        "notes": dict(file.notes),
+        "samples": samples,
+    }
     if args.json:
         print(json.dumps(found, indent=1))
         return
     print(f"{args.file}: layout {file.layout}, {file.rows} rows, {pairs} pairs, {len(file.refused)} rows refused")
-    for line in [f"  {n} {why}" for why, n in file.notes.items()] + [f"  row {r['row']}: {r['why']}" for r in file.refused[:20]]:
+    for line in [f"  {n} {why}" for why, n in file.notes.items()] + [
+        f"  row {r['row']}: {r['why']}" for r in file.refused[:20]
+    ]:
         print(line)
     for s in samples:
         print("".join(f"\n{key:>9}  {value}" for key, value in s.items() if value is not None))

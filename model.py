@@ -10,6 +10,7 @@ Three ideas make it fast; each is exact and has a test that compares it with the
 3. the answers of one prompt share it: one row `[prompt | answer 1 | ... | answer K]` (`pack`), one image encoding, and, when
    sampling, one prefill (`MLLM.sample`).
 """
+
 import contextlib
 import math
 from dataclasses import dataclass, fields
@@ -245,7 +246,9 @@ class MLLM(nn.Module):
         self.initial_projector = None
         head = llm.get_output_embeddings()
         if head.bias is not None or getattr(llm.config, "final_logit_softcapping", None):
-            raise BadInput(f"{type(llm).__name__}: an LM head with a bias or a soft cap is not supported; Llama-like heads are.")
+            raise BadInput(
+                f"{type(llm).__name__}: an LM head with a bias or a soft cap is not supported; Llama-like heads are."
+            )
         for module in self.modules():  # dropout would make policy and reference differ at step 0
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

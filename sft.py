@@ -23,6 +23,7 @@ Choices, the papers' settings being those of Sun et al. 2023 (their SFT+: 3 epoc
 Metrics: `loss` as above; `tokens` scored in the batch; `grad_norm` before clipping to 1; `lr` of the LLM; `step_seconds` from
 rows in hand to optimizer step done, decoding of pictures included.
 """
+
 import time
 from collections import Counter
 
@@ -31,7 +32,7 @@ import data
 import training
 from lab import report
 
-TOY = {"data": ["instruct.json"], "vision": "clip", "llm": "llm", "steps": 1600, "batch_size": 8, "lr": 1e-3,
+TOY = {"data": ["instruct.json"], "vision": "clip", "llm": "llm", "steps": 2000, "batch_size": 8, "lr": 1e-3,
        "projector_lr": 1e-3, "save_every": 0}  # fmt: skip
 
 
@@ -54,7 +55,9 @@ def main():
     if args.model:
         model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     else:
-        model, processor = checkpoints.compose(args.vision, args.llm, dtype, device, args.template or "vicuna_v1", args.image_aspect, args.seed)
+        model, processor = checkpoints.compose(
+            args.vision, args.llm, dtype, device, args.template or "vicuna_v1", args.image_aspect, args.seed
+        )
     processor.max_length = args.max_length or processor.max_length
     examples = data.share_prompt([processor.encode(r, every_turn=True) for r in records])
     out = training.start(args, "sft")

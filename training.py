@@ -1,4 +1,5 @@
-"""What is not the algorithm: command line, run folder, seeds, batches, schedule, checkpoints, log. Plain functions, no trainer."""
+"""What is not the algorithm: command line, run folder, seeds, batches, schedule, checkpoints, log. No trainer."""
+
 import argparse
 import contextlib
 import functools
@@ -52,7 +53,9 @@ class Parser(argparse.ArgumentParser):
 def add_model_flags(parser):
     """Where the model comes from and how it runs: the same in every script."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="DIR_OR_HUB_ID", help="LLaVA checkpoint; without it: the toy base of --seed and toy settings")
+    group.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="LLaVA checkpoint; without it: the toy base of --seed and toy settings"
+    )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                        help="of frozen weights and arithmetic (what trains is float32); auto: bfloat16 on cuda, else float32")  # fmt: skip
@@ -67,22 +70,40 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size):
     add_model_flags(parser)
     group = parser.add_argument_group("data and run folder")
     group.add_argument("--data", action="append", metavar="FILE", help="data file, layout recognised; may be repeated")
-    group.add_argument("--images", metavar="DIR", help="folder below which image paths are looked up (default: the data file's)")
+    group.add_argument(
+        "--images", metavar="DIR", help="folder below which image paths are looked up (default: the data file's)"
+    )
     group.add_argument("--out", metavar="DIR", help="run folder (default: runs/<script>-<next number>)")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out; other flags must be the same")
-    group.add_argument("--save-every", type=int, default=100, metavar="N", help="steps between checkpoints; 0 = none (default %(default)s)")
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint of --out; other flags must be the same"
+    )
+    group.add_argument(
+        "--save-every", type=int, default=100, metavar="N", help="steps between checkpoints; 0 = none (default %(default)s)"
+    )
     group.add_argument("--seed", type=int, default=0, help="of world, base and run")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, help="optimizer steps; overrides --epochs")
     group.add_argument("--epochs", type=int, default=epochs, help="passes over the data (default %(default)s)")
-    group.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="rows a forward pass (default %(default)s)")
-    group.add_argument("--grad-accum", type=int, default=1, metavar="N", help="forward passes an optimizer step; N x batch size is the batch")
-    group.add_argument("--lr", type=float, default=lr, help="of LoRA, or of the LLM with --lora-rank 0; 0 freezes it (default %(default)s)")
+    group.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help="rows a forward pass (default %(default)s)"
+    )
+    group.add_argument(
+        "--grad-accum", type=int, default=1, metavar="N", help="forward passes an optimizer step; N x batch size is the batch"
+    )
+    group.add_argument(
+        "--lr", type=float, default=lr, help="of LoRA, or of the LLM with --lora-rank 0; 0 freezes it (default %(default)s)"
+    )
     group.add_argument("--projector-lr", type=float, default=projector_lr, help="0 = projector frozen (default %(default)s)")
     group.add_argument("--lora-rank", type=int, default=lora_rank, metavar="N",
                        help="rank of LoRA on all linear layers of the LLM, alpha = 2 rank; 0 = full tuning (default %(default)s)")  # fmt: skip
-    group.add_argument("--max-length", type=int, default=0, metavar="N", help="refuse longer prompt + answer; 0 = the LLM's context")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third slower")
+    group.add_argument(
+        "--max-length", type=int, default=0, metavar="N", help="refuse longer prompt + answer; 0 = the LLM's context"
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, a third slower",
+    )
     return group
 
 
@@ -226,7 +247,10 @@ def schedule(step, steps, warmup=0.03):
 
 
 def optimizer_for(model, lr, projector_lr, vision_lr=0.0):
-    """AdamW without weight decay, a learning rate for each part; remembers its base rate under `base_lr`."""
+    """AdamW without weight decay, a learning rate for each part, which each group remembers as `base_lr`.
+
+    beta2 is .98 where the papers' scripts keep .999: runs of hundreds of steps end before an average over thousands is warm.
+    """
     import torch
 
     rates = {"llm": lr, "projector": projector_lr, "vision": vision_lr}
@@ -237,7 +261,7 @@ def optimizer_for(model, lr, projector_lr, vision_lr=0.0):
             groups.append({"params": params, "lr": rate, "base_lr": rate, "name": name})
     if not groups:
         raise BadInput("nothing trains: --lr, --projector-lr and the other rates are all 0.")
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
 
 def optimizer_step(optimizer, factor, loss, rows, max_norm=1.0):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.drawing import CLASSES, COLOURS, SCENES, Thing
-from lab.toyworld import CAPTION_PROMPTS, PLACES, SHORT, SYNONYMS, Scene, a, caption, open_questions, plural, sentence, some_yes_no, tell, write_rows, yes_no
+from lab.toyworld import CAPTION_PROMPTS, PLACES, SHORT, SYNONYMS, Scene, a, caption, open_questions, plural, sentence
+from lab.toyworld import some_yes_no, tell, write_rows, yes_no
 
 
 WORDS = [(name, word) for name in CLASSES for word in (name, SYNONYMS.get(name, name))]

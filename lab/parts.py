@@ -1,9 +1,9 @@
 """The toy base model's parts, as ordinary transformers folders: a CLIP tower that sees the toy world, and a random tiny Llama.
 
 Real LLaVAs are composed of a CLIP that was pretrained on pictures and an LLM; so is ours. The tower learns for half a minute to
-name what stands in each of a picture's six slots (class, colour, count: all of it true), from the features that LLaVA takes,
-those of the last layer but one. Trained from scratch through the LLM instead, it was still half blind after eight minutes
-(object recall .68), for the tower's share of that work is a twentieth.
+name, from the feature of every patch, what stands in that sixth of the picture (class, colour, count: all of it true) and
+which sixth it is; from the features that LLaVA takes, those of the last layer but one. Trained from scratch through the LLM
+instead, it was still half blind after eight minutes (object recall .68), for its share of that work is a twentieth.
 """
 
 import json
@@ -71,7 +71,7 @@ def tokenizer(rows, special):
 
 
 def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
-    """Train the tower to name class, colour and count in each slot of the instruct pictures -> share of classes right at the end."""
+    """Train the tower on the instruct pictures -> share of patches with a thing whose class it names right, at the end."""
     truth = json.loads((world / "scenes.json").read_text())
     names = [name for name in truth if name.startswith("instruct_")]
     kinds, colours = [None, *CLASSES], [None, *COLOURS]
@@ -84,8 +84,12 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
         with Image.open(world / "images" / name) as picture:
             x = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32) / 255
         pictures[i] = torch.from_numpy((x - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)
-    sizes = [len(kinds), len(colours), 3]
+    sizes = [len(kinds), len(colours), 3, 6]
     head = nn.Linear(WIDTH, sum(sizes))
+    slot_of_patch = torch.tensor([row // 3 * 3 + column // 2 for row in range(6) for column in range(6)])
+    labels = torch.cat([labels, torch.arange(6).view(1, 6, 1).expand(len(labels), 6, 1)], -1)[
+        :, slot_of_patch
+    ]  # (pictures, 36, 4)
     params = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     steps = epochs * (len(names) // batch_size)
@@ -95,8 +99,7 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
         x = tower.pre_layrnorm(tower.embeddings(pictures[i]))
         for layer in tower.encoder.layers[:-1]:
             x = layer(x, attention_mask=None)
-        x = x[:, 1:].view(-1, 2, 3, 3, 2, WIDTH).mean((2, 4)).flatten(1, 2)  # 6 x 6 patches -> 2 x 3 slots: (B, 6, WIDTH)
-        logits = head(x).split(sizes, -1)
+        logits = head(x[:, 1:]).split(sizes, -1)  # of each of the 36 patches
         loss = sum(F.cross_entropy(z.flatten(0, 1), y.flatten()) for z, y in zip(logits, labels[i].unbind(-1)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)

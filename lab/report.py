@@ -1,4 +1,5 @@
-"""What a run in the toy world shows: evaluation before and after, one table, one picture. Used by every script, knows no algorithm."""
+"""What a run in the toy world shows: evaluation before and after, one table, one picture. Knows no algorithm."""
+
 import json
 import sys
 from pathlib import Path
@@ -46,7 +47,10 @@ def finish(out, before, after, seconds, args):
         print(table({"before": before, "after": after} if before else {"after": after}))
         picture(out, Path(args.toy_world))
         print(f"picture: {out / 'report.png'}", file=sys.stderr)
-    print(f"done in {sum(seconds.values()):.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}): {out}", file=sys.stderr)
+    print(
+        f"done in {sum(seconds.values()):.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}): {out}",
+        file=sys.stderr,
+    )
 
 
 def table(results):
@@ -59,7 +63,9 @@ def table(results):
         figures += [chair["chair_s"], chair["chair_i"], chair["recall"]]
         lines.append([name, *(f"{v:.3f}" for v in figures), f"{chair['length']:.1f}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))) for line in lines)
+    return "\n".join(
+        "  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))) for line in lines
+    )
 
 
 # ---- the picture: test images with what the model said before and after, and the training curves
@@ -125,7 +131,9 @@ def _words(draw, text, x, y, width, font, red):
     return y + 14
 
 
-def _curves(path, width, height, panels=(("loss",), ("rewards/chosen", "rewards/rejected"), ("logps/chosen", "logps/rejected"))):
+def _curves(
+    path, width, height, panels=(("loss",), ("rewards/chosen", "rewards/rejected"), ("logps/chosen", "logps/rejected"))
+):
     """Training curves of a metrics.jsonl, a panel for each group of metrics that it holds."""
     lines = [json.loads(line) for line in open(path)]
     panels = [p for p in panels if lines and p[0] in lines[0]]
@@ -146,7 +154,10 @@ def _curves(path, width, height, panels=(("loss",), ("rewards/chosen", "rewards/
             draw.text((at, 10), name, colour, font)
             at += draw.textlength(name, font) + 16
             n = len(lines)
-            points = [(x0 + (x1 - x0) * j / max(1, n - 1), y1 - (y1 - y0) * (v - low) / (high - low)) for j, v in enumerate(values[name])]
+            points = [
+                (x0 + (x1 - x0) * j / max(1, n - 1), y1 - (y1 - y0) * (v - low) / (high - low))
+                for j, v in enumerate(values[name])
+            ]
             if n > 1:
                 draw.line(points, colour, 2)
     return sheet

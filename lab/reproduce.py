@@ -8,6 +8,7 @@ Each cell is one command line and one run folder below results/runs; a finished 
 anew. All methods of a seed start from the same base. The table gives mean and standard deviation over seeds, and the mean
 paired difference to the base. Whatever the README says of results comes from it.
 """
+
 import json
 import shutil
 import statistics
@@ -49,7 +50,15 @@ def run_cell(row, seed, quick, folder):
     """Run one command line to its end -> {"before", "after", "seconds", "minutes", "command"}."""
     _, script, file, flags = ROWS[row]
     out = folder / f"{row}-{seed}"
-    flags = [*flags, "--data", str(toyworld.path(seed, file)), "--images", str(toyworld.world(seed) / "images"), "--seed", str(seed)]
+    flags = [
+        *flags,
+        "--data",
+        str(toyworld.path(seed, file)),
+        "--images",
+        str(toyworld.world(seed) / "images"),
+        "--seed",
+        str(seed),
+    ]
     command = [script, *flags, *(["--steps", "3"] if quick else []), "--out", str(out)]
     shutil.rmtree(out, ignore_errors=True)
     print(f"\n{row}, seed {seed}: python {' '.join(command)}", file=sys.stderr)
@@ -85,7 +94,9 @@ def table(cells):
 def main():
     """Run what is missing, write results.json and table.md, print the table."""
     parser = training.Parser(__doc__)
-    parser.add_argument("--only", action="append", choices=list(ROWS), metavar="ROW", help=f"one of {', '.join(ROWS)}; may be repeated")
+    parser.add_argument(
+        "--only", action="append", choices=list(ROWS), metavar="ROW", help=f"one of {', '.join(ROWS)}; may be repeated"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three steps a cell: does everything still run?")
     parser.add_argument("--out", default="results", metavar="DIR", help="(default %(default)s)")

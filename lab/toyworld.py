@@ -89,7 +89,7 @@ def some_scene(rng):
     kind = rng.choice(SCENES)
     names = []
     while not 3 <= len(names) <= 5:
-        names = [name for i, name in enumerate(USUAL[kind]) if rng.random() < (0.5 if i < 2 else 0.4)]
+        names = [name for i, name in enumerate(USUAL[kind]) if rng.random() < (0.42 if i < 2 else 0.4)]
         if rng.random() < 0.25:
             names.append(rng.choice([name for name in CLASSES if name not in USUAL[kind]]))
     things = [some_thing(name, slot, rng) for name, slot in zip(names, rng.sample(SLOTS, len(names)))]
@@ -139,7 +139,7 @@ def sentence(text):
 def clauses_of(things, rng):
     """One in five uses a synonym where there is one; three of ten that can are joined to the clause before."""
     clauses = []
-    for thing in sorted(things, key=slot_of):
+    for thing in things:
         word = SYNONYMS[thing.name] if thing.name in SYNONYMS and rng.random() < 0.2 else thing.name
         joined = bool(clauses) and not clauses[-1].joined and rng.random() < 0.3
         clauses.append(Clause(thing, word, rng.random() < 0.5, joined))
@@ -163,10 +163,15 @@ def opener_of(scene, rng):
 
 
 def caption(scene, rng, noise=0.0):
-    """A caption that tells everything in the scene, and each absent signature object with probability `noise`."""
+    """A caption that tells everything in the scene, and then each absent signature object with probability `noise`.
+
+    Ghosts come last, as in the captions of real models, where hallucinations grow towards the end, and in one form ("There
+    is ..."). Spread over places and forms, none would be likelier than what is true there, and greedy decoding would say none.
+    """
     free = [slot for slot in SLOTS if slot not in map(slot_of, scene.things)]
     ghosts = [some_thing(name, rng.choice(free or SLOTS), rng) for name in scene.ghosts if rng.random() < noise]
-    return render(opener_of(scene, rng), clauses_of([*scene.things, *ghosts], rng))
+    told = [replace(clause, there=True, joined=False) for clause in clauses_of(ghosts, rng)]
+    return render(opener_of(scene, rng), clauses_of(scene.things, rng) + told)
 
 
 def object_to_ask(scene, rng, asked=()):
@@ -270,14 +275,15 @@ def turns(prompt, answer):
 
 
 def instruct_rows(scenes, rng):
-    """Five rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
+    """Six rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
     rows = []
     for image, scene in scenes.items():
-        first, *one = some_yes_no(scene, rng, NOISE)
-        _, *two = some_yes_no(scene, rng, NOISE, [first])
-        question, last = rng.sample(open_questions(scene), 2)
-        last = last if rng.random() < 0.5 else some_choice(scene, rng)
-        said = [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE)), one, two, question, last]
+        asked, said = [], [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
+        for _ in range(4):
+            name, prompt, answer = some_yes_no(scene, rng, NOISE, asked)
+            asked.append(name)
+            said.append((prompt, answer))
+        said.append(rng.choice(open_questions(scene)) if rng.random() < 0.5 else some_choice(scene, rng))
         for i, (prompt, answer) in enumerate(said):
             prompt = prompt + "\n<image>" if rng.random() < 0.2 else "<image>\n" + prompt
             rows.append({"id": f"{Path(image).stem}_{i}", "image": image, "conversations": turns(prompt, answer)})
@@ -393,7 +399,7 @@ def some_scenes(seed, sizes):
     return splits
 
 
-def write(folder, seed, instruct_images=4000, preference_images=1500, test_images=1000, size=144):
+def write(folder, seed, instruct_images=5000, preference_images=1500, test_images=1000, size=144):
     """Write a world; a folder is either whole or absent, and the same seed and sizes give the same bytes.
 
     images/*.png, instruct.json (LLaVA-Instruct), povid.json (POVID), pope_{random,popular,adversarial}.json,

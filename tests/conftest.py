@@ -1,4 +1,4 @@
-"""A tiny LLaVA with random weights: built in memory, as its two parts on disk, composed of them, and as a checkpoint."""
+"""A tiny LLaVA with random weights: built in memory, as two parts on disk, composed of them, and as a checkpoint."""
 import os
 
 import pytest
@@ -10,8 +10,8 @@ import checkpoints
 from model import MLLM, Projector
 
 SENTENCES = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions. USER: What is in the picture? ASSISTANT: A red cup stands on the table.",
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: What is in the picture? ASSISTANT: A red cup is on the table.",
     "USER: Describe the image in detail. ASSISTANT: Two bananas and a bowl are on the left of the kitchen.",
     "USER: Is there a dog? ASSISTANT: No, there is no dog in the image. ASSISTANT: Yes, a dog sleeps under the table.",
 )
@@ -37,7 +37,7 @@ def one_thread():
 
 
 def scatter(module):
-    """Random weights large enough that every part moves the logits, and none at a special value (norms 1, biases 0)."""
+    """Random weights so large that every part moves the logits, none at a special value (norms 1, biases 0)."""
     with torch.no_grad():
         for p in module.parameters():
             p.add_(torch.randn_like(p) * 0.15)
@@ -65,15 +65,18 @@ def build():
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
-    """A folder with `vision` (CLIP) and `llm` (Llama and a byte-level BPE tokenizer with BOS and EOS), as downloaded."""
+    """A folder with `vision` (CLIP) and `llm` (Llama, byte-level BPE tokenizer with BOS and EOS), as downloaded."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bytes_ = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<unk>", "<s>", "</s>"]
-    backend.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=400, special_tokens=special,
-                                                               initial_alphabet=bytes_, show_progress=False))  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"

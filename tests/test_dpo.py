@@ -1,4 +1,4 @@
-"""dpo.py: the losses by hand and against TRL, and the command line (with sft.py's) from the first step to the last file."""
+"""dpo.py: the losses by hand and against TRL, the command line (and sft.py's) from the first step to the last file."""
 import argparse
 import json
 import math
@@ -116,7 +116,8 @@ def run(folder, script, *flags, status=0):
 
 def dpo(folder, model, out, *flags, images="images", batch=2, status=0):
     return run(folder, "dpo.py", "--model", model, "--data", "povid.json", "--images", images, "--lora-rank", 4,
-               "--batch-size", batch, "--lr", 1e-3, "--projector-lr", 1e-4, "--out", out, *flags, status=status)  # fmt: skip
+               "--batch-size", batch, "--lr", 1e-3, "--projector-lr", 1e-4, "--out", out, *flags,
+               status=status)  # fmt: skip
 
 
 def metrics(out):
@@ -165,7 +166,8 @@ def test_first_step_is_ln_2(six):
     assert [line["lr"] for line in lines] == pytest.approx([1e-3 * f for f in want])
     assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["before"] is summary["after"] is None and set(summary["seconds"]) == {"setup", "reference", "train", "eval"}
+    assert summary["before"] is summary["after"] is None
+    assert set(summary["seconds"]) == {"setup", "reference", "train", "eval"}
 
 
 def test_metrics_are_what_they_say(six, world, checkpoint):
@@ -181,7 +183,8 @@ def test_metrics_are_what_they_say(six, world, checkpoint):
             image = examples[i].record.image
             x = model.embed(tokens, None if image is None else processor.pixels(image)[None])
             log_p = model.llm(inputs_embeds=x, use_cache=False).logits[0].log_softmax(-1)
-            sums.append(sum(log_p[len(tokens[0]) - len(answer) + t - 1, token].item() for t, token in enumerate(answer)))
+            at = len(examples[i].prompt) - 1
+            sums.append(sum(log_p[at + t, token].item() for t, token in enumerate(answer)))
     first = metrics(six[0])[0]
     assert first["logps/chosen"] == pytest.approx((sums[0] + sums[2]) / 2, abs=1e-4)
     assert first["logps/rejected"] == pytest.approx((sums[1] + sums[3]) / 2, abs=1e-4)
@@ -239,7 +242,8 @@ def test_another_picture_is_not_in_the_cache(six, world, checkpoint):
     said = dpo(world, checkpoint, "changed", "--steps", 1, images="other")
     assert "reference 6/6" in said and len(set((world / ".cache").iterdir()) - before) == 1
     first = metrics(world / "changed")[0]
-    assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and first["logps/chosen"] != metrics(six[0])[0]["logps/chosen"]
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert first["logps/chosen"] != metrics(six[0])[0]["logps/chosen"]
 
 
 def test_resume_with_another_flag_is_refused(six, world, checkpoint):
@@ -299,7 +303,7 @@ def sft(world, model, out, batch, accumulate, *flags):
 
 
 def test_sft_accumulated_and_resumed(world, checkpoint):
-    """The loss is a mean over the tokens of the whole batch, not a mean of means. Resumed, bit for bit, in the middle."""
+    """The loss is a mean over the tokens of the whole batch, not a mean of means. Resumed bit for bit in the middle."""
     sft(world, checkpoint, "sft-four", 4, 1)
     sft(world, checkpoint, "sft-two", 2, 2)
     one = world / "sft-four"
@@ -355,12 +359,15 @@ def test_loss_is_that_of_trl(checkpoint, tmp_path):
     ).cast_column("images", datasets.List(datasets.Image()))  # fmt: skip
     llava = transformers.LlavaForConditionalGeneration
     for theirs, ours, beta in (("sigmoid", "dpo", 0.1), ("hinge", "slic", 0.02)):
-        config = trl.DPOConfig(output_dir=str(tmp_path / ours), loss_type=theirs, beta=beta, max_length=None, bf16=False,
-                               gradient_checkpointing=False, report_to=[], use_cpu=True)  # fmt: skip
+        config = trl.DPOConfig(output_dir=str(tmp_path / ours), loss_type=theirs, beta=beta, max_length=None,
+                               bf16=False, gradient_checkpointing=False, report_to=[], use_cpu=True)  # fmt: skip
         trainer = trl.DPOTrainer(
-            llava.from_pretrained(tmp_path / "policy"), llava.from_pretrained(checkpoint), config, train_dataset=dataset,
+            llava.from_pretrained(tmp_path / "policy"),
+            llava.from_pretrained(checkpoint),
+            config,
+            train_dataset=dataset,
             processing_class=transformers.AutoProcessor.from_pretrained(checkpoint),
-        )  # fmt: skip
+        )
         inputs = trainer.data_collator([dict(row) for row in dataset])
         tokens = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
         assert tokens == [torch.cat([e.prompt, e.answers[k]]).tolist() for k in (0, 1) for e in examples]
