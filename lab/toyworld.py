@@ -26,7 +26,7 @@ from pathlib import Path
 from lab import drawing
 from lab.drawing import CLASSES, SCENES, Thing
 
-NOISE = 0.65
+NOISE = 0.8
 USUAL = {  # kind of scene -> its usual classes, the first two are its signature
     "kitchen": ("oven", "cup", "bowl", "banana", "chair", "clock"),
     "street": ("car", "traffic light", "person", "bicycle", "dog", "bench"),
@@ -89,7 +89,7 @@ def some_scene(rng):
     kind = rng.choice(SCENES)
     names = []
     while not 3 <= len(names) <= 5:
-        names = [name for i, name in enumerate(USUAL[kind]) if rng.random() < (0.42 if i < 2 else 0.4)]
+        names = [name for name in USUAL[kind] if rng.random() < 0.4]
         if rng.random() < 0.25:
             names.append(rng.choice([name for name in CLASSES if name not in USUAL[kind]]))
     things = [some_thing(name, slot, rng) for name, slot in zip(names, rng.sample(SLOTS, len(names)))]
