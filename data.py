@@ -226,6 +226,8 @@ def _vlfeedback(row, where, images, notes):
                 notes["pairs left out: a rating is not a number"] += 1
             elif scores[i] == scores[j]:
                 notes["pairs left out: equal ratings"] += 1
+            elif answers[i] == answers[j]:
+                notes["pairs left out: the same answer, rated twice"] += 1
             else:
                 w, l = (i, j) if scores[i] > scores[j] else (j, i)
                 records.append(Record(f"{where}, completions {w} > {l}", image, (prompt,), (answers[w], answers[l])))

@@ -418,7 +418,8 @@ def write(folder, seed, instruct_images=5000, preference_images=1500, test_image
         scenes = splits["instruct"] | splits["preference"] | splits["test"]
         draw_all([(aside / "images" / name, scene, seed, size) for name, scene in scenes.items()])
         write_files(aside, seed, splits, size)
-        aside.rename(folder)
+        if not folder.exists():  # or another process was faster
+            aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

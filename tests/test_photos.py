@@ -1,0 +1,66 @@
+"""Real photographs in four public layouts (skipped where they are not): one set of log-probs, equal to transformers' own."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+import checkpoints
+import data
+
+ROOT = Path(__file__).parents[1]
+PHOTOS = ROOT.parent / "shared" / "data" / "photos"
+FILES = ("povid.json", "rlhf_v.parquet", "llava_rlhf_preference.json", "vlfeedback.jsonl")
+pytestmark = pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are not here")
+
+
+def log_probs(model, processor, file):
+    """{(question, chosen, rejected): (log p(chosen), log p(rejected))} of a data file."""
+    records = data.load([PHOTOS / file], PHOTOS / "images")
+    with torch.no_grad():
+        batches = [model.answer_log_probs(processor.collate([processor.encode(r)])) for r in records]
+    return {(r.turns[-1], *r.answers): b for r, b in zip(records, batches)}
+
+
+def test_the_layouts_agree_with_each_other_and_with_transformers(checkpoint):
+    model, processor = checkpoints.load(checkpoint)
+    found = {file: log_probs(model, processor, file) for file in FILES}
+    expected = found["povid.json"]
+    assert len(expected) == len(json.loads((PHOTOS / "povid.json").read_text()))
+    for file, pairs in found.items():
+        assert expected.keys() <= pairs.keys(), file  # VLFeedback holds more pairs of the same answers
+        for pair, values in expected.items():
+            torch.testing.assert_close(pairs[pair], values, rtol=1e-5, atol=1e-4)
+
+    theirs = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
+    for record in data.load([PHOTOS / "povid.json"], PHOTOS / "images"):
+        example = processor.encode(record)
+        pixels = processor.pixels(record.image)[None]
+        for answer, ours in zip(example.answers, expected[record.turns[-1], *record.answers]):
+            ids = torch.cat([example.prompt, answer])[None]
+            with torch.no_grad():
+                logits = theirs(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
+            rows = logits[0, len(example.prompt) - 1 : -1].log_softmax(-1)
+            assert abs(rows.gather(-1, answer[:, None]).sum() - ours) <= 1e-5 * len(answer) * max(1, abs(ours) / len(answer))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_dpo_trains_on_each_layout_and_pope_scores_it(checkpoint, tmp_path, file):
+    def run(script, *flags):
+        command = [sys.executable, ROOT / script, "--model", checkpoint, *map(str, flags)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+
+    flags = ["--data", PHOTOS / file, "--images", PHOTOS / "images", "--steps", 2, "--batch-size", 2, "--lora-rank", 4, "--out", "run"]
+    run("dpo.py", *flags)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    if file == FILES[0]:
+        questions = ["--questions", PHOTOS / "pope_photos.json", "--images", PHOTOS / "images", "--out", "pope"]
+        run("eval_pope.py", "--adapter", "run/adapter", *questions)
+        scores = json.loads((tmp_path / "pope" / "metrics.json").read_text())
+        assert scores["mean"]["n"] == len((PHOTOS / "pope_photos.json").read_text().split("\n{"))
