@@ -13,7 +13,6 @@ transformers leaves a weight that it does not find at its random start and goes 
 tower of a file written as `vision_tower.X`). Here a missing or an unexpected tensor is an error.
 """
 import contextlib
-import copy
 import json
 import os
 import re
@@ -392,12 +391,10 @@ def chat_template(name):
 
 def write_processor(model, processor, folder):
     """Tokenizer, processor, generation config and chat template, in the files that 4.x and 5.x both read."""
-    tokenizer = copy.deepcopy(processor.tokenizer)
-    tokenizer.split_special_tokens = False  # transformers' processor finds `<image>` in the text
-    tokenizer.save_pretrained(folder)
+    tokenizer = processor.tokenizer
+    tokenizer.save_pretrained(folder)  # without Processor's `split_special_tokens`: theirs looks for `<image>`
     path = folder / "tokenizer_config.json"
-    config = read_json(path)
-    config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only", "split_special_tokens")}
+    config = {k: v for k, v in read_json(path).items() if k not in ("is_local", "local_files_only")}  # of this machine
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # 4.x knows it under this name only, 5.x under both
     write_json(path, config)

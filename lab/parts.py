@@ -26,7 +26,7 @@ SYSTEM = (
 )
 
 
-def write(folder, world, seed, epochs=6):
+def write(folder, world, seed, epochs=5):
     """Write folder/clip and folder/llm for the world in folder `world`: 252 k and 646 k parameters, seeded."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar

@@ -26,7 +26,7 @@ from pathlib import Path
 from lab import drawing
 from lab.drawing import CLASSES, SCENES, Thing
 
-NOISE = 0.8
+NOISE = 0.85
 USUAL = {  # kind of scene -> its usual classes, the first two are its signature
     "kitchen": ("oven", "cup", "bowl", "banana", "chair", "clock"),
     "street": ("car", "traffic light", "person", "bicycle", "dog", "bench"),
@@ -81,7 +81,7 @@ class Clause:
 
 def some_thing(name, slot, rng):
     colour = rng.choice(CLASSES[name]) if CLASSES[name] else None
-    return Thing(name, colour, 2 if rng.random() < 0.15 else 1, *slot)
+    return Thing(name, colour, 2 if rng.random() < 0.1 else 1, *slot)
 
 
 def some_scene(rng):
@@ -90,7 +90,7 @@ def some_scene(rng):
     names = []
     while not 3 <= len(names) <= 5:
         names = [name for name in USUAL[kind] if rng.random() < 0.4]
-        if rng.random() < 0.25:
+        if rng.random() < 0.12:
             names.append(rng.choice([name for name in CLASSES if name not in USUAL[kind]]))
     things = [some_thing(name, slot, rng) for name, slot in zip(names, rng.sample(SLOTS, len(names)))]
     return Scene(kind, tuple(sorted(things, key=slot_of)))
@@ -275,15 +275,15 @@ def turns(prompt, answer):
 
 
 def instruct_rows(scenes, rng):
-    """Six rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
+    """Five rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
     rows = []
     for image, scene in scenes.items():
         asked, said = [], [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
-        for _ in range(4):
+        for _ in range(3):
             name, prompt, answer = some_yes_no(scene, rng, NOISE, asked)
             asked.append(name)
             said.append((prompt, answer))
-        said.append(rng.choice(open_questions(scene)) if rng.random() < 0.5 else some_choice(scene, rng))
+        said.append(rng.choice(open_questions(scene)) if rng.random() < 0.75 else some_choice(scene, rng))
         for i, (prompt, answer) in enumerate(said):
             prompt = prompt + "\n<image>" if rng.random() < 0.2 else "<image>\n" + prompt
             rows.append({"id": f"{Path(image).stem}_{i}", "image": image, "conversations": turns(prompt, answer)})

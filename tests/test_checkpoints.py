@@ -358,6 +358,9 @@ def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "float32" and "_name_or_path" not in config["text_config"]
     assert config["text_config"]["rope_theta"] == (1e6 if kind == "mistral" else 1e4), "4.x looks for it there"
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast", "4.x knows no other name"
+    assert "local_files_only" not in config
     assert not list(tmp_path.glob(".out*")), "the folder written aside is still there"
 
 
@@ -491,9 +494,12 @@ def test_peft_loads_our_adapter(tmp_path, folder, projector):
     ours = our_logits(model, rows, pixels)
     theirs = with_peft(folder, tmp_path / "a")
     assert difference(ours, their_logits(theirs, rows, pixels), rows) <= 1e-5
-    assert difference(ours, our_logits(load(folder)[0], rows, pixels), rows) > 0.1, "the adapter does nothing"
+    base = our_logits(load(folder)[0], rows, pixels)
+    assert difference(ours, base, rows) > 0.1, "the adapter does nothing"
     wrapped = {n.split(".lora_")[0] for n in theirs.state_dict() if ".lora_B" in n}
     assert len(wrapped) == 14 and not [n for n in wrapped if "vision" in n]
+    with theirs.disable_adapter():
+        assert difference(base, their_logits(theirs, rows, pixels), rows) <= 1e-5, "PEFT cannot switch it off"
     merged = theirs.merge_and_unload()
     assert difference(ours, their_logits(merged, rows, pixels), rows) <= 1e-5
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
