@@ -32,7 +32,7 @@ import data
 import training
 from lab import report
 
-TOY = {"data": ["instruct.json"], "vision": "clip", "llm": "llm", "steps": 2300, "batch_size": 8, "lr": 1e-3,
+TOY = {"data": ["instruct.json"], "vision": "clip", "llm": "llm", "steps": 2150, "batch_size": 8, "lr": 1e-3,
        "projector_lr": 1e-3, "save_every": 0}  # fmt: skip
 
 

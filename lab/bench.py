@@ -18,6 +18,7 @@ The head has 40 % of this LLM's multiplications, in a 7 B model 2 %: skipping ro
 
 `head`: log-probs of 140 answer tokens of 1400 rows, V 32000, D 256, forward and backward to the hidden states, head frozen.
 """
+
 import argparse
 import json
 import math
@@ -55,7 +56,9 @@ def build(folder, size):
 
     rng, side, rows = random.Random(0), size["vision"]["image_size"], []
     torch.manual_seed(0)
-    words = "a the red green small large cup dog table bowl man tree car stands lies left right of on under beside two and".split()
+    words = (
+        "a the red green small large cup dog table bowl man tree car stands lies left right of on under beside two and".split()
+    )
     write = lambda n: " ".join(rng.choices(words, k=n)) + "."
     for i in range(size["batch"] * (size["steps"] + 1)):
         pixels = torch.randint(256, (side, side, 3), dtype=torch.uint8)  # of the tower's size: resizing cannot differ
@@ -78,7 +81,12 @@ def build(folder, size):
     model, processor, batches = load(folder)
     tokens = {"image_tokens": processor.image_tokens, "prompt_text_tokens": len(batches[0][0].prompt) - processor.image_tokens}
     tokens["answer_tokens"] = statistics.mean(len(a) for batch in batches for e in batch for a in e.answers)
-    return {"parameters": sum(p.numel() for p in model.parameters()), **tokens, "pairs_a_step": size["batch"], "timed_steps": size["steps"]}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **tokens,
+        "pairs_a_step": size["batch"],
+        "timed_steps": size["steps"],
+    }
 
 
 def load(folder):
@@ -109,7 +117,12 @@ def train(batches, pair_log_probs, params, base):
         losses.append(loss.item())
         training.optimizer_step(optimizer, 1.0, losses[-1], [e.record.where for e in examples])
         ends.append(time.process_time())
-    return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1), "peak_mib": high_water() - base, "losses": losses, "log_probs": first}
+    return {
+        "seconds": (ends[-1] - ends[0]) / (len(ends) - 1),
+        "peak_mib": high_water() - base,
+        "losses": losses,
+        "log_probs": first,
+    }
 
 
 def ours(folder):
@@ -208,7 +221,10 @@ def head(name):
     return {"seconds": (ends[-1] - ends[0]) / 3, "peak_mib": high_water() - base, "log_probs": [[log_p.mean().item()]]}
 
 
-SECTIONS = {"step": {"ours": ours, "naive": naive, "trl": trl}, "head": dict.fromkeys(("fused", "answer-rows", "naive-head", "trl-selective"), head)}
+SECTIONS = {
+    "step": {"ours": ours, "naive": naive, "trl": trl},
+    "head": dict.fromkeys(("fused", "answer-rows", "naive-head", "trl-selective"), head),
+}
 
 
 def measure(folder, names, repeat):
@@ -219,7 +235,10 @@ def measure(folder, names, repeat):
     runs = {name: [] for name in names}
     for name in [*names] * repeat:
         with tempfile.TemporaryDirectory() as cwd:  # the reference cache lands there
-            command, env = [sys.executable, "-m", "lab.bench", "--child", name, str(folder)], {"PYTHONPATH": str(Path(__file__).parents[1])}
+            command, env = (
+                [sys.executable, "-m", "lab.bench", "--child", name, str(folder)],
+                {"PYTHONPATH": str(Path(__file__).parents[1])},
+            )
             done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
         if "ModuleNotFoundError" in done.stderr and name.startswith("trl"):
             print(f"{name} is not measured: {done.stderr.splitlines()[-1]} (pip install trl peft)", file=sys.stderr)
@@ -236,7 +255,11 @@ def measure(folder, names, repeat):
     for name, found in runs.items():
         values = {k: [r[k] for r in found] for k in ("seconds", "peak_mib")}
         values |= {f"{k}_ratio": [r[k] / f[k] for r, f in zip(found, first or ())] for k in ("seconds", "peak_mib")}
-        out |= {name: {k: {"median": statistics.median(v), "min": min(v), "max": max(v)} for k, v in values.items()}} if found else {}
+        out |= (
+            {name: {k: {"median": statistics.median(v), "min": min(v), "max": max(v)} for k, v in values.items()}}
+            if found
+            else {}
+        )
     return out
 
 
@@ -245,15 +268,21 @@ def main(argv=None, size=FULL):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--repeat", type=int, default=3, help="times that each is run (default %(default)s)")
-    parser.add_argument("--only", choices=[n for k, v in SECTIONS.items() for n in (k, *v)], help="one section or one of its rows")
+    parser.add_argument(
+        "--only", choices=[n for k, v in SECTIONS.items() for n in (k, *v)], help="one section or one of its rows"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.child:
         name, folder = args.child
         return print(json.dumps(head(name) if name in SECTIONS["head"] else SECTIONS["step"][name](Path(folder))))
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "unknown")
-    out = {"machine": {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "threads": 1, "load": os.getloadavg()[0]}}
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "unknown"
+    )
+    out = {
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "threads": 1, "load": os.getloadavg()[0]}
+    }
     with tempfile.TemporaryDirectory() as folder:
         out["workload"] = build(Path(folder), size)
         print(*(", ".join(f"{k} {v}" for k, v in part.items()) for part in out.values()), sep="\n")

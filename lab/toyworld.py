@@ -26,7 +26,7 @@ from pathlib import Path
 from lab import drawing
 from lab.drawing import CLASSES, SCENES, Thing
 
-NOISE = 0.85
+NOISE = 0.8
 USUAL = {  # kind of scene -> its usual classes, the first two are its signature
     "kitchen": ("oven", "cup", "bowl", "banana", "chair", "clock"),
     "street": ("car", "traffic light", "person", "bicycle", "dog", "bench"),
@@ -89,7 +89,7 @@ def some_scene(rng):
     kind = rng.choice(SCENES)
     names = []
     while not 3 <= len(names) <= 5:
-        names = [name for name in USUAL[kind] if rng.random() < 0.4]
+        names = [name for i, name in enumerate(USUAL[kind]) if rng.random() < (0.36 if i < 2 else 0.4)]
         if rng.random() < 0.12:
             names.append(rng.choice([name for name in CLASSES if name not in USUAL[kind]]))
     things = [some_thing(name, slot, rng) for name, slot in zip(names, rng.sample(SLOTS, len(names)))]
@@ -275,11 +275,11 @@ def turns(prompt, answer):
 
 
 def instruct_rows(scenes, rng):
-    """Five rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
+    """Six rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
     rows = []
     for image, scene in scenes.items():
         asked, said = [], [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
-        for _ in range(3):
+        for _ in range(4):
             name, prompt, answer = some_yes_no(scene, rng, NOISE, asked)
             asked.append(name)
             said.append((prompt, answer))

@@ -1,4 +1,5 @@
 """A tiny LLaVA with random weights: built in memory, as two parts on disk, composed of them, and as a checkpoint."""
+
 import os
 
 import pytest

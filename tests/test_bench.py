@@ -1,4 +1,5 @@
 """lab/bench.py at a tiny size: the competitors compute the same thing, and the figures come out."""
+
 import json
 import math
 
@@ -6,7 +7,14 @@ import pytest
 
 from lab import bench
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
 LLM = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 TINY = {"vision": VISION, "llm": LLM, "batch": 2, "steps": 2, "words": 6}
 

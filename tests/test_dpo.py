@@ -1,4 +1,5 @@
 """dpo.py: the losses by hand and against TRL, the command line (and sft.py's) from the first step to the last file."""
+
 import argparse
 import json
 import math

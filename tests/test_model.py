@@ -1,4 +1,5 @@
 """model.py against the plain way: log-softmax of all logits, a padded row an answer, a full forward pass a token."""
+
 import math
 
 import pytest
