@@ -566,7 +566,7 @@ class Processor:
 
     def text(self, ids):
         """Token ids of an answer -> its text, without the end token."""
-        return self.tokenizer.decode(ids[ids != self.end_id], skip_special_tokens=False).strip()
+        return self.tokenizer.decode(ids[~torch.isin(ids, torch.tensor(self.stop_ids))], skip_special_tokens=False).strip()
 
 
 def share_prompt(examples):

@@ -37,6 +37,7 @@ import checkpoints
 import data
 import training
 from lab import report
+from model import BadInput
 
 TOY = {
     "data": ["rlhf_v.jsonl"],
@@ -59,6 +60,8 @@ def parse():
     group.add_argument("--beta", type=float, help=f"strength of the pull to the reference (default {BETA})")
     args = training.parse(parser, TOY)
     args.beta = BETA[args.loss] if args.beta is None else args.beta
+    if not args.beta > 0:
+        raise BadInput(f"--beta is {args.beta}; more than 0 is needed.")
     return args
 
 
@@ -75,12 +78,15 @@ def preference_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, 
 
 
 def reference_log_probs(model, processor, examples, args):
-    """log pi_ref of both answers of every pair, (n, 2): one pass, or the cache if this model has met these pairs before."""
-    processing = (model.dtype, processor.image_aspect, processor.image_size, processor.image_mean, processor.image_std)
-    made_of = [repr(processing)]
-    made_of += [
-        f"{n} {hashlib.sha256(p.detach().cpu().view(torch.uint8).numpy()).hexdigest()}" for n, p in model.state_dict().items()
-    ]
+    """log pi_ref of both answers of every pair, (n, 2): one pass, or the cache if this model has met these pairs before.
+
+    The model is as training will begin: prepared, LoRA at its start, where it adds 0 (and is left out of the hash).
+    """
+    pictures = (processor.image_aspect, processor.image_size, processor.image_mean, processor.image_std)
+    towers = (model.feature_layer, model.keep_cls, model.image_token_id, model.vision.config, model.llm.config)
+    made_of = [repr((model.dtype, *pictures, *towers))]
+    weights = {n: p.detach().cpu() for n, p in model.state_dict().items() if ".lora_" not in n}
+    made_of += [f"{n} {hashlib.sha256(p.view(torch.uint8).numpy()).hexdigest()}" for n, p in weights.items()]
     made_of += [f"{data.image_hash(e.record.image)} {e.prompt.tolist()} {[a.tolist() for a in e.answers]}" for e in examples]
     folder = Path(".cache") / f"reference-{hashlib.sha256(chr(10).join(made_of).encode()).hexdigest()[:16]}"
     if folder.is_dir():
@@ -104,20 +110,20 @@ def main():
     device, dtype = training.device_and_dtype(args)
     records = data.load(args.data, args.images, answers=2)
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
-    processor.max_length = args.max_length or processor.max_length
+    processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
     examples = [processor.encode(r) for r in records]
     out = training.start(args, "dpo")
     report.show_start(processor, examples)
     seconds = {"setup": time.time() - begin}
     before = report.evaluate(model, processor, args, out / "before")
     seconds["eval"] = time.time() - begin - seconds["setup"]
-    reference = reference_log_probs(model, processor, examples, args)  # (n, 2)
-    seconds["reference"] = time.time() - begin - sum(seconds.values())
 
     model.prepare(args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0)
+    reference = reference_log_probs(model, processor, examples, args)  # (n, 2)
+    seconds["reference"] = time.time() - begin - sum(seconds.values())
     model.train(args.gradient_checkpointing)
     if args.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.llm.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = training.optimizer_for(model, args.lr, args.projector_lr)
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0

@@ -76,6 +76,7 @@ class FusedLogProb(torch.autograd.Function):
     def minus_softmax(h, weight, targets):
         """One chunk: -softmax (n, V), log p(target) (n,), entropy (n,)."""
         z = (h @ weight.t()).to(torch.promote_types(h.dtype, torch.float32))  # (n, V)
+        z -= z.amax(-1, keepdim=True)  # else the next line rounds at the size of the logits, not of log p
         z -= z.logsumexp(-1, keepdim=True)
         log_p = z.gather(-1, targets[:, None])[:, 0]
         minus_p = z.exp().neg_()
@@ -249,11 +250,18 @@ class MLLM(nn.Module):
             raise BadInput(
                 f"{type(llm).__name__}: an LM head with a bias or a soft cap is not supported; Llama-like heads are."
             )
+        for name in ("logits_scaling", "logit_scale"):
+            if getattr(llm.config, name, 1.0) not in (None, 1.0):
+                raise BadInput(f"{type(llm).__name__}: an LLM that scales its logits ({name}) is not supported; Llama-like ones are.")
+        for part in (vision, llm):
+            part.set_attn_implementation("sdpa")  # eager attention would add our boolean masks as 0 and 1
         for module in self.modules():  # dropout would make policy and reference differ at step 0
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+            for name in ("attention_dropout", "dropout"):  # the second is CLIP's name for it
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        self.eval()
 
     @property
     def device(self):
@@ -269,8 +277,11 @@ class MLLM(nn.Module):
             for block in self.llm.base_model.layers:
                 for module in list(block.modules()):
                     for name, child in list(module.named_children()):
-                        if name in LORA_TARGETS and isinstance(child, nn.Linear):
-                            setattr(module, name, LoRALinear(child, lora_rank, lora_alpha or 2 * lora_rank))
+                        if isinstance(child, nn.Linear) and name not in LORA_TARGETS:
+                            raise BadInput(f"LoRA: no adapter is known for the layer {name}; known are {', '.join(LORA_TARGETS)}.")
+                        if isinstance(child, nn.Linear):
+                            alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
+                            setattr(module, name, LoRALinear(child, lora_rank, alpha))
         elif llm:
             self.llm.float().requires_grad_(True)
         if projector:
@@ -286,6 +297,8 @@ class MLLM(nn.Module):
         adapters = [m for m in self.modules() if isinstance(m, LoRALinear)]
         if not adapters and any(p.requires_grad for p in self.llm.parameters()):
             raise BadInput("--lora-rank 0 trains the LLM itself, so the reference policy is gone: cache its log-probs before.")
+        if any(p.requires_grad for p in self.vision.parameters()):
+            raise BadInput("the vision tower trains, so the reference policy is gone: cache its log-probs before.")
         trained = {k: v.clone() for k, v in self.projector.state_dict().items()} if self.initial_projector else None
         try:
             for m in adapters:

@@ -58,7 +58,7 @@ def main():
         model, processor = checkpoints.compose(
             args.vision, args.llm, dtype, device, args.template or "vicuna_v1", args.image_aspect, args.seed
         )
-    processor.max_length = args.max_length or processor.max_length
+    processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
     examples = data.share_prompt([processor.encode(r, every_turn=True) for r in records])
     out = training.start(args, "sft")
     report.show_start(processor, examples)
@@ -69,7 +69,7 @@ def main():
     model.prepare(args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0, vision=args.vision_lr > 0)
     model.train(args.gradient_checkpointing)
     if args.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.llm.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = training.optimizer_for(model, args.lr, args.projector_lr, args.vision_lr)
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0

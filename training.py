@@ -117,6 +117,14 @@ def parse(parser, toy, argv=None):
     for name in ("steps", "epochs", "batch_size", "grad_accum"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1 is needed.")
+    for name in ("lora_rank", "max_length", "save_every", "lr", "projector_lr", "vision_lr"):
+        value = getattr(args, name, 0)
+        if not (math.isfinite(value) and value >= 0):
+            raise BadInput(f"--{name.replace('_', '-')} is {value}; 0 or more is needed.")
+    if args.lora_rank and getattr(args, "vision_lr", 0):
+        raise BadInput("--vision-lr trains the tower, which an adapter does not hold; give --lora-rank 0 with it.")
+    if bool(getattr(args, "vision", None)) != bool(getattr(args, "llm", None)):
+        raise BadInput("--vision and --llm go together: a model is composed of both.")
     if args.model is None and not (getattr(args, "vision", None) or getattr(args, "llm", None)):
         from lab import toyworld
 
@@ -157,15 +165,20 @@ def device_and_dtype(args):
 # ---- run folder
 
 
-def write_json(path, value):
-    """Write JSON whole or not at all: aside, flushed to disk, renamed."""
+def write_text(path, text):
+    """Write a file whole or not at all: aside, flushed to disk, renamed."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def write_json(path, value):
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1))
 
 
 def file_hash(path):
@@ -313,10 +326,9 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
     if final.exists():  # a run resumed from an older step passes this one again
         shutil.rmtree(final)
     os.replace(aside, final)
-    latest = folder / "latest.tmp"
-    latest.write_text(final.name)
-    os.replace(latest, folder / "latest")
-    for old in sorted(p for p in folder.glob("step-*") if not p.name.endswith(".tmp"))[:-keep]:
+    write_text(folder / "latest", final.name)
+    whole = [p for p in folder.glob("step-*") if not p.name.endswith(".tmp")]
+    for old in sorted(whole, key=lambda p: int(p.name.removeprefix("step-")))[:-keep]:
         shutil.rmtree(old)
 
 
@@ -347,10 +359,16 @@ def load_checkpoint(out, model, optimizer):
 
 
 def save_result(out, model, processor, args):
-    """What training leaves: a PEFT `adapter/`, or with --lora-rank 0 a full `model/` in the hub layout."""
+    """What training leaves: a PEFT `adapter/`, or without LoRA a full `model/` in the hub layout.
+
+    A resumed run writes again what it may have written before it was stopped.
+    """
     import checkpoints
 
-    if args.lora_rank:
+    if args.resume:
+        for name in ("adapter", "model"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    if args.lora_rank and args.lr:
         checkpoints.save_adapter(model, out / "adapter", args.model)
     else:
         checkpoints.save(model, processor, out / "model")
@@ -395,8 +413,9 @@ class Log:
 
     def __init__(self, out, first, steps):
         path = out / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a run that was killed may leave half a line
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] < first))
         self.file, self.first = open(path, "a", encoding="utf-8"), first
         self.progress = Progress("step", steps, first)
 
