@@ -114,6 +114,10 @@ def parse(parser, toy, argv=None):
     flags = {a.dest: a.option_strings for a in parser._actions}
     given = {dest for dest, options in flags.items() if any(t.split("=")[0] in options for t in argv)}
     args.toy_world = None
+    if args.resume and not (args.out and (Path(args.out) / "args.json").is_file()):
+        raise BadInput(f"--resume needs --out with the folder of a run; {args.out}/args.json is not there.")
+    if not args.resume and args.out and Path(args.out).exists():
+        raise BadInput(f"--out {args.out} exists; give another folder, or --resume to go on with it.")
     for name in ("steps", "epochs", "batch_size", "grad_accum"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1 is needed.")
@@ -200,8 +204,6 @@ def start(args, script):
             raise BadInput(f"--data {path}: no such file.")
         record["data"][path] = file_hash(path)
     if args.resume:
-        if not args.out or not (out / "args.json").is_file():
-            raise BadInput(f"--resume needs --out with the folder of a run; {out}/args.json is not there.")
         old = json.loads((out / "args.json").read_text())
         for key in ("flags", "versions", "data"):
             for name in old[key].keys() | record[key].keys():
@@ -210,8 +212,6 @@ def start(args, script):
                     what = f"--{name.replace('_', '-')}" if key == "flags" else name
                     raise BadInput(f"--resume: {what} was {a} and is now {b}; a resumed run must be the same run.")
     else:
-        if out.exists():
-            raise BadInput(f"--out {out} exists; give another folder, or --resume to go on with it.")
         out.mkdir(parents=True)
         write_json(out / "args.json", record)
     random.seed(args.seed)

@@ -234,13 +234,19 @@ class Oracle:
 
 
 def preference_prompts(folder, seed):
-    """[(image, prompt)]: for each preference picture one request for a caption and two yes/no questions."""
+    """[(image, prompt)]: for each preference picture one request for a caption and four yes/no questions.
+
+    Nearly every caption goes wrong in one of four samples, and one yes/no question in three.
+    """
     rng, prompts = random.Random(f"{seed}/preference prompts"), []
     for image, scene in Oracle(folder).scenes.items():
         if image.startswith("preference_"):
-            first, one, _ = some_yes_no(scene, rng)
-            two = some_yes_no(scene, rng, asked=[first])[1]
-            prompts += [(image, rng.choice(CAPTION_PROMPTS)), (image, one), (image, two)]
+            prompts.append((image, rng.choice(CAPTION_PROMPTS)))
+            asked = []
+            for _ in range(4):
+                name, prompt, _ = some_yes_no(scene, rng, asked=asked)
+                asked.append(name)
+                prompts.append((image, prompt))
     return prompts
 
 

@@ -296,8 +296,8 @@ def test_equal_answers(folder, say, checkpoint):
 def test_too_long(folder, say, checkpoint):
     file = lines_of(folder / "rows.jsonl", [povid(), povid(question="<image>\n" + "Why? " * 600)])
     args = ["--model", checkpoint, "--data", file, "--images", folder / "images"]
-    say(dpo.main, args, ["rows.jsonl, row 1: prompt of ", "the context is 512"])
-    say(dpo.main, [*args, "--max-length", 9], ["rows.jsonl, row 0: prompt of ", "the context is 9"])
+    say(dpo.main, args, ["rows.jsonl, row 1: prompt of ", "the limit is 512"])
+    say(dpo.main, [*args, "--max-length", 9], ["rows.jsonl, row 0: prompt of ", "the limit is 9"])
 
 
 def test_image_token_count(llava):
