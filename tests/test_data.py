@@ -247,7 +247,7 @@ def test_photos():
         assert np.array_equal(data.open_image(r.image), data.open_image(s.image))
     found = pairs(vlfeedback)
     # four answers a row, the last without a rating: up to three pairs, the first of which is that of the other files
-    assert [p for p in found if p in pairs(povid)] == pairs(povid)
+    assert list(dict.fromkeys(p for p in found if p in pairs(povid))) == pairs(povid)
     same = vlfeedback.notes["pairs left out: the same answer, rated twice"]
     assert same > 0 and len(found) + same == 27 == vlfeedback.notes["pairs left out: a rating is not a number"]
 
