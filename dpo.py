@@ -41,9 +41,9 @@ from model import BadInput
 
 TOY = {
     "data": ["rlhf_v.jsonl"],
-    "steps": 200,
+    "steps": 230,
     "batch_size": 16,
-    "lr": 6e-5,
+    "lr": 5e-5,
     "beta": 0.5,  # at .1 the toy model drifts from what it knows: object recall .61 instead of .95 (lr 1e-4, 150 steps)
     "projector_lr": 0.0,
     "lora_rank": 16,
