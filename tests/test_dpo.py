@@ -254,10 +254,9 @@ def test_resume_with_another_flag_is_refused(six, world, checkpoint):
     assert (six[0] / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("changed, value, named", [("batch_size", 3, "--batch-size"), ("data", None, "povid.json"),
-                                                   ("resume", False, "exists")])  # fmt: skip
+@pytest.mark.parametrize("changed, value, named", [("batch_size", 3, "--batch-size"), ("data", None, "povid.json")])
 def test_a_run_folder_belongs_to_one_run(six, world, monkeypatch, tmp_path, changed, value, named):
-    """Another flag, other bytes in the data file, or no --resume."""
+    """Another flag, or other bytes in the data file."""
     shutil.copy(world / "povid.json", tmp_path)
     if changed == "data":
         (tmp_path / "povid.json").write_text("[]")

@@ -433,9 +433,9 @@ def test_ratings_fall_with_errors_and_rise_with_coverage(one):
 def test_preferences_from_answers(folder, oracle, tmp_path):
     prompts = preference_prompts(folder, 0)
     assert prompts == preference_prompts(folder, 0) != preference_prompts(folder, 1)
-    assert len(prompts) == 450 and len({image for image, _ in prompts}) == 150
+    assert len(prompts) == 750 and len({image for image, _ in prompts}) == 150
     assert sum(oracle.question(*prompt)[0] == "describe" for prompt in prompts) == 150
-    assert 100 < sum(prompt.endswith(SHORT) for _, prompt in prompts) < 200
+    assert 220 < sum(prompt.endswith(SHORT) for _, prompt in prompts) < 380
     rng, answers = random.Random(0), []
     for image, prompt in prompts:
         kind, name, right = oracle.question(image, prompt)
@@ -445,8 +445,8 @@ def test_preferences_from_answers(folder, oracle, tmp_path):
     counts = preferences_from_answers(prompts, answers, oracle, tmp_path / "out", rng)
     ranked = [json.loads(line) for line in (tmp_path / "out" / "vlfeedback.jsonl").read_text().splitlines()]
     fixed = [json.loads(line) for line in (tmp_path / "out" / "rlhf_v.jsonl").read_text().splitlines()]
-    assert counts == {"vlfeedback": 450, "rlhf_v": len(fixed), "empty": counts["empty"], "right": 450 - len(fixed)}
-    assert sum(len(row["completions"]) for row in ranked) == 4 * 450 - counts["empty"] and counts["empty"] > 10
+    assert counts == {"vlfeedback": 750, "rlhf_v": len(fixed), "empty": counts["empty"], "right": 750 - len(fixed)}
+    assert sum(len(row["completions"]) for row in ranked) == 4 * 750 - counts["empty"] and counts["empty"] > 10
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rlhf_v.jsonl", "vlfeedback.jsonl"]
     for row in ranked:
         assert row["image"] == row["id"] + ".png" and row["models"] == [each["model"] for each in row["completions"]]
