@@ -7,9 +7,9 @@
     python sft.py --vision CLIP --llm LLM --lr 0 --projector-lr 2e-3 --template plain --data blip_laion_cc_sbu_558k.json ...
                                                                    # a new model: stage 1 of LLaVA trains the projector only
 
-Without flags it composes a random CLIP and a random LLM of under a million parameters and trains everything on the toy
-world's instruction data, whose captions and answers name expected objects that are not there. Expect the loss to fall from
-6.4 to about 0.45, and a model that sees (POPE random accuracy above .92) and says too much (CHAIR_s above .6).
+Without flags it composes the toy world's tiny CLIP and a random LLM, under a million parameters, and trains LLM and projector on
+the toy world's instruction data, whose captions and answers name expected objects that are not there. Expect the loss to fall
+from 6.8 to about 0.13, and a model that sees (POPE random accuracy .91, object recall .97) and says too much (CHAIR_s .65).
 
 Every assistant turn is scored, with its end token; nothing else is. Rows about one picture share it: they are packed behind
 their common prompt and do not see each other (data.share_prompt), so --batch-size counts pictures. The answer is `model/` in
