@@ -12,11 +12,9 @@ renaming to the hub's, and only the hub's is written, because every version read
 transformers leaves a weight that it does not find at its random start and goes on (4.x and 5.0-5.5 do so with the whole
 tower of a file written as `vision_tower.X`). Here a missing or an unexpected tensor is an error.
 """
-import contextlib
+
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -25,6 +23,7 @@ import transformers  # gives its classes when first used; importing them here wo
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import training
 from data import TEMPLATES, Processor
 from model import BadInput, LoRALinear, MLLM, Projector
 
@@ -85,10 +84,6 @@ def read_json(path, default=None):
     return value
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def tensor_index(folder, stem="model"):
     """What the safetensors files of a folder hold, from their headers: {name: (file, name, shape)}.
 
@@ -134,26 +129,6 @@ def fill(slots, found, folder, tied=()):
         with safe_open(found[name][0], "pt") as f:
             if not torch.equal(f.get_tensor(found[name][1]).to(slots[name]), slots[name]):
                 raise BadInput(f"{folder}: the config ties {name} to the embeddings; the files hold another matrix.")
-
-
-@contextlib.contextmanager
-def written_aside(folder):
-    """A new folder beside `folder` that takes its name once all is written and on the disk; `folder` must not exist."""
-    folder = Path(folder)
-    if folder.exists():
-        raise BadInput(f"{folder}: exists already; nothing is written over.")
-    aside = folder.parent / f".{folder.name}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process of the same number
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for path in (*aside.iterdir(), aside):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 # ---- parts
@@ -397,7 +372,7 @@ def write_processor(model, processor, folder):
     config = {k: v for k, v in read_json(path).items() if k not in ("is_local", "local_files_only")}  # of this machine
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # 4.x knows it under this name only, 5.x under both
-    write_json(path, config)
+    training.write_json(path, config)
     side = processor.image_size
     image_processor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -419,10 +394,10 @@ def write_processor(model, processor, folder):
     }
     ids = {"bos": tokenizer.bos_token_id, "eos": processor.stop_ids, "pad": tokenizer.pad_token_id}
     template = chat_template(processor.template)
-    write_json(folder / "preprocessor_config.json", image_processor)
-    write_json(folder / "processor_config.json", llava_processor)
-    write_json(folder / "generation_config.json", {f"{k}_token_id": v for k, v in ids.items() if v is not None})
-    write_json(folder / "chat_template.json", {"chat_template": template})  # before 4.52
+    training.write_json(folder / "preprocessor_config.json", image_processor)
+    training.write_json(folder / "processor_config.json", llava_processor)
+    training.write_json(folder / "generation_config.json", {f"{k}_token_id": v for k, v in ids.items() if v is not None})
+    training.write_json(folder / "chat_template.json", {"chat_template": template})  # before 4.52
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
@@ -433,10 +408,10 @@ def save(model, processor, folder, dtype=None):
     transformers 4.46 to 5.23 read it, with AutoProcessor. `folder` must not exist; it appears when it is complete.
     """
     dtype = dtype or model.dtype
-    with written_aside(folder) as aside:
+    with training.whole_folder(training.new_folder(folder)) as aside:
         weights = dict(merged(model, dtype))
         huggingface_hub.save_torch_state_dict(weights, aside, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
-        write_json(aside / "config.json", hub_config(model, processor, dtype))
+        training.write_json(aside / "config.json", hub_config(model, processor, dtype))
         write_processor(model, processor, aside)
 
 
@@ -480,10 +455,10 @@ def save_adapter(model, folder, base_name):
         "target_modules": rf".*language_model.*\.({'|'.join(sorted({name.split('.')[-1] for name, _ in lora}))})",
         "modules_to_save": ["multi_modal_projector"] if projector else None,
     }
-    with written_aside(folder) as aside:
+    with training.whole_folder(training.new_folder(folder)) as aside:
         tensors = {f"base_model.model.{k}": v.cpu().contiguous() for k, v in tensors.items()}
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(aside / "adapter_config.json", config)
+        training.write_json(aside / "adapter_config.json", config)
 
 
 @torch.no_grad()

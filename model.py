@@ -35,8 +35,9 @@ class FusedLogProb(torch.autograd.Function):
     d log p(y) / d h = (onehot(y) - p) W is computed chunk by chunk in the forward pass; the backward pass multiplies it by the
     incoming (N,) gradient. A trainable W adds dW = (g (onehot(y) - p))^T h, for which the chunks are computed again: four
     products against the three of the naive way, in exchange for never holding (N, V).
-    Softmax and onehot - p are float32 (float64 for float64 input) and cast before the product. Written as W[y] - p W the two
-    terms would cancel in bfloat16: for p(y) = 0.996 the median error of the gradient is 68 % instead of 3 %.
+    Softmax and onehot - p are float32 (float64 for float64 input) and cast before the product, whose sum stays float32 until
+    it has met the incoming gradient: rounded twice it would be up to 1.2 times as far from the truth as autograd's. Written as
+    W[y] - p W the two terms would cancel in bfloat16: for p(y) = 0.996 the median error of the gradient is 68 % instead of 3 %.
     """
 
     @staticmethod
@@ -44,14 +45,15 @@ class FusedLogProb(torch.autograd.Function):
         need_h, need_w = ctx.needs_input_grad[:2]
         log_p = torch.empty(len(h), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
         entropy = torch.empty_like(log_p)
-        slope = torch.empty_like(h) if need_h else None
+        slope = torch.empty(h.shape, device=h.device, dtype=log_p.dtype) if need_h else None
         for i in range(0, len(h), chunk):
             s = slice(i, i + chunk)
             minus_p, log_p[s], entropy[s] = FusedLogProb.minus_softmax(h[s], weight, targets[s])
             if need_h:
-                minus_p[torch.arange(len(minus_p), device=h.device), targets[s]] = -torch.expm1(log_p[s])  # 1 - p(y)
-                slope[s] = minus_p.to(weight.dtype) @ weight
-        ctx.chunk = chunk
+                minus_p.scatter_(1, targets[s, None], 0.0)  # y apart: 1 - p(y), the largest factor, is not rounded
+                others = FusedLogProb.product(minus_p.to(weight.dtype), weight)
+                slope[s] = torch.addcmul(others, -torch.expm1(log_p[s, None]), weight[targets[s]].to(others.dtype))
+        ctx.chunk, ctx.dtype = chunk, h.dtype
         ctx.save_for_backward(*(slope, *((h, weight, targets) if need_w else ())))
         ctx.mark_non_differentiable(entropy)
         return log_p, entropy
@@ -59,7 +61,7 @@ class FusedLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         slope, *saved = ctx.saved_tensors
-        grad_h = (slope * grad[:, None]).to(slope.dtype) if slope is not None else None
+        grad_h = (slope * grad[:, None]).to(ctx.dtype) if slope is not None else None
         grad_w = None
         if saved:
             h, weight, targets = saved
@@ -71,6 +73,13 @@ class FusedLogProb(torch.autograd.Function):
                 grad_w += (minus_p.mul_(grad[s, None]).to(h.dtype).t() @ h[s]).to(grad_w.dtype)
             grad_w = grad_w.to(weight.dtype)
         return grad_h, grad_w, None, None
+
+    @staticmethod
+    def product(x, weight):
+        """x (n, V) @ weight (V, D), not rounded below float32."""
+        if weight.dtype != torch.bfloat16:
+            return x @ weight
+        return torch.mm(x, weight, out_dtype=torch.float32) if x.is_cuda else x.float() @ weight.float()
 
     @staticmethod
     def minus_softmax(h, weight, targets):

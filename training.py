@@ -375,18 +375,29 @@ def save_result(out, model, processor, args):
 
 
 @contextlib.contextmanager
-def whole_folder(path):
-    """A folder that appears only when it is complete: filled aside, then renamed. Whoever finishes first wins."""
+def whole_folder(path, flush=True):
+    """A folder that appears only when it is complete: filled aside, flushed to the disk, renamed. Whoever finishes first wins."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process of the same number
+    aside.mkdir(parents=True)
     try:
-        aside.mkdir()
         yield aside
+        for file in (*aside.rglob("*"), aside) if flush else ():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         if not path.exists():
             os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def new_folder(path):
+    """The path, if nothing is there; BadInput otherwise."""
+    if Path(path).exists():
+        raise BadInput(f"{path}: exists already; nothing is written over.")
+    return Path(path)
 
 
 # ---- log

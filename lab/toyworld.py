@@ -9,12 +9,12 @@ much then, and because the truth is on disk (scenes.json) every hallucination ca
     python -m lab.toyworld --seed 0 --out DIR --answers-of MODEL     preferences among a model's own answers to it
 """
 
+import ast
 import hashlib
 import json
 import multiprocessing
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -275,11 +275,11 @@ def turns(prompt, answer):
 
 
 def instruct_rows(scenes, rng):
-    """Six rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
+    """Seven rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
     rows = []
     for image, scene in scenes.items():
         asked, said = [], [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
-        for _ in range(4):
+        for _ in range(5):
             name, prompt, answer = some_yes_no(scene, rng, NOISE, asked)
             asked.append(name)
             said.append((prompt, answer))
@@ -406,22 +406,14 @@ def write(folder, seed, instruct_images=5000, preference_images=1500, test_image
     instances.json and captions.json (COCO), synonyms.txt (CHAIR), image_to_caption.json (facts), scenes.json (the
     truth), parts/clip and parts/llm. BadInput if the folder exists.
     """
-    folder = Path(folder)
-    if folder.exists():
-        from model import BadInput
+    import training  # here, because it loads torch, which the processes that draw would load too
 
-        raise BadInput(f"{folder} exists; a world is written to a new folder.")
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-    try:
-        (aside / "images").mkdir(parents=True)
+    with training.whole_folder(training.new_folder(folder), flush=False) as aside:
+        (aside / "images").mkdir()
         splits = some_scenes(seed, {"instruct": instruct_images, "preference": preference_images, "test": test_images})
         scenes = splits["instruct"] | splits["preference"] | splits["test"]
         draw_all([(aside / "images" / name, scene, seed, size) for name, scene in scenes.items()])
         write_files(aside, seed, splits, size)
-        if not folder.exists():  # or another process was faster
-            aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_files(folder, seed, splits, size):
@@ -446,10 +438,18 @@ def write_files(folder, seed, splits, size):
     write_json(folder / "scenes.json", truth)
 
 
-def made_of(*files):
-    """A short hash of the bytes of source files and other things that made a cached folder."""
-    parts = [f.read_bytes() if isinstance(f, Path) else str(f).encode() for f in files]
-    return hashlib.sha256(b"\n".join(parts)).hexdigest()[:12]
+def made_of(*things):
+    """A short hash of what made a cached folder: the code of source files, without comments and docstrings, and other things."""
+    parts = []
+    for thing in things:
+        if isinstance(thing, Path):
+            code = ast.parse(thing.read_text(encoding="utf-8"))
+            for node in ast.walk(code):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                    del node.body[0]
+            thing = ast.dump(code)
+        parts.append(str(thing))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def world(seed):

@@ -93,20 +93,16 @@ def test_fused_in_float32(p):
 
 @pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
 def test_fused_in_bfloat16_is_as_good_as_autograd(p):
-    """Both start from the same bfloat16 h and W; the truth is float64 on those.
-
-    With incoming gradients other than 1 the kept slope is rounded once more, by the multiplication: up to 15 % more
-    error where it is large (p = 0.5), nothing where it matters (0.99).
-    """
+    """Both start from the same bfloat16 h and W; the truth is float64 on those. Equal but for chance, 1 % of the mean error."""
     h, weight, targets = head(p, torch.bfloat16)
-    for incoming, bound in ((torch.ones(len(h)).double(), 1.05), (torch.randn(len(h)).double(), 1.25)):
+    for incoming in (torch.ones(len(h)).double(), torch.randn(len(h)).double()):
         truth = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
         ours = with_gradients(fused_log_probs, h, weight, targets, incoming)
         plain = with_gradients(plain_log_probs, h, weight, targets, incoming)
         assert (ours[0] - truth[0]).abs().mean() <= 1.05 * (plain[0] - truth[0]).abs().mean()
         assert (ours[1] - truth[1]).abs().mean() <= 1.05 * (plain[1] - truth[1]).abs().mean()
         for i in (2, 3):
-            assert row_error(ours[i], truth[i]).mean() <= bound * row_error(plain[i], truth[i]).mean()
+            assert row_error(ours[i], truth[i]).mean() <= 1.01 * row_error(plain[i], truth[i]).mean()
 
 
 def test_fused_chunks_agree():
