@@ -148,7 +148,7 @@ def parse(parser, toy, argv=None):
         settings = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in used.items() if k not in ("data", "vision", "llm"))
         print(f"no --model: toy world of seed {args.seed}, {settings}", file=sys.stderr)
     if not args.data:
-        raise BadInput("--model needs --data: a data file in one of the layouts that data.py lists.")
+        raise BadInput("--model needs --data: a data file in one of the layouts that layouts.py lists.")
     return args
 
 

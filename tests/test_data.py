@@ -12,6 +12,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import data
+import layouts
 from data import Processor, Record
 from model import BadInput, pack
 
@@ -197,7 +198,7 @@ def test_vlfeedback(images):
 @pytest.mark.parametrize("rating, mean", [("4", 4), (4, 4), ("4.5", 4.5), ("N/A", None), ("", None), (None, None),
                                           ("nan", None), ("inf", None), ([4], None)])  # fmt: skip
 def test_ratings(rating, mean):
-    assert data._mean_rating({"Helpfulness": {"Rating": rating}, "Visual Faithfulness": {"Rating": rating}}) == mean
+    assert layouts._mean_rating({"Helpfulness": {"Rating": rating}, "Visual Faithfulness": {"Rating": rating}}) == mean
 
 
 def test_llava_instruct(images):
