@@ -32,8 +32,8 @@ import data
 import training
 from lab import report
 
-TOY = {"data": ["instruct.json"], "vision": "clip", "llm": "llm", "steps": 2150, "batch_size": 8, "lr": 1e-3,
-       "projector_lr": 1e-3, "save_every": 0}  # fmt: skip
+TOY = {"data": ["instruct.json"], "vision": "clip", "llm": "llm", "steps": 1900, "batch_size": 8, "lr": 1.5e-3,
+       "projector_lr": 1.5e-3, "save_every": 0}  # fmt: skip
 
 
 def parse():
