@@ -12,6 +12,7 @@ Three ideas make it fast; each is exact and has a test that compares it with the
 """
 
 import contextlib
+import copy
 import math
 from dataclasses import dataclass, fields
 
@@ -253,7 +254,7 @@ class MLLM(nn.Module):
         self.vision, self.projector, self.llm = vision, projector, llm
         self.image_token_id, self.feature_layer, self.keep_cls = image_token_id, feature_layer, keep_cls
         self.dtype = llm.get_input_embeddings().weight.dtype
-        self.initial_projector = None
+        self.initial_projector, self.initial_llm = None, []
         head = llm.get_output_embeddings()
         if head.bias is not None or getattr(llm.config, "final_logit_softcapping", None):
             raise BadInput(
@@ -276,10 +277,11 @@ class MLLM(nn.Module):
     def device(self):
         return self.llm.get_input_embeddings().weight.device
 
-    def prepare(self, lora_rank=0, lora_alpha=None, llm=True, projector=True, vision=False):
+    def prepare(self, lora_rank=0, lora_alpha=None, llm=True, projector=True, vision=False, keep_reference=False):
         """Choose what trains: LoRA of this rank on every linear layer of the LLM's blocks (0: the whole LLM), projector, tower.
 
         Whatever trains becomes float32: a step of 1e-6 on bfloat16 weights changes almost nothing. alpha defaults to 2 rank.
+        keep_reference: where the whole LLM trains, keep a frozen copy of it for `reference()`.
         """
         self.requires_grad_(False)
         if llm and lora_rank:
@@ -292,6 +294,8 @@ class MLLM(nn.Module):
                             alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
                             setattr(module, name, LoRALinear(child, lora_rank, alpha))
         elif llm:
+            if keep_reference:
+                self.initial_llm = [copy.deepcopy(self.llm)]  # in a list: no part of the model, of its files or its optimizer
             self.llm.float().requires_grad_(True)
         if projector:
             self.initial_projector = {k: v.clone() for k, v in self.projector.state_dict().items()}
@@ -302,20 +306,24 @@ class MLLM(nn.Module):
 
     @contextlib.contextmanager
     def reference(self):
-        """Inside, the model is the one that training started from: adapters off, projector at its initial copy."""
+        """Inside, the model is the one that training started from: adapters off, projector (and LLM) at the initial copy."""
         adapters = [m for m in self.modules() if isinstance(m, LoRALinear)]
-        if not adapters and any(p.requires_grad for p in self.llm.parameters()):
+        if not adapters and not self.initial_llm and any(p.requires_grad for p in self.llm.parameters()):
             raise BadInput("--lora-rank 0 trains the LLM itself, so the reference policy is gone: cache its log-probs before.")
         if any(p.requires_grad for p in self.vision.parameters()):
             raise BadInput("the vision tower trains, so the reference policy is gone: cache its log-probs before.")
         trained = {k: v.clone() for k, v in self.projector.state_dict().items()} if self.initial_projector else None
+        trained_llm = self.llm
         try:
             for m in adapters:
                 m.enabled = False
+            if self.initial_llm:
+                self.llm = self.initial_llm[0]
             if trained:
                 self.projector.load_state_dict(self.initial_projector)
             yield self
         finally:
+            self.llm = trained_llm
             for m in adapters:
                 m.enabled = True
             if trained:
@@ -380,36 +388,45 @@ class MLLM(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts, pixel_values=None, k=1, max_new_tokens=256, temperature=1.0, stop_ids=(), image_mask=None,
-               generator=None):  # fmt: skip
+               given=None, generator=None):  # fmt: skip
         """Draw k answers of each prompt: the image is encoded once, the prompt prefilled once, then its cache is repeated.
 
         prompts: B tensors (P,). temperature 0 is greedy. Drawing stops at any of `stop_ids` or after max_new_tokens; the image
         token is never drawn. image_mask (B, longest P) marks prompt positions to hide from attention for the whole
-        generation; no position id moves. Returns `Samples`.
+        generation; no position id moves. given: B lists of (tokens (R,), cuts): texts that the answers begin with; each is
+        prefilled once, behind its prompt, and continued k times from each cut, the number of its tokens that are kept.
+        Returns `Samples`, in the order of `given` and its cuts, without the given tokens.
         """
-        batch = pack(prompts, [[]] * len(prompts)).to(self.device)
-        B, P = batch.input_ids.shape
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        hide = None if image_mask is None else image_mask.to(self.device)
-        cache = KVCache(P)
+        given = given or [[(torch.zeros(0, dtype=torch.long), [0])]] * len(prompts)
+        batch = pack(prompts, [[tokens for tokens, _ in texts] for texts in given]).to(self.device)
+        B, L = batch.input_ids.shape
+        hide = torch.zeros(B, L, dtype=torch.bool, device=self.device)
+        if image_mask is not None:
+            hide[:, : image_mask.shape[1]] = image_mask.to(self.device)
+        branches = [[(j + 1, cut) for j, (_, cuts) in enumerate(texts) for cut in cuts for _ in range(k)] for texts in given]
+        row = torch.tensor([b for b in range(B) for _ in branches[b]], device=self.device)  # (M,) of each answer
+        segment, cut = torch.tensor(sum(branches, []), device=self.device).view(-1, 2).T
+        start = torch.tensor([len(p) for p in prompts], device=self.device)[row] + cut  # position id of the first new token
+        positions = batch.position_ids[row]
+        mine = (batch.segments[row] == 0) | ((batch.segments[row] == segment[:, None]) & (positions < start[:, None]))
+        last = (mine & (positions == start[:, None] - 1)).int().argmax(1)
+
+        cache = KVCache(L)
         x = self.embed(batch.input_ids, None if pixel_values is None else pixel_values.to(self.device))
         see = self.window(attention_mask(batch.segments, hide), batch.position_ids, batch.position_ids)
-        h = self.decode(x, see, batch.position_ids, cache)[torch.arange(B, device=self.device), lengths - 1]  # (B, D)
-        cache.length = P
+        h = self.decode(x, see, batch.position_ids, cache)[row, last]  # (M, D)
+        cache.length = L
 
-        alive = torch.arange(B * k, device=self.device)  # the answers that are computed, and which of them still grow
-        live = torch.ones(B * k, dtype=torch.bool, device=self.device)
-        row = alive // k
-        h, lengths, slots = h[row], lengths[row], P + max_new_tokens
+        M, slots = len(row), L + max_new_tokens
         cache.take(row, slots)
-        visible = torch.zeros(B * k, slots, dtype=torch.bool, device=self.device)
-        visible[:, :P] = (batch.segments == 0)[row] if hide is None else ((batch.segments == 0) & ~hide)[row]
-        positions = torch.zeros(B * k, slots, dtype=torch.long, device=self.device)
-        positions[:, :P] = batch.position_ids[row]
-        tokens = torch.zeros(B * k, max_new_tokens, dtype=torch.long, device=self.device)
-        log_probs = torch.zeros(B * k, max_new_tokens, device=self.device)
-        drawn = torch.zeros(B * k, dtype=torch.long, device=self.device)
-        finished = torch.zeros(B * k, dtype=torch.bool, device=self.device)
+        alive = torch.arange(M, device=self.device)  # the answers that are computed, and which of them still grow
+        live = torch.ones(M, dtype=torch.bool, device=self.device)
+        visible = F.pad(mine & ~hide[row], (0, max_new_tokens))
+        positions = F.pad(positions, (0, max_new_tokens))
+        tokens = torch.zeros(M, max_new_tokens, dtype=torch.long, device=self.device)
+        log_probs = torch.zeros(M, max_new_tokens, device=self.device)
+        drawn = torch.zeros(M, dtype=torch.long, device=self.device)
+        finished = torch.zeros(M, dtype=torch.bool, device=self.device)
         stop = torch.tensor(list(stop_ids), device=self.device)
         weight = self.llm.get_output_embeddings().weight.to(self.dtype)
         for t in range(max_new_tokens):
@@ -429,13 +446,13 @@ class MLLM(nn.Module):
                 break
             if live.sum() <= 0.75 * len(live):  # enough answers have ended to be worth the copy
                 keep = live.nonzero()[:, 0]
-                alive, live, token, lengths, visible, positions = (
-                    v[keep] for v in (alive, live, token, lengths, visible, positions)
-                )
+                alive, live, token, start, visible, positions = (v[keep] for v in (alive, live, token, start, visible, positions))
                 cache.take(keep, slots)
-            visible[:, P + t], positions[:, P + t] = True, lengths + t
-            seen = self.window(visible[:, None, None, : P + t + 1], (lengths + t)[:, None], positions[:, : P + t + 1])
-            h = self.decode(self.llm.get_input_embeddings()(token)[:, None], seen, (lengths + t)[:, None], cache)[:, 0]
+            visible[:, L + t], positions[:, L + t] = True, start + t
+            seen = self.window(visible[:, None, None, : L + t + 1], (start + t)[:, None], positions[:, : L + t + 1])
+            h = self.decode(self.llm.get_input_embeddings()(token)[:, None], seen, (start + t)[:, None], cache)[:, 0]
             cache.length += 1
-        split = lambda v: [[v[b * k + j, : drawn[b * k + j]].cpu() for j in range(k)] for b in range(B)]
-        return Samples(split(tokens), split(log_probs), finished.view(B, k).tolist())
+        ends = torch.tensor([len(b) for b in branches]).cumsum(0).tolist()
+        split = lambda v: [[v[m, : drawn[m]].cpu() for m in range(end - len(b), end)] for b, end in zip(branches, ends)]
+        finished = [finished[end - len(b) : end].tolist() for b, end in zip(branches, ends)]
+        return Samples(split(tokens), split(log_probs), finished)

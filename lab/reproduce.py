@@ -5,7 +5,7 @@
     python -m lab.reproduce --table            # only print the table of what is there
 
 Each cell is one command line and one run folder below results/runs; a finished cell is not run again, an unfinished one is begun
-anew. All methods of a seed start from the same base. The table gives mean and standard deviation over seeds, and the mean
+anew; two processes may share the work by --only. All methods of a seed start from the same base. The table gives mean and standard deviation over seeds, and the mean
 paired difference to the base. Whatever the README says of results comes from it.
 """
 
@@ -109,7 +109,9 @@ def main():
     for seed in [] if args.table else range(args.seeds):
         for row in args.only or ROWS:
             if str(seed) not in cells.get(row, {}):
-                cells.setdefault(row, {})[str(seed)] = run_cell(row, seed, args.quick, folder / "runs")
+                cell = run_cell(row, seed, args.quick, folder / "runs")
+                cells = json.loads(path.read_text()) if path.exists() else {}  # again: another process may have added to it
+                cells.setdefault(row, {})[str(seed)] = cell
                 cells = {r: dict(sorted(cells[r].items())) for r in ROWS if r in cells}
                 training.write_json(path, cells)
     if not cells:
