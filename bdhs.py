@@ -81,9 +81,15 @@ def parse():
     group.add_argument("--online", action="store_true", help="train, with negatives of the current policy at every step")
     group.add_argument("--rho", type=float, help="rho_th, share of image tokens to hide (default 1 - max(.01, 5.76 / tokens))")
     group.add_argument("--no-guidance", action="store_true", help="answer freely instead of completing the sentences of y+")
-    group.add_argument("--noise-steps", type=int, metavar="N", help="diffuse the pixels N of 1000 steps (default 0; --povid 500)")
-    group.add_argument("--tries", type=int, default=5, metavar="N", help="N_BDHS, the last one without guidance (default %(default)s)")
-    group.add_argument("--threshold", type=float, default=0.97, help="eps_s: as similar as this is too similar (default %(default)s)")
+    group.add_argument(
+        "--noise-steps", type=int, metavar="N", help="diffuse the pixels N of 1000 steps (default 0; --povid 500)"
+    )
+    group.add_argument(
+        "--tries", type=int, default=5, metavar="N", help="N_BDHS, the last one without guidance (default %(default)s)"
+    )
+    group.add_argument(
+        "--threshold", type=float, default=0.97, help="eps_s: as similar as this is too similar (default %(default)s)"
+    )
     group.add_argument("--embedder", metavar="DIR_OR_HUB_ID", help="sentence model for the similarity (paper: sentence-transformers/"
                        "all-mpnet-base-v2; default: cosine of word counts)")  # fmt: skip
     group.add_argument("--temperature", type=float, default=1.0, help="of drawing (default %(default)s)")
@@ -270,7 +276,9 @@ class Drawer:
             guided = not (args.no_guidance or (args.tries > 1 and i == args.tries))
             prompts = [examples[j].prompt for j in left]
             tokens = max(int((p == processor.image_token_id).sum()) for p in prompts)
-            hidden = image_mask(prompts, processor.image_token_id, default_rho(tokens) if args.rho is None else args.rho, generator)
+            hidden = image_mask(
+                prompts, processor.image_token_id, default_rho(tokens) if args.rho is None else args.rho, generator
+            )
             pixels = torch.stack([pictures[j] for j in left])
             pixels = diffuse(pixels, args.noise_steps, processor.image_mean, processor.image_std, generator)
             plans = [cut_sentences(examples[j], processor, rng) if guided else [] for j in left]
@@ -301,8 +309,12 @@ class Drawer:
                 if s.cut < len(s.text) or not END.search(s.text[-1]):  # a sentence kept whole, with its mark, is complete
                     shared.setdefault(tuple(s.given.tolist()), []).append(s)
             longest = {ids: max(s.kept for s in group) for ids, group in shared.items()}
-            given.append([(torch.tensor(ids[: longest[ids]], dtype=torch.long), [s.kept for s in g]) for ids, g in shared.items()])
+            given.append(
+                [(torch.tensor(ids[: longest[ids]], dtype=torch.long), [s.kept for s in g]) for ids, g in shared.items()]
+            )
             drawn.append(sum(shared.values(), []))
+        if guided and not any(given):
+            return [""] * len(plans)
         stop = [*self.processor.stop_ids, *(self.sentence_ends if guided else ())]
         samples = self.model.sample(prompts, pixels, 1, self.args.max_new_tokens, self.args.temperature, stop, hidden,
                                     given if guided else None, generator)  # fmt: skip
@@ -371,7 +383,9 @@ def offline(args, out, records, examples, drawer):
     report.negatives(out / "negatives.png", records, negatives, drawer.processor)
     images = out / "images" if (out / "images").is_dir() else args.images
     print(f"picture: {out / 'negatives.png'}", file=sys.stderr)
-    print(f"train on it: python dpo.py --model {args.model} --data {out / 'preferences.json'} --images {images}", file=sys.stderr)
+    print(
+        f"train on it: python dpo.py --model {args.model} --data {out / 'preferences.json'} --images {images}", file=sys.stderr
+    )
 
 
 def image_name(image, args, out):
@@ -452,7 +466,9 @@ def online(args, begin, device, model, processor, examples, out):
             if args.povid:
                 batch, k = processor.collate(chosen_examples).to(device), len(chosen_examples[0].answers)
                 generator = torch.Generator().manual_seed(random.Random(f"{args.seed}/{step}/{number}").getrandbits(62))
-                noisy = diffuse(batch.pixel_values.cpu(), args.noise_steps, processor.image_mean, processor.image_std, generator)
+                noisy = diffuse(
+                    batch.pixel_values.cpu(), args.noise_steps, processor.image_mean, processor.image_std, generator
+                )
                 wrong = distorted(model, batch, noisy.to(device))
                 score = lambda: distorted_log_probs(model, batch, wrong, k)
             else:

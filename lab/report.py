@@ -4,11 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import eval_chair
 import eval_pope
 import training
+from layouts import open_image
 
 SPLITS = ("random", "popular", "adversarial")
 RED, BLACK, GRAY, GREEN, BLUE = (200, 30, 30), (20, 20, 20), (140, 140, 140), (30, 130, 60), (40, 90, 180)
@@ -105,6 +106,45 @@ def picture(out, world, columns=3, rows=4):
             across += draw.textlength(text, small)
     sheet.paste(curves, (0, 40 + rows * height))
     sheet.save(out / "report.png")
+
+
+def negatives(path, records, found, processor, count=8):
+    """Draw what `bdhs.py` made: what the model could still see, the true answer with its cuts, and what came out.
+
+    records: of the answers; found: for each its {"text", "hidden", "cuts", ...}. Words that the true answer does not have are
+    red. Answers of more words are shown first.
+    """
+    order = sorted(range(len(records)), key=lambda i: (not found[i]["guided"], -len(records[i].answers[0].split()), i))
+    chosen = order[: len(order) // 2 or 1][:: max(1, len(order) // 2 // count)][:count]
+    width, height, thumb, margin = 760, 190, 166, 12
+    sheet = Image.new("RGB", (2 * width, 34 + (len(chosen) + 1) // 2 * height), "white")
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
+    draw.text((margin, 8), "dark = hidden from attention;  | = cut;  red = not in the true answer", BLACK, font)
+    for place, i in enumerate(chosen):
+        x, y = place % 2 * width, 34 + place // 2 * height
+        record, negative = records[i], found[i]
+        shown = ImageOps.pad(open_image(record.image), (thumb, thumb))
+        side = round(processor.image_tokens**0.5)
+        if side * side == processor.image_tokens:
+            cell, black = thumb / side, Image.new("RGB", (thumb, thumb))
+            mask = Image.new("L", (thumb, thumb), 0)
+            for n in negative["hidden"]:
+                left, top = n % side * cell, n // side * cell
+                ImageDraw.Draw(mask).rectangle((left, top, left + cell - 1, top + cell - 1), fill=215)
+            shown.paste(black, (0, 0), mask)
+        sheet.paste(shown, (x + margin, y + 4))
+        at, across = y + 2, x + thumb + 2 * margin
+        how = f"try {negative['tries']}{'' if negative['guided'] else ', unguided'}, similarity {negative['similarity']:.2f}"
+        draw.text((across, at), f"{record.turns[-1][:70]}   ({how})", BLUE, small)
+        true, cut = record.answers[0], ""
+        for start, kept, end in negative["cuts"]:
+            cut += f"{true[start:kept]} | {true[kept:end].strip()}  "
+        room = width - thumb - 3 * margin
+        at = _words(draw, "y+  " + (cut or true), across, at + 18, room, small, set()) + 6
+        said = negative["text"]
+        strange = {w.strip(".,!?").lower() for w in said.split()} - {w.strip(".,!?").lower() for w in true.split()}
+        _words(draw, "y-  " + said, across, at, room, small, strange)
+    sheet.save(path)
 
 
 def _yes_no(folder, world):
