@@ -1,0 +1,312 @@
+"""LLaVA-NeXT against transformers: geometry, pixels, logits, greedy answers, every naming, adapters."""
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+from test_checkpoints import IMAGE_ID, NAMINGS, PATCH, SIDE, VOCAB, clip_config, edit, llm_config, scatter, write
+
+import data
+from anyres import AnyRes
+from checkpoints import load, load_adapter, save, save_adapter
+from model import BadInput, pack
+
+DEFAULT = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+TINY = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))  # of 28 pixels, 4 patches a side
+SHAPES = ((40, 60), (60, 40), (28, 28), (20, 100), (100, 19), (100, 100), (33, 47), (5, 90), (90, 2))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tiny_next(kind="llama", **more):
+    config = transformers.LlavaNextConfig(vision_config=clip_config(), text_config=llm_config(kind, **more),
+                                          image_token_index=IMAGE_ID, image_grid_pinpoints=[list(p) for p in TINY])  # fmt: skip
+    return scatter(transformers.LlavaNextForConditionalGeneration(config))
+
+
+@pytest.fixture(scope="module")
+def hf():
+    torch.manual_seed(1)
+    return tiny_next()
+
+
+@pytest.fixture(scope="module")
+def folder(hf, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("next") / "H", hf, chatml=False)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A file of noise in each of SHAPES."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for h, w in SHAPES:
+        noise(h, w).save(folder / f"{h}x{w}.png")
+    return [folder / f"{h}x{w}.png" for h, w in SHAPES]
+
+
+def noise(h, w):
+    return Image.merge("RGB", [Image.effect_noise((w, h), 90) for _ in range(3)])
+
+
+def examples(processor, pictures):
+    """A row of each picture and two of text alone, with two answers."""
+    images = [None, *pictures[:4], None, *pictures[4:]]
+    answers = ("A cup.", "Two red cups on a table."), ("No", "Yes, there is a dog.")
+    return [processor.encode(data.Record(f"row {i}", image, ("What is this?" * (1 + i % 3),), answers[i % 2]))
+            for i, image in enumerate(images)]  # fmt: skip
+
+
+def their_logits(theirs, ids, pixel_values, image_sizes):
+    with torch.no_grad():
+        return theirs(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], pixel_values=pixel_values,
+                      image_sizes=image_sizes).logits[0]  # fmt: skip
+
+
+def one_by_one(processor, theirs, example):
+    """transformers' logits of prompt + first answer, alone, with its own image processor."""
+    ids = torch.cat([example.prompt, example.answers[0]])
+    if example.record.image is None:
+        return their_logits(theirs, ids, None, None)
+    return their_logits(theirs, ids, *their_pixels(processor, data.open_image(example.record.image)))
+
+
+def their_pixels(processor, picture):
+    square = {"size": {"shortest_edge": processor.image_size}, "crop_size": processor.image_size}
+    grid = [list(p) for p in processor.anyres.pinpoints]
+    out = transformers.LlavaNextImageProcessorPil(**square, image_grid_pinpoints=grid)(picture, return_tensors="pt")
+    return out["pixel_values"], out["image_sizes"]
+
+
+def our_logits(model, rows, pixel_values, image_sizes):
+    with torch.no_grad():
+        return model.llm.lm_head(model.hidden(pack(rows, [[]] * len(rows), None, pixel_values, image_sizes=image_sizes)))
+
+
+# ---- geometry and pixels
+
+
+@pytest.mark.parametrize(
+    "size, tokens",
+    [
+        ((480, 640), 2340),
+        ((640, 480), 2352),
+        ((336, 336), 1176),
+        ((426, 640), 2144),
+        ((200, 1000), 1598),
+        ((1000, 1000), 2928),
+    ],
+)
+def test_tokens_of_the_public_checkpoints(size, tokens):
+    assert AnyRes(DEFAULT, 336, 24).tokens(size) == tokens
+
+
+def test_geometry_is_that_of_transformers():
+    """Thousands of shapes: pinpoint, tokens by its processor, tokens by its model."""
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    ours = AnyRes(DEFAULT, 336, 24)
+    count = transformers.LlavaNextProcessor._get_unpadded_features
+    generator = torch.Generator().manual_seed(0)
+    shapes = torch.randint(1, 1400, (3000, 2), generator=generator).tolist()
+    old = 0
+    for h, w in [*shapes, *((n, n) for n in range(1, 700, 7)), *((n, 3 * n) for n in range(1, 700, 7))]:
+        best = select_best_resolution((h, w), [list(p) for p in DEFAULT])
+        assert ours.fit((h, w)) == best
+        rows, columns = best[0] // 336, best[1] // 336
+        assert ours.tokens((h, w)) == 576 + sum(count(None, h, w, 24, 24, rows, columns))
+        left = unpad_image(torch.zeros(1, rows * 24, columns * 24), (h, w)).shape
+        assert ours.tokens((h, w)) == 576 + left[1] * (left[2] + 1)
+        scaled = (w * (rows * 24 / h)) if w / h <= columns / rows else (h * (columns * 24 / w))
+        old += int(scaled) != int(round(scaled, 7))
+    assert old, "shapes where older versions round otherwise are not among them"
+
+
+@pytest.mark.parametrize("grid, tile", [(TINY, SIDE), (DEFAULT, 336)])
+def test_pixels_are_those_of_transformers(folder, grid, tile):
+    _, processor = load(folder)
+    processor.anyres, processor.image_size = AnyRes(grid, tile, 4), tile
+    for h, w in [*SHAPES, (101, 150), (337, 335)]:
+        picture = noise(h, w)
+        theirs, size = their_pixels(processor, picture)
+        for aspect in ("pad", "checkpoint"):
+            processor.image_aspect = aspect
+            ours = processor.pixels(picture)
+            assert ours.shape == theirs[0].shape
+            assert (ours - theirs[0]).abs().max() <= 1e-6
+        assert size.tolist() == [[h, w]]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("turn", [None, 1, 3, 6, 8])
+def test_a_picture_s_size_is_known_without_decoding(tmp_path, kind, turn):
+    exif = Image.Exif()
+    if turn:
+        exif[0x0112] = turn
+    noise(20, 50).save(tmp_path / f"p.{kind}", exif=exif)
+    picture = data.open_image(tmp_path / f"p.{kind}")
+    assert data.image_size(tmp_path / f"p.{kind}") == (picture.height, picture.width)
+    assert (picture.height > picture.width) == (turn in (6, 8))
+
+
+# ---- the same numbers
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_logits_of_a_batch_of_shapes(tmp_path, pictures, kind):
+    theirs = tiny_next(kind)
+    model, processor = load(write(tmp_path / "m", theirs, chatml=False))
+    rows = examples(processor, pictures)
+    texts = [torch.cat([e.prompt, e.answers[0]]) for e in rows]
+    batch = processor.collate(rows)
+    assert len(batch.pixel_values) == sum(1 + len(processor.anyres.tiles(data.open_image(p))) - 1 for p in pictures)
+    assert batch.image_sizes.tolist() == [list(s) for s in SHAPES]
+    ours = our_logits(model, texts, batch.pixel_values, batch.image_sizes)
+    assert len({int((e.prompt == IMAGE_ID).sum()) for e in rows}) > 5
+    for b, e in enumerate(rows):
+        want = one_by_one(processor, theirs, e)
+        assert (ours[b, : len(want)] - want).abs().max() <= 1e-5, e.record.image
+        assert want.std() > 0.3
+    stacked = [their_pixels(processor, data.open_image(p)) for p in pictures[:2]]
+    swapped = our_logits(model, texts[1:2], stacked[0][0][0].flip(0), stacked[0][1])
+    assert (swapped[0] - ours[1, : len(swapped[0])]).abs().max() > 1e-2, "the order of the tiles does not matter"
+
+    with torch.no_grad():  # both answers behind one prompt, one picture: what training sees
+        log_p = model.answer_log_probs(batch).view(-1, 2)
+    for b, e in enumerate(rows):
+        logits = one_by_one(processor, theirs, e)[len(e.prompt) - 1 : -1].log_softmax(-1)
+        want = logits.gather(-1, e.answers[0][:, None]).sum()
+        assert abs(log_p[b, 0] - want) <= 1e-5 * len(e.answers[0]) * max(1, abs(want) / len(e.answers[0]))
+
+
+def test_greedy_answers_are_those_of_generate(folder, hf, pictures):
+    model, processor = load(folder)
+    records = [data.Record("r", image, ("What is this?" * n,), ()) for n, image in enumerate([None, *pictures], 1)]
+    rows = [processor.encode(r) for r in records]
+    pixel_values, image_sizes = processor.images(rows)
+    samples = model.sample([e.prompt for e in rows], pixel_values, 2, 12, 0, processor.stop_ids, image_sizes=image_sizes)
+    texts = data.generate(model, processor, records, 12, batch_size=4)
+    seen = set()
+    for e, tokens, text in zip(rows, samples.tokens, texts):
+        inputs = {"input_ids": e.prompt[None], "attention_mask": torch.ones_like(e.prompt)[None]}
+        if e.record.image is not None:
+            inputs["pixel_values"], inputs["image_sizes"] = their_pixels(processor, data.open_image(e.record.image))
+        how = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": 2, "pad_token_id": 0, "suppress_tokens": [IMAGE_ID]}
+        out = hf.generate(**inputs, **how)[0, len(e.prompt) :]
+        assert tokens[0].tolist() == tokens[1].tolist() == out.tolist()
+        assert text == [processor.text(out)]
+        seen |= set(out.tolist())
+    assert len(seen) > 5
+
+
+def test_features_and_tokens_must_agree_in_every_row(folder, pictures):
+    model, processor = load(folder)
+    a, b = (processor.encode(data.Record("r", p, ("What?",), ("A",))) for p in (pictures[0], pictures[2]))
+    pixel_values, image_sizes = processor.images([a, b])
+    pixels = lambda e: int((e.prompt == IMAGE_ID).sum())
+    message = rf"row 0 of the batch: {pixels(b)} image tokens in the text against {pixels(a)} image features"
+    with pytest.raises(BadInput, match=message):  # as many in all, in the wrong rows
+        our_logits(model, [b.prompt, a.prompt], pixel_values, image_sizes)
+    with pytest.raises(BadInput, match=f"{pixels(a)} image tokens in the text against {pixels(a) + pixels(b)} image"):
+        our_logits(model, [a.prompt], pixel_values, image_sizes)
+    with pytest.raises(BadInput, match="tiles, but images of these heights and widths have"):
+        our_logits(model, [a.prompt, b.prompt], pixel_values[1:], image_sizes)
+
+
+# ---- on disk
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_every_naming_gives_the_same_weights(tmp_path, hf, naming):
+    model, processor = load(write(tmp_path / naming, hf, naming, chatml=False))
+    ours, theirs = model.state_dict(), hf.state_dict()
+    assert torch.equal(ours.pop("image_newline"), theirs.pop("model.image_newline"))
+    names = {"vision.": "model.vision_tower.", "projector.": "model.multi_modal_projector.",
+             "llm.model.": "model.language_model.", "llm.lm_head.": "lm_head."}  # fmt: skip
+    assert len(ours) == len(theirs)
+    for name, tensor in ours.items():
+        old = next(k for k in names if name.startswith(k))
+        assert torch.equal(tensor, theirs[names[old] + name[len(old) :]]), name
+    assert processor.anyres == AnyRes(TINY, SIDE, SIDE // PATCH)
+
+
+@pytest.mark.parametrize("template", data.TEMPLATES)
+def test_transformers_reads_what_is_saved(tmp_path, folder, pictures, template):
+    model, processor = load(write(tmp_path / "m", tiny_next(tie_word_embeddings=template == "plain")), template=template)
+    save(model, processor, tmp_path / "out")
+    theirs, info = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert "image_newline" in load_file(tmp_path / "out" / "model.safetensors")
+    whole = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    assert type(whole).__name__ == "LlavaNextProcessor"
+    for e in examples(processor, pictures)[1:4]:
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": e.record.turns[0]}]}]
+        text = whole.apply_chat_template(chat, add_generation_prompt=True)
+        inputs = whole(images=data.open_image(e.record.image), text=text, return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == e.prompt.tolist()
+        assert (inputs["pixel_values"][0] - processor.pixels(e.record.image)).abs().max() <= 1e-6
+        want = their_logits(theirs.eval(), inputs["input_ids"][0], inputs["pixel_values"], inputs["image_sizes"])
+        assert (our_logits(model, [e.prompt], *processor.images([e]))[0] - want).abs().max() <= 1e-5
+    again, other = load(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert other.anyres == processor.anyres and other.template == template
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"image_grid_pinpoints": [[28, 50]]}, "multiples of 28"),
+        ({"image_grid_pinpoints": []}, "multiples of 28"),
+        ({"vision_feature_select_strategy": "full"}, "'default' for LLaVA-NeXT"),
+        ({"model_type": "llava"}, "unexpected: image_newline"),
+    ],
+)
+def test_a_config_it_cannot_compute_is_refused(tmp_path, hf, values, message):
+    new = write(tmp_path / "m", hf)
+    edit(new / "config.json", **values)
+    with pytest.raises(BadInput, match=message):
+        load(new)
+
+
+def test_processor_and_model_with_other_tiles_are_refused(tmp_path, hf):
+    new = write(tmp_path / "m", hf)
+    (new / "preprocessor_config.json").write_text(json.dumps({"image_grid_pinpoints": [[28, 28]]}))
+    with pytest.raises(BadInput, match="for the processor and"):
+        load(new)
+
+
+def test_adapter_round_trip_through_peft(tmp_path, folder, pictures):
+    peft = pytest.importorskip("peft")
+    model, processor = load(folder)
+    rows = examples(processor, pictures)[1:4]
+    base = our_logits(model, [e.prompt for e in rows], *processor.images(rows))
+    model.prepare(lora_rank=4, lora_alpha=6)
+    assert not model.image_newline.requires_grad
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    ours = our_logits(model, [e.prompt for e in rows], *processor.images(rows))
+    assert (ours - base).abs().max() > 0.1
+    save_adapter(model, tmp_path / "a", folder)
+    again = load_adapter(load(folder)[0], tmp_path / "a")
+    assert torch.equal(our_logits(again, [e.prompt for e in rows], *processor.images(rows)), ours)
+    with again.reference():
+        assert torch.equal(our_logits(again, [e.prompt for e in rows], *processor.images(rows)), base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = transformers.LlavaNextForConditionalGeneration.from_pretrained(folder)
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    for b, e in enumerate(rows):
+        want = their_logits(theirs, e.prompt, *their_pixels(processor, data.open_image(e.record.image)))
+        assert (ours[b, : len(want)] - want).abs().max() <= 1e-5
+    theirs.save_pretrained(tmp_path / "b")
+    back = load_adapter(load(folder)[0], tmp_path / "b")
+    assert torch.equal(our_logits(back, [e.prompt for e in rows], *processor.images(rows)), ours)
