@@ -4,7 +4,7 @@ transformers wrote the same weights under five namings (4.x and 5.x, on disk and
 All of them are read by renaming to the hub's, and only the hub's is written, because every version reads it:
 
     the hub's                       here            transformers' others            LLaVA's own
-    vision_tower.vision_model.X     vision.X        [model.]vision_tower.X          model.vision_tower.vision_tower.vision_model.X
+    vision_tower.vision_model.X     vision.X        [model.]vision_tower.X          model.vision_tower.[the hub's]
     multi_modal_projector.linear_1  projector.X     model.multi_modal_projector.X   model.mm_projector.0 (and linear_2, .2)
     image_newline                   image_newline   model.image_newline             model.image_newline
     language_model.model.X          llm.model.X     model.language_model.[model.]X  model.X
@@ -251,13 +251,14 @@ def translated(raw, path, tower):
     """LLaVA's own flat config.json in the hub's terms. tower: the vision_config. What would change the model is checked."""
     kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
     ratio, select = raw.get("image_aspect_ratio"), raw.get("mm_vision_select_feature", "patch")
-    merge = "spatial_unpad" if ratio == "anyres" else "flat"
+    merge, points = "spatial_unpad" if ratio == "anyres" else "flat", pinpoints(raw.get("image_grid_pinpoints"))
     for key, good, accepted in (
         ("model_type", raw.get("model_type") in kinds, ", ".join(kinds)),
         ("mm_projector_type", raw.get("mm_projector_type") == "mlp2x_gelu", "'mlp2x_gelu', as 1.5 and 1.6 have it"),
         ("mm_vision_select_feature", select in ("patch", "cls_patch"), "'patch' or 'cls_patch'"),
         ("image_aspect_ratio", ratio in (None, "square", "pad", "anyres"), "'pad' or 'square' (1.5) or 'anyres' (1.6)"),
         ("mm_patch_merge_type", raw.get("mm_patch_merge_type", "flat") == merge, repr(merge)),
+        ("image_grid_pinpoints", ratio != "anyres" or isinstance(points, tuple), "pairs of width and height"),
         ("mm_use_im_start_end", not raw.get("mm_use_im_start_end"), "false"),
     ):
         if not good:
@@ -271,8 +272,7 @@ def translated(raw, path, tower):
         "vision_feature_select_strategy": "default" if select == "patch" else "full",
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
     }
-    points = pinpoints(raw.get("image_grid_pinpoints"))
-    if isinstance(points, tuple):
+    if ratio == "anyres":
         config["image_grid_pinpoints"] = [[height, width] for width, height in points]  # the original has width first
     return config
 
@@ -323,7 +323,7 @@ def tower_config(folder):
 
 
 def read_config(raw, path):
-    """A LLaVA checkpoint's config in the hub's terms as LlavaConfig or LlavaNextConfig. What `MLLM` cannot compute is refused."""
+    """A config.json in the hub's terms as LlavaConfig or LlavaNextConfig. What `MLLM` does not compute is refused."""
     classes = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}
     kind = raw.get("model_type")
     if kind not in classes:
@@ -350,7 +350,9 @@ def read_config(raw, path):
     if kind == "llava_next":
         points, side = pinpoints(config.image_grid_pinpoints), config.vision_config.image_size
         if not isinstance(points, tuple) or not points or any(n <= 0 or n % side for point in points for n in point):
-            raise BadInput(f"{path}: image_grid_pinpoints is {points!r}; accepted are pairs of multiples of {side}, the tower's input.")
+            raise BadInput(
+                f"{path}: image_grid_pinpoints is {points!r}; accepted are pairs of multiples of {side}, the tower's input."
+            )
     return config
 
 
@@ -548,7 +550,9 @@ def save(model, processor, folder, dtype=None):
     """
     dtype = dtype or model.dtype
     with training.whole_folder(training.new_folder(folder)) as aside:
-        huggingface_hub.save_torch_state_dict(dict(merged(model, dtype)), aside, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+        huggingface_hub.save_torch_state_dict(
+            dict(merged(model, dtype)), aside, max_shard_size=SHARD_SIZE, metadata={"format": "pt"}
+        )
         training.write_json(aside / "config.json", hub_config(model, processor, dtype))
         write_processor(model, processor, aside)
 

@@ -1,14 +1,13 @@
 """LLaVA-NeXT against transformers: geometry, pixels, logits, greedy answers, every naming, adapters."""
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
-from test_checkpoints import IMAGE_ID, NAMINGS, PATCH, SIDE, VOCAB, clip_config, edit, llm_config, scatter, write
+from safetensors.torch import load_file, save_file
+from test_checkpoints import IMAGE_ID, NAMINGS, PATCH, SIDE, clip_config, edit, llm_config, scatter, tiny_tokenizer, write
 
 import data
 from anyres import AnyRes
@@ -310,3 +309,210 @@ def test_adapter_round_trip_through_peft(tmp_path, folder, pictures):
     theirs.save_pretrained(tmp_path / "b")
     back = load_adapter(load(folder)[0], tmp_path / "b")
     assert torch.equal(our_logits(back, [e.prompt for e in rows], *processor.images(rows)), ours)
+
+
+# ---- checkpoints of LLaVA's own code: names and config written out by hand
+
+WORDS = 261  # of the tokenizer as LLaVA has it; <image> and <pad> come behind them
+ORIGINAL = {"model.vision_tower.": "model.vision_tower.vision_tower.vision_model.", "model.language_model.": "model.",
+            "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+            "model.multi_modal_projector.linear_2.": "model.mm_projector.2."}  # fmt: skip
+
+
+def as_original(theirs):
+    """The state dict of a transformers model under LLaVA's names, the rows of <image> and <pad> cut off."""
+    out = {}
+    for name, tensor in theirs.state_dict().items():
+        old = next((k for k in ORIGINAL if name.startswith(k)), "")
+        rows = WORDS if name.endswith(("embed_tokens.weight", "lm_head.weight")) else None
+        out[ORIGINAL.get(old, "") + name[len(old) :]] = tensor[:rows].clone()
+    return out
+
+
+def original_model(next_, kind="llama", **more):
+    """A transformers model that an original can have become: two more rows, the mean of the others; <image> is the first."""
+    common = {"vision_config": clip_config(), "text_config": llm_config(kind, vocab_size=WORDS + 2, **more),
+              "image_token_index": WORDS}  # fmt: skip
+    if next_:  # TINY is for LLaVA (width, height): the first two change places
+        config = transformers.LlavaNextConfig(**common, image_grid_pinpoints=[[h, w] for w, h in TINY])
+        theirs = scatter(transformers.LlavaNextForConditionalGeneration(config))
+    else:
+        theirs = scatter(transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**common)))
+    with torch.no_grad():
+        for layer in (theirs.get_input_embeddings(), theirs.get_output_embeddings()):
+            layer.weight[WORDS:] = layer.weight[:WORDS].mean(0)
+    return theirs
+
+
+def original_config(theirs, tower, **values):
+    next_ = hasattr(theirs.config, "image_grid_pinpoints")
+    text = theirs.config.text_config.to_dict() | {"vocab_size": WORDS}
+    text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}[text["model_type"]]
+    anyres = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": str([list(p) for p in TINY]),
+              "image_crop_resolution": 224}  # fmt: skip
+    return text | {
+        "architectures": [f"Llava{kind}ForCausalLM"], "model_type": f"llava_{kind.lower()}", "use_mm_proj": True,
+        "mm_vision_tower": str(tower), "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 32, "mm_projector_lr": None,
+        "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False, "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False,
+        "tokenizer_padding_side": "right", "tokenizer_model_max_length": 2048, "image_aspect_ratio": "pad",
+        **(anyres if next_ else {}), **values,
+    }  # fmt: skip
+
+
+def write_original(folder, theirs, tower, parts=("tower", "llm", "projector"), tokenizer=None, **values):
+    """parts: which weights are in the folder. tower: the folder of mm_vision_tower, written here if it is not there yet."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(original_config(theirs, tower, **values)))
+    tiny_tokenizer(image=False, chatml=False, **(tokenizer or {})).save_pretrained(folder)
+    tensors = as_original(theirs)
+    kinds = {"tower": "model.vision_tower", "projector": ("model.mm_projector", "model.image_newline")}
+    for part, names in kinds.items():
+        if part not in parts:
+            tensors = {k: v for k, v in tensors.items() if not k.startswith(names)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if not tower.exists():
+        same = transformers.CLIPVisionModel(clip_config())
+        names = {k.removeprefix("model.vision_tower."): v for k, v in theirs.state_dict().items() if "vision_tower" in k}
+        if "tower" not in parts:
+            same.load_state_dict(names)
+        same.save_pretrained(tower)
+    return folder
+
+
+def agree(folder, theirs, pictures, template="vicuna_v1"):
+    """Loading `folder` gives the logits of `theirs`, alone and in a batch -> (model, processor)."""
+    model, processor = load(folder)
+    assert processor.template == template and processor.image_token_id == WORDS
+    rows = examples(processor, pictures)
+    pixel_values, image_sizes = processor.images(rows)
+    ours, at = our_logits(model, [e.prompt for e in rows], pixel_values, image_sizes), 0
+    for b, e in enumerate(rows):
+        inputs = {"input_ids": e.prompt[None], "attention_mask": torch.ones_like(e.prompt)[None]}
+        if e.record.image is not None:
+            inputs["pixel_values"] = processor.pixels(e.record.image)[None]
+            if processor.anyres:
+                inputs["image_sizes"] = image_sizes[at : at + 1]
+            at += 1
+        with torch.no_grad():
+            want = theirs(**inputs).logits[0]
+        assert (ours[b, : len(want)] - want).abs().max() <= 1e-5
+        assert want.std() > 0.3
+    return model, processor
+
+
+@pytest.mark.parametrize(
+    "next_, kind, inside, template, more",
+    [
+        (False, "llama", False, "vicuna_v1", {}),
+        (False, "llama", True, "vicuna_v1", {"model_type": "llava"}),
+        (True, "llama", True, "vicuna_v1", {}),
+        (True, "mistral", True, "mistral", {"image_grid_pinpoints": [list(p) for p in TINY]}),
+        (True, "qwen2", False, "vicuna_v1", {}),
+    ],
+)
+def test_original_checkpoints(tmp_path, pictures, next_, kind, inside, template, more):
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}} if kind == "mistral" else {}
+    theirs = original_model(next_, kind, **rope)
+    parts = ("tower", "llm", "projector") if inside else ("llm", "projector")
+    new = write_original(tmp_path / "m", theirs, tmp_path / "clip", parts, **more)
+    model, processor = agree(new, theirs, pictures, template)
+    save(model, processor, tmp_path / "hub")
+    name = "LlavaNextForConditionalGeneration" if next_ else "LlavaForConditionalGeneration"
+    again, info = getattr(transformers, name).from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert not any(info.values()), info
+    assert agree(tmp_path / "hub", again.eval(), pictures, template)[1].tokenizer.pad_token == "<pad>"
+
+
+def test_chatml_for_a_tokenizer_that_knows_it(tmp_path):
+    """LLaVA-1.6-34b."""
+    new = write_original(tmp_path / "m", original_model(True), tmp_path / "clip")
+    tiny_tokenizer(image=False, chatml=True, bos=False).save_pretrained(new)
+    _, processor = load(new)
+    assert processor.template == "chatml"
+    text = processor.tokenizer.decode(processor.encode(data.Record("r", None, ("Why?",), ("So.",))).prompt)
+    assert text == "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n"
+
+
+def test_original_projector_beside_an_llm(tmp_path, pictures):
+    theirs = original_model(False)
+    llm = write_original(tmp_path / "llm", theirs, tmp_path / "clip", ("llm",))
+    (llm / "config.json").write_text(json.dumps(theirs.config.text_config.to_dict()))
+    new = tmp_path / "projector"
+    new.mkdir()
+    (new / "config.json").write_text(json.dumps(original_config(theirs, tmp_path / "clip", _name_or_path=str(llm))))
+    tensors = {k: v for k, v in as_original(theirs).items() if "mm_projector" in k}
+    save_file(tensors, new / "mm_projector.safetensors")
+    agree(new, theirs, pictures)
+    edit(new / "config.json", _name_or_path=None)
+    with pytest.raises(BadInput, match="_name_or_path is None; the folder or hub id of the model below this mm_projector"):
+        load(new)
+    (new / "mm_projector.safetensors").rename(new / "mm_projector.bin")
+    with pytest.raises(BadInput, match=r"mm_projector.bin instead of .*save_file\(torch.load\(BIN, weights_only=True\)"):
+        load(new)
+
+
+@pytest.mark.parametrize("next_, base_has", [(False, ("llm",)), (True, ("tower", "llm", "projector"))])
+def test_original_lora(tmp_path, pictures, next_, base_has):
+    theirs = original_model(next_)
+    base = write_original(tmp_path / "base", theirs, tmp_path / "clip", base_has)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "config.json").write_text(json.dumps(original_config(theirs, tmp_path / "clip")))
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": str(base), "target_modules": ["q_proj"]}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    adapter, trained = {}, {}
+    with torch.no_grad():
+        for i, layer in enumerate(theirs.model.language_model.layers):
+            for name, module in (("self_attn.q_proj", layer.self_attn.q_proj), ("mlp.up_proj", layer.mlp.up_proj)):
+                a, b = torch.randn(3, module.in_features) * 0.2, torch.randn(module.out_features, 3) * 0.2
+                module.weight += 2 * b @ a
+                key = f"base_model.model.model.layers.{i}.{name}.lora_"
+                adapter |= {f"{key}A.weight": a, f"{key}B.weight": b}
+        theirs.model.multi_modal_projector.linear_1.weight += 0.1
+        for k, v in as_original(theirs).items():
+            if "mm_projector" in k:
+                trained[f"base_model.model.{k}"] = v
+    save_file(adapter, lora / "adapter_model.safetensors")
+    save_file(trained, lora / "non_lora_trainables.safetensors")
+    model, _ = agree(lora, theirs, pictures)
+    assert not any("lora" in n for n in model.state_dict())
+    (lora / "non_lora_trainables.safetensors").rename(lora / "non_lora_trainables.bin")
+    with pytest.raises(BadInput, match="non_lora_trainables.bin instead of non_lora_trainables.safetensors"):
+        load(lora)
+
+
+def test_original_shards_converted_one_by_one(tmp_path, pictures):
+    theirs = original_model(True)
+    new = write_original(tmp_path / "m", theirs, tmp_path / "clip")
+    tensors = load_file(new / "model.safetensors")
+    for i, names in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
+        save_file({n: tensors[n] for n in names}, new / f"model-{i:05d}-of-00002.safetensors")
+    (new / "model.safetensors").rename(new / "pytorch_model.bin")
+    (new / "pytorch_model.bin.index.json").write_text("{}")
+    agree(new, theirs, pictures[:2])
+    (new / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(BadInput, match="missing: "):
+        load(new)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model_type": "llava_mpt"}, "model_type of the original LLaVA is 'llava_mpt'"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type of the original LLaVA is 'linear'"),
+        ({"image_aspect_ratio": "highres"}, "image_aspect_ratio of the original LLaVA is 'highres'"),
+        ({"mm_patch_merge_type": "flat"}, "mm_patch_merge_type .* accepted is 'spatial_unpad'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end .* accepted is false"),
+        ({"image_grid_pinpoints": "__import__('os')"}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": "[[28, 56], [56]]"}, "image_grid_pinpoints"),
+        ({"mm_vision_tower": "nowhere"}, "nowhere: no such folder"),
+        ({"num_hidden_layers": 3}, "missing: language_model.model.layers.2"),
+    ],
+)
+def test_an_original_it_cannot_compute_is_refused(tmp_path, values, message):
+    new = write_original(tmp_path / "m", original_model(True), tmp_path / "clip")
+    edit(new / "config.json", **values)
+    with pytest.raises(BadInput, match=message):
+        load(new)
