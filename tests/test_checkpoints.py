@@ -16,6 +16,7 @@ from data import TEMPLATES, Processor, Record
 from model import BadInput, LoRALinear, pack
 
 MISTRAL = {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # one layer of each kind
 SIDE, PATCH, VOCAB, IMAGE_ID = 28, 7, 270, 261  # 16 patches
 
 
@@ -166,7 +167,11 @@ def difference(ours, theirs, rows):
         ("llama", -2, "default", {"tie_word_embeddings": True}),
         ("mistral", -2, "default", {"sliding_window": 8}),
         ("mistral", -2, "default", MISTRAL),
+        ("mistral", -2, "default", {"sliding_window": 6, "tie_word_embeddings": True}),
         ("qwen2", -2, "default", {}),
+        ("qwen2", -2, "default", SLIDING | {"tie_word_embeddings": True}),
+        ("qwen3", -2, "default", {}),
+        ("qwen3", -2, "default", SLIDING | {"tie_word_embeddings": True, "head_dim": 16}),
     ],
 )
 def test_logits_are_those_of_transformers(tmp_path, kind, layer, strategy, more):
@@ -347,9 +352,12 @@ def test_missing_and_broken_files_are_refused(tmp_path, hf, monkeypatch):
 # ---- writing
 
 
-@pytest.mark.parametrize("kind, strategy, tie", [("llama", "default", False), ("mistral", "full", True)])
+@pytest.mark.parametrize(
+    "kind, strategy, tie",
+    [("llama", "default", False), ("mistral", "full", True), ("qwen2", "default", True), ("qwen3", "default", False)],
+)
 def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
-    more = MISTRAL if kind == "mistral" else {}
+    more = MISTRAL if kind == "mistral" else SLIDING if kind == "qwen3" else {}
     theirs = tiny_llava(kind, layer=-1, strategy=strategy, tie_word_embeddings=tie, **more)
     model, processor = load(write(tmp_path / "m", theirs))
     save(model, processor, tmp_path / "out")
@@ -369,8 +377,9 @@ def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_autoprocessor_makes_the_same_input(tmp_path, folder, template):
-    model, processor = load(folder, template=template, image_aspect="checkpoint")
+@pytest.mark.parametrize("bos", [True, False])
+def test_autoprocessor_makes_the_same_input(tmp_path, hf, template, bos):
+    model, processor = load(write(tmp_path / "m", hf, bos=bos), template=template, image_aspect="checkpoint")
     save(model, processor, tmp_path / "out")
     theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     picture = Image.effect_noise((40, 28), 60).convert("RGB")
@@ -381,6 +390,7 @@ def test_autoprocessor_makes_the_same_input(tmp_path, folder, template):
             {"role": "assistant", "content": [text("A cat")]}, {"role": "user", "content": "Sure?"}]  # fmt: skip
     out = theirs(images=picture, text=theirs.apply_chat_template(chat, add_generation_prompt=True), return_tensors="pt")
     example = processor.encode(record)
+    assert (example.prompt[0].item() == 1) is bos
     assert out["input_ids"][0].tolist() == example.prompt.tolist()
     assert (example.prompt == IMAGE_ID).sum() == 16
     assert (out["pixel_values"][0] - processor.pixels(picture)).abs().max() < 1e-5

@@ -68,9 +68,9 @@ def their_logits(theirs, ids, pixel_values, image_sizes):
                       image_sizes=image_sizes).logits[0]  # fmt: skip
 
 
-def one_by_one(processor, theirs, example):
-    """transformers' logits of prompt + first answer, alone, with its own image processor."""
-    ids = torch.cat([example.prompt, example.answers[0]])
+def one_by_one(processor, theirs, example, k=0):
+    """transformers' logits of prompt + answer k, alone, with its own image processor."""
+    ids = torch.cat([example.prompt, example.answers[k]])
     if example.record.image is None:
         return their_logits(theirs, ids, None, None)
     return their_logits(theirs, ids, *their_pixels(processor, data.open_image(example.record.image)))
@@ -158,9 +158,9 @@ def test_a_picture_s_size_is_known_without_decoding(tmp_path, kind, turn):
 # ---- the same numbers
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_logits_of_a_batch_of_shapes(tmp_path, pictures, kind):
-    theirs = tiny_next(kind)
+@pytest.mark.parametrize("kind, more", [("llama", {}), ("mistral", {"sliding_window": 20}), ("qwen2", {}), ("qwen3", {})])
+def test_logits_of_a_batch_of_shapes(tmp_path, pictures, kind, more):
+    theirs = tiny_next(kind, **more)
     model, processor = load(write(tmp_path / "m", theirs, chatml=False))
     rows = examples(processor, pictures)
     texts = [torch.cat([e.prompt, e.answers[0]]) for e in rows]
@@ -180,9 +180,9 @@ def test_logits_of_a_batch_of_shapes(tmp_path, pictures, kind):
     with torch.no_grad():  # both answers behind one prompt, one picture: what training sees
         log_p = model.answer_log_probs(batch).view(-1, 2)
     for b, e in enumerate(rows):
-        logits = one_by_one(processor, theirs, e)[len(e.prompt) - 1 : -1].log_softmax(-1)
-        want = logits.gather(-1, e.answers[0][:, None]).sum()
-        assert abs(log_p[b, 0] - want) <= 1e-5 * len(e.answers[0]) * max(1, abs(want) / len(e.answers[0]))
+        for k, answer in enumerate(e.answers):
+            logits = one_by_one(processor, theirs, e, k)[len(e.prompt) - 1 : -1].log_softmax(-1)
+            assert log_p[b, k].item() == pytest.approx(logits.gather(-1, answer[:, None]).sum().item(), rel=1e-5)
 
 
 def test_greedy_answers_are_those_of_generate(folder, hf, pictures):
