@@ -1,8 +1,10 @@
 """LLaVA-NeXT against transformers: geometry, pixels, logits, greedy answers, every naming, adapters."""
 import json
+import sys
 import warnings
 
 import pytest
+import test_checkpoints
 import torch
 import transformers
 from PIL import Image
@@ -10,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints import IMAGE_ID, NAMINGS, PATCH, SIDE, clip_config, edit, llm_config, scatter, tiny_tokenizer, write
 
 import data
+import dpo
+import sft
 from anyres import AnyRes
 from checkpoints import load, load_adapter, save, save_adapter
 from model import BadInput, pack
@@ -516,3 +520,56 @@ def test_an_original_it_cannot_compute_is_refused(tmp_path, values, message):
     edit(new / "config.json", **values)
     with pytest.raises(BadInput, match=message):
         load(new)
+
+
+# ---- training
+
+
+def generated(folder, records):
+    """transformers' greedy answers, with the AutoProcessor, chat template and generation config of a saved checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    theirs, info = getattr(transformers, config["architectures"][0]).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    processor, out = transformers.AutoProcessor.from_pretrained(folder), []
+    for r in records:
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": r.turns[0]}]}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        inputs = processor(images=data.open_image(r.image), text=text, return_tensors="pt")
+        how = {"do_sample": False, "max_new_tokens": 12, "suppress_tokens": [theirs.config.image_token_id]}
+        out.append(theirs.eval().generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :].tolist())
+    return out
+
+
+@pytest.mark.parametrize("kind", ["LLaVA-1.5", "LLaVA-NeXT", "original LLaVA-1.6"])
+@pytest.mark.parametrize("script", [dpo, sft])
+def test_train_and_merge(tmp_path, monkeypatch, folder, pictures, kind, script):
+    """The command line, on pictures of many shapes; then what it leaves, read by transformers."""
+    if kind == "LLaVA-1.5":
+        folder = write(tmp_path / "m", test_checkpoints.tiny_llava())
+    elif kind == "original LLaVA-1.6":
+        folder = write_original(tmp_path / "m", original_model(True), tmp_path / "clip")
+    turn = lambda who, text: {"from": who, "value": text}
+    ask = turn("human", "<image>\nWhat is it?")
+    rows = [{"id": i, "image": p.name, "conversations": [ask, turn("gpt", "A cup.")]} for i, p in enumerate(pictures[:6])]
+    if script is dpo:
+        rows = [row | {"rejected_conversations": [ask, turn("gpt", "Two dogs.")]} for row in rows]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = ["--model", folder, "--data", tmp_path / "rows.json", "--images", pictures[0].parent, "--out", tmp_path / "run",
+             "--steps", 3, "--batch-size", 4, "--lr", 0.02, "--lora-rank", 4, "--image-aspect", "checkpoint", "--merge"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+    monkeypatch.chdir(tmp_path)
+    script.main()
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert script is sft or first["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+    records = [data.Record("r", p, ("What is it?",), ()) for p in pictures]
+    merged, processor = load(tmp_path / "run" / "model", image_aspect="checkpoint")
+    adapted = load_adapter(load(folder, image_aspect="checkpoint")[0], tmp_path / "run" / "adapter")
+    rows = [processor.encode(r) for r in records]
+    pixel_values, image_sizes = processor.images(rows)
+    draw = lambda m: m.sample([e.prompt for e in rows], pixel_values, 1, 12, 0, processor.stop_ids, image_sizes=image_sizes)
+    theirs = generated(tmp_path / "run" / "model", records)
+    for model in (merged, adapted):
+        assert [t.tolist() for (t,) in draw(model).tokens] == theirs
+    assert [t.tolist() for (t,) in draw(load(folder)[0]).tokens] != theirs, "training changed nothing"
+    assert len({token for tokens in theirs for token in tokens}) > 5
