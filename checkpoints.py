@@ -107,7 +107,7 @@ def tensor_index(folder, stem="model"):
         raise BadInput(
             f"{folder}: found {other} instead of {files[0].name}; pickles are not read: convert them with "
             "from_pretrained(OLD) and save_pretrained(NEW) of transformers or PEFT, or, what LLaVA's own code wrote, each "
-            f"file with safetensors.torch.save_file(torch.load(BIN, weights_only=True), NEW) to {stem}[-1-of-N].safetensors."
+            f"file with safetensors.torch.save_file(torch.load(BIN, weights_only=True), NEW), NEW = {stem}[-1-of-N].safetensors."
         )
     found = {}
     for file in files:
@@ -182,15 +182,44 @@ def is_tied(llm):
     return llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
 
 
+def tower_weights(folder):
+    """`tensor_index` of a CLIP's vision tower, or of that of a whole CLIP, under the names of CLIPVisionModel."""
+    rest = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of a whole CLIP
+    return {k.removeprefix("vision_model."): v for k, v in tensor_index(folder).items() if not k.startswith(rest)}
+
+
+def tower_config(folder):
+    """CLIPVisionConfig of a CLIP's folder."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise BadInput(f"{folder}/config.json: model_type is {kind!r}; accepted is 'clip' or 'clip_vision_model'.")
+    try:
+        return transformers.CLIPVisionConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # type checks of transformers and of huggingface_hub
+        raise BadInput(f"{folder}: no usable config.json ({one_line(error)}).") from None
+
+
 def read_tokenizer(folder):
     """The fast tokenizer in a folder."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except Exception as error:  # each kind of tokenizer file fails in its own way
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+            raise BadInput(f"{folder}: reading tokenizer.model needs the packages sentencepiece and protobuf; "
+                           "tokenizer.json of another copy of the same LLM is accepted in its place.") from None  # fmt: skip
         raise BadInput(f"{folder}: no usable tokenizer ({one_line(error)}).") from None
     if not tokenizer.is_fast:
         raise BadInput(f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; one of tokenizer.json is accepted.")
     return tokenizer
+
+
+def pinpoints(value):
+    """A list of pairs, also spelled as a string, as tuples; anything else as it is."""
+    try:
+        value = json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else value
+        return tuple((int(a), int(b)) for a, b in value)
+    except (TypeError, ValueError):
+        return value
 
 
 def make_processor(folder, tokenizer, model, template, image_aspect):
@@ -219,15 +248,6 @@ def make_processor(folder, tokenizer, model, template, image_aspect):
     )
 
 
-def pinpoints(value):
-    """A list of pairs, also spelled as a string, as tuples; anything else as it is."""
-    try:
-        value = json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else value
-        return tuple((int(a), int(b)) for a, b in value)
-    except (TypeError, ValueError):
-        return value
-
-
 def add_image_token(tokenizer):
     """Add `<image>`, and `<pad>` if there is no padding token. Nothing happens if they are there."""
     for token in ("<image>",) if tokenizer.pad_token else ("<image>", "<pad>"):
@@ -244,7 +264,7 @@ def add_rows(llm, rows):
             layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
 
 
-# ---- load and compose
+# ---- LLaVA's own checkpoints
 
 
 def translated(raw, path, tower):
@@ -305,21 +325,7 @@ def original_parts(folder, raw):
     return found, words, tower, folder if lora.exists() and not whole else None
 
 
-def tower_weights(folder):
-    """`tensor_index` of a CLIP's vision tower, or of that of a whole CLIP, under the names of CLIPVisionModel."""
-    rest = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of a whole CLIP
-    return {k.removeprefix("vision_model."): v for k, v in tensor_index(folder).items() if not k.startswith(rest)}
-
-
-def tower_config(folder):
-    """CLIPVisionConfig of a CLIP's folder."""
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise BadInput(f"{folder}/config.json: model_type is {kind!r}; accepted is 'clip' or 'clip_vision_model'.")
-    try:
-        return transformers.CLIPVisionConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # type checks of transformers and of huggingface_hub
-        raise BadInput(f"{folder}: no usable config.json ({one_line(error)}).") from None
+# ---- load and compose
 
 
 def read_config(raw, path):
@@ -374,9 +380,8 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
         found, words, images, lora = original_parts(folder, raw)
         raw = translated(raw, path, tower_config(images).to_dict())
     else:
-        found, words, images, lora = None, folder, folder, None
+        found, words, images, lora = weights(folder), folder, folder, None
     config, tokenizer = read_config(raw, path), read_tokenizer(words)
-    found = weights(folder) if found is None else found
     if original:
         add_image_token(tokenizer)
         config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
@@ -511,6 +516,7 @@ def write_processor(model, processor, folder):
     config = {k: v for k, v in read_json(path).items() if k not in ("is_local", "local_files_only")}  # of this machine
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # 4.x knows it under this name only, 5.x under both
+        config["model_input_names"] = ["input_ids", "attention_mask"]  # 4.x adds token_type_ids, at which its generate stops
     training.write_json(path, config)
     side, anyres = processor.image_size, processor.anyres
     kind = "LlavaNextProcessor" if anyres else "LlavaProcessor"
@@ -642,7 +648,7 @@ def load_adapter(model, folder):
 
 
 def merge(model):
-    """Add LoRA to the weights it stands beside, in float32, and take it out. Returns the model."""
+    """Add LoRA to the weights it stands beside, in float32, and take it away. Returns the model."""
     for name, m in adapters(model):
         m.base.weight.copy_(m.base.weight.float() + m.scale * (m.lora_B @ m.lora_A))
         parent, leaf = name.rsplit(".", 1)

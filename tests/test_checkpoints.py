@@ -372,6 +372,7 @@ def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
     assert config["text_config"]["rope_theta"] == (1e6 if kind == "mistral" else 1e4), "4.x looks for it there"
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast", "4.x knows no other name"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"], "generate of 4.x stops at token_type_ids"
     assert "local_files_only" not in config
     assert not list(tmp_path.glob(".out*")), "the folder written aside is still there"
 
