@@ -270,7 +270,7 @@ class Drawer:
         args, processor = self.args, self.processor
         rng, generator = random.Random(seed), torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
         device_generator = torch.Generator(self.model.device).manual_seed(random.Random(f"{seed}/tokens").getrandbits(62))
-        pictures = [processor.pixels(e.record.image) for e in examples]
+        pictures = [processor.images([e]) for e in examples]
         found, left = [None] * len(examples), list(range(len(examples)))
         for i in range(1, args.tries + 1):
             guided = not (args.no_guidance or (args.tries > 1 and i == args.tries))
@@ -279,10 +279,11 @@ class Drawer:
             hidden = image_mask(
                 prompts, processor.image_token_id, default_rho(tokens) if args.rho is None else args.rho, generator
             )
-            pixels = torch.stack([pictures[j] for j in left])
+            pixels = torch.cat([pictures[j][0] for j in left])
+            sizes = torch.cat([pictures[j][1] for j in left]) if processor.anyres else None
             pixels = diffuse(pixels, args.noise_steps, processor.image_mean, processor.image_std, generator)
             plans = [cut_sentences(examples[j], processor, rng) if guided else [] for j in left]
-            texts = self.complete(plans, prompts, pixels, hidden, device_generator)
+            texts = self.complete(plans, prompts, (pixels, sizes), hidden, device_generator)
             answers = [examples[j].record.answers[0] for j in left]
             texts = [join(plan, answer) if guided else text for text, plan, answer in zip(texts, plans, answers)]
             alike, again = self.similarity(texts, answers), []
@@ -299,7 +300,7 @@ class Drawer:
                 break
         return found
 
-    def complete(self, plans, prompts, pixels, hidden, generator):
+    def complete(self, plans, prompts, images, hidden, generator):
         """Draw the ends of all planned sentences, prompt and image prefilled once -> texts of the prompts without a plan."""
         guided, tokenizer = any(plans), self.processor.tokenizer
         given, drawn = [], []  # of each prompt: (tokens, cuts), and the sentences that these cuts belong to
@@ -316,8 +317,8 @@ class Drawer:
         if guided and not any(given):
             return [""] * len(plans)
         stop = [*self.processor.stop_ids, *(self.sentence_ends if guided else ())]
-        samples = self.model.sample(prompts, pixels, 1, self.args.max_new_tokens, self.args.temperature, stop, hidden,
-                                    given if guided else None, generator)  # fmt: skip
+        samples = self.model.sample(prompts, images[0], 1, self.args.max_new_tokens, self.args.temperature, stop, hidden,
+                                    given if guided else None, generator, images[1])  # fmt: skip
         if not guided:
             return [self.processor.text(tokens) for (tokens,) in samples.tokens]
         for sentences, answers in zip(drawn, samples.tokens):

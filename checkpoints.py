@@ -1,13 +1,14 @@
-"""Every on-disk layout of LLaVA in; the hub layout and PEFT adapters out.
+"""Every on-disk layout of LLaVA-1.5 and LLaVA-NeXT (1.6) in; the hub layout and PEFT adapters out.
 
-transformers wrote the same weights under five namings (4.x and 5.x, on disk and in memory). All of them are read by
-renaming to the hub's, and only the hub's is written, because every version reads it:
+transformers wrote the same weights under five namings (4.x and 5.x, on disk and in memory), LLaVA's own code under a sixth.
+All of them are read by renaming to the hub's, and only the hub's is written, because every version reads it:
 
-    the hub's                       here            the others'
-    vision_tower.vision_model.X     vision.X        [model.]vision_tower.X
-    multi_modal_projector.X         projector.X     model.multi_modal_projector.X
-    language_model.model.X          llm.model.X     model.language_model.[model.]X
-    language_model.lm_head.X        llm.lm_head.X   lm_head.X
+    the hub's                       here            transformers' others            LLaVA's own
+    vision_tower.vision_model.X     vision.X        [model.]vision_tower.X          model.vision_tower.[the hub's]
+    multi_modal_projector.linear_1  projector.X     model.multi_modal_projector.X   model.mm_projector.0 (and linear_2, .2)
+    image_newline                   image_newline   model.image_newline             model.image_newline
+    language_model.model.X          llm.model.X     model.language_model.[model.]X  model.X
+    language_model.lm_head.X        llm.lm_head.X   lm_head.X                       lm_head.X
 
 transformers leaves a weight that it does not find at its random start and goes on (4.x and 5.0-5.5 do so with the whole
 tower of a file written as `vision_tower.X`). Here a missing or an unexpected tensor is an error.
@@ -24,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import training
+from anyres import AnyRes
 from data import TEMPLATES, Processor
 from model import BadInput, LoRALinear, MLLM, Projector
 
@@ -37,8 +39,11 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "voc
 
 
 def hub_name(name):
-    """The hub's name of a tensor in any naming that transformers wrote; an unknown name comes back as it is."""
-    name = re.sub(r"^model\.(?=(vision_tower|multi_modal_projector|language_model)\.)", "", name)
+    """The hub's name of a tensor in any naming of transformers or LLaVA; an unknown name comes back as it is."""
+    name = re.sub(r"^model\.(?=(vision_tower|multi_modal_projector|language_model|mm_projector)\.|image_newline$)", "", name)
+    name = re.sub(r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model.", name)
+    name = re.sub(r"^mm_projector\.(0|2)\.", lambda m: f"multi_modal_projector.linear_{int(m[1]) // 2 + 1}.", name)
+    name = re.sub(r"^vision_tower\.vision_tower\.", "vision_tower.", name)
     name = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
     name = re.sub(r"^language_model\.(?!model\.|lm_head\.)", "language_model.model.", name)
     return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
@@ -46,6 +51,8 @@ def hub_name(name):
 
 def our_hub_name(name):
     """The hub's name of a tensor of `MLLM`."""
+    if name == "image_newline":
+        return name
     part, rest = name.split(".", 1)
     hub = {"vision": "vision_tower.vision_model", "projector": "multi_modal_projector", "llm": "language_model"}
     return f"{hub[part]}.{rest}"
@@ -54,14 +61,14 @@ def our_hub_name(name):
 # ---- files
 
 
-def find(name):
-    """The folder `name`, or if there is none and it looks like owner/name, that repository of the hub, downloaded."""
+def find(name, files=HUB_FILES):
+    """The folder `name`, or if there is none and it looks like owner/name, that repository's `files`, downloaded."""
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise BadInput(f"{name}: no such folder; a folder or a hub id (owner/name) is accepted.")
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(HUB_FILES)))
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(files)))
     except Exception as error:  # the client passes on its own errors, its HTTP library's and the system's
         raise BadInput(f"{name}: no such folder, and not received from the hub ({one_line(error)}).") from None
 
@@ -90,13 +97,17 @@ def tensor_index(folder, stem="model"):
     Left out are buffers that old versions stored and that are computed today.
     """
     index, files = folder / f"{stem}.safetensors.index.json", [folder / f"{stem}.safetensors"]
+    shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))  # of pickles that were converted one by one
     if index.exists() and not files[0].exists():
         files = [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    elif shards and not files[0].exists():
+        files = shards
     elif not files[0].exists():
         other = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no other weights"
         raise BadInput(
             f"{folder}: found {other} instead of {files[0].name}; pickles are not read: convert them with "
-            "from_pretrained(OLD) and save_pretrained(NEW) of transformers or PEFT."
+            "from_pretrained(OLD) and save_pretrained(NEW) of transformers or PEFT, or, what LLaVA's own code wrote, each "
+            f"file with safetensors.torch.save_file(torch.load(BIN, weights_only=True), NEW), NEW = {stem}[-1-of-N].safetensors."
         )
     found = {}
     for file in files:
@@ -106,6 +117,15 @@ def tensor_index(folder, stem="model"):
         except Exception as error:  # safetensors has an error class of its own, derived from Exception
             raise BadInput(f"{file}: not readable as safetensors ({one_line(error)}).") from None
     return {k: v for k, v in found.items() if not k.endswith((".inv_freq", ".position_ids"))}
+
+
+def weights(folder, stem="model"):
+    """`tensor_index` under the hub's names."""
+    files = tensor_index(folder, stem)
+    found = {hub_name(re.sub(r"^base_model\.(model\.(?=model\.))?", "", k)): v for k, v in files.items()}
+    if len(found) < len(files):
+        raise BadInput(f"{folder}: {len(files) - len(found)} weights are there twice, under two names.")
+    return found
 
 
 def fill(slots, found, folder, tied=()):
@@ -162,15 +182,44 @@ def is_tied(llm):
     return llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
 
 
+def tower_weights(folder):
+    """`tensor_index` of a CLIP's vision tower, or of that of a whole CLIP, under the names of CLIPVisionModel."""
+    rest = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of a whole CLIP
+    return {k.removeprefix("vision_model."): v for k, v in tensor_index(folder).items() if not k.startswith(rest)}
+
+
+def tower_config(folder):
+    """CLIPVisionConfig of a CLIP's folder."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise BadInput(f"{folder}/config.json: model_type is {kind!r}; accepted is 'clip' or 'clip_vision_model'.")
+    try:
+        return transformers.CLIPVisionConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # type checks of transformers and of huggingface_hub
+        raise BadInput(f"{folder}: no usable config.json ({one_line(error)}).") from None
+
+
 def read_tokenizer(folder):
     """The fast tokenizer in a folder."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except Exception as error:  # each kind of tokenizer file fails in its own way
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+            raise BadInput(f"{folder}: reading tokenizer.model needs the packages sentencepiece and protobuf; "
+                           "tokenizer.json of another copy of the same LLM is accepted in its place.") from None  # fmt: skip
         raise BadInput(f"{folder}: no usable tokenizer ({one_line(error)}).") from None
     if not tokenizer.is_fast:
         raise BadInput(f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; one of tokenizer.json is accepted.")
     return tokenizer
+
+
+def pinpoints(value):
+    """A list of pairs, also spelled as a string, as tuples; anything else as it is."""
+    try:
+        value = json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else value
+        return tuple((int(a), int(b)) for a, b in value)
+    except (TypeError, ValueError):
+        return value
 
 
 def make_processor(folder, tokenizer, model, template, image_aspect):
@@ -182,6 +231,9 @@ def make_processor(folder, tokenizer, model, template, image_aspect):
         size = given.get(key, vision.image_size)
         if set(size.values() if isinstance(size, dict) else [size]) != {vision.image_size}:
             raise BadInput(f"{folder}: {key} of the image processor is {size}; the tower takes {vision.image_size}.")
+    anyres = model.anyres
+    if anyres and anyres.pinpoints != (other := pinpoints(given.get("image_grid_pinpoints", anyres.pinpoints))):
+        raise BadInput(f"{folder}: image_grid_pinpoints are {other} for the processor and {anyres.pinpoints} for the model.")
     return Processor(
         tokenizer=tokenizer,
         image_token_id=model.image_token_id,
@@ -192,19 +244,96 @@ def make_processor(folder, tokenizer, model, template, image_aspect):
         template=template,
         image_aspect=image_aspect,
         max_length=model.llm.config.max_position_embeddings,
+        anyres=anyres,
     )
+
+
+def add_image_token(tokenizer):
+    """Add `<image>`, and `<pad>` if there is no padding token. Nothing happens if they are there."""
+    for token in ("<image>",) if tokenizer.pad_token else ("<image>", "<pad>"):
+        tokenizer.add_tokens(transformers.AddedToken(token, special=True, normalized=False), special_tokens=True)
+    tokenizer.pad_token = tokenizer.pad_token or "<pad>"
+
+
+def add_rows(llm, rows):
+    """Give embeddings and head at least this many rows; a new one is the mean of the old."""
+    old = llm.config.vocab_size
+    if rows > old:
+        llm.resize_token_embeddings(rows, rows, mean_resizing=False)
+        for layer in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
+
+
+# ---- LLaVA's own checkpoints
+
+
+def translated(raw, path, tower):
+    """LLaVA's own flat config.json in the hub's terms. tower: the vision_config. What would change the model is checked."""
+    kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+    ratio, select = raw.get("image_aspect_ratio"), raw.get("mm_vision_select_feature", "patch")
+    merge, points = "spatial_unpad" if ratio == "anyres" else "flat", pinpoints(raw.get("image_grid_pinpoints"))
+    for key, good, accepted in (
+        ("model_type", raw.get("model_type") in kinds, ", ".join(kinds)),
+        ("mm_projector_type", raw.get("mm_projector_type") == "mlp2x_gelu", "'mlp2x_gelu', as 1.5 and 1.6 have it"),
+        ("mm_vision_select_feature", select in ("patch", "cls_patch"), "'patch' or 'cls_patch'"),
+        ("image_aspect_ratio", ratio in (None, "square", "pad", "anyres"), "'pad' or 'square' (1.5) or 'anyres' (1.6)"),
+        ("mm_patch_merge_type", raw.get("mm_patch_merge_type", "flat") == merge, repr(merge)),
+        ("image_grid_pinpoints", ratio != "anyres" or isinstance(points, tuple), "pairs of width and height"),
+        ("mm_use_im_start_end", not raw.get("mm_use_im_start_end"), "false"),
+    ):
+        if not good:
+            raise BadInput(f"{path}: {key} of the original LLaVA is {raw.get(key)!r}; accepted is {accepted}.")
+    text = {k: v for k, v in raw.items() if "mm_" not in k and not k.startswith(("image_", "tokenizer_", "architectures"))}
+    config = {
+        "model_type": "llava_next" if ratio == "anyres" else "llava",
+        "text_config": text | {"model_type": kinds[raw["model_type"]]},
+        "vision_config": tower,
+        "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "default" if select == "patch" else "full",
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+    }
+    if ratio == "anyres":
+        config["image_grid_pinpoints"] = [[height, width] for width, height in points]  # the original has width first
+    return config
+
+
+def original_parts(folder, raw):
+    """Where the parts of an original LLaVA are -> weights under the hub's names, folder of the tokenizer, of the tower, LoRA.
+
+    A whole checkpoint; or a projector (`mm_projector`) beside the LLM that config.json's `_name_or_path` names; or LoRA and
+    `non_lora_trainables` beside the base that adapter_config.json names. Without a tower of their own: `mm_vision_tower`.
+    """
+    whole = any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*"))
+    base, lora = folder, folder / "adapter_config.json"
+    if whole:
+        found = weights(folder)
+    else:
+        path, key, stem = folder / "config.json", "_name_or_path", "mm_projector"
+        if lora.exists():
+            path, key, stem = lora, "base_model_name_or_path", "non_lora_trainables"
+        trained = weights(folder, stem)
+        name = read_json(path).get(key)
+        if not name:
+            raise BadInput(f"{path}: {key} is {name!r}; the folder or hub id of the model below this {stem} is needed.")
+        base = find(name)
+        found = weights(base) | trained
+    own = any(name.startswith("vision_tower.") for name in found)
+    tower = find(raw["mm_vision_tower"], ("config.json", "preprocessor_config.json") if own else HUB_FILES)
+    if not own:
+        found |= {f"vision_tower.vision_model.{k}": v for k, v in tower_weights(tower).items()}
+    words = folder if any(folder.glob("tokenizer*")) else base
+    return found, words, tower, folder if lora.exists() and not whole else None
 
 
 # ---- load and compose
 
 
-def read_config(folder):
-    """config.json of a LLaVA checkpoint as LlavaConfig. What `MLLM` does not compute is refused."""
-    path = folder / "config.json"
-    raw = read_json(path)
-    kind = "original LLaVA" if "mm_vision_tower" in raw else raw.get("model_type")
-    if kind != "llava":
-        raise BadInput(f"{path}: the model type is {kind!r}; accepted is 'llava', LLaVA-1.5 in transformers' layout.")
+def read_config(raw, path):
+    """A config.json in the hub's terms as LlavaConfig or LlavaNextConfig. What `MLLM` does not compute is refused."""
+    classes = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}
+    kind = raw.get("model_type")
+    if kind not in classes:
+        raise BadInput(f"{path}: the model type is {kind!r}; accepted is 'llava' or 'llava_next'.")
     tower = (raw.get("vision_config") or {}).get("model_type", "clip_vision_model")
     layer, select = raw.get("vision_feature_layer", -2), raw.get("vision_feature_select_strategy", "default")
     activation = raw.get("projector_hidden_act", "gelu")
@@ -212,40 +341,55 @@ def read_config(folder):
         ("vision_config.model_type", tower, tower == "clip_vision_model", "'clip_vision_model'"),
         ("vision_feature_layer", layer, type(layer) is int, "one integer"),
         ("vision_feature_select_strategy", select, select in ("default", "full"), "'default' or 'full'"),
+        ("vision_feature_select_strategy", select, kind == "llava" or select == "default", "'default' for LLaVA-NeXT"),
         ("projector_hidden_act", activation, activation == "gelu", "'gelu'"),
     ):
         if not good:
             raise BadInput(f"{path}: {key} is {value!r}; accepted is {accepted}.")
     try:
-        config = transformers.LlavaConfig.from_dict(raw)
+        config = classes[kind].from_dict(raw)
     except Exception as error:  # type checks of transformers and of huggingface_hub
         raise BadInput(f"{path}: not a usable config ({one_line(error)}).") from None
     states = config.vision_config.num_hidden_layers + 1
     if not -states <= layer < states:
         raise BadInput(f"{path}: vision_feature_layer is {layer}; the tower has {states} hidden states.")
+    if kind == "llava_next":
+        points, side = pinpoints(config.image_grid_pinpoints), config.vision_config.image_size
+        if not isinstance(points, tuple) or not points or any(n <= 0 or n % side for point in points for n in point):
+            raise BadInput(
+                f"{path}: image_grid_pinpoints is {points!r}; accepted are pairs of multiples of {side}, the tower's input."
+            )
     return config
 
 
 @torch.no_grad()
 @torch.random.fork_rng(devices=[])
 def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="pad"):
-    """Read a LLaVA-1.5 checkpoint, a folder or a hub id -> (MLLM, Processor).
+    """Read a LLaVA-1.5 or LLaVA-NeXT checkpoint of transformers or of LLaVA, a folder or a hub id -> (MLLM, Processor).
 
     template: a name in data.TEMPLATES. By default what `save` noted in config.json (`prompt_template`, a key that
-    transformers carries along unread), else "mistral" for a Mistral and "vicuna_v1" for the rest, as LLaVA did.
-    The caller's random state is left alone (that of the CPU).
+    transformers carries along unread), else as LLaVA trained it: "mistral" for a Mistral, "chatml" where the tokenizer
+    knows `<|im_start|>` (1.6-34b), "vicuna_v1" for the rest. LLaVA's own LoRA is merged, as its code does; its tokenizers
+    get `<image>`. The caller's random state is left alone (that of the CPU).
     """
     folder = find(name)
-    config, tokenizer = read_config(folder), read_tokenizer(folder)
-    files = tensor_index(folder)
-    found = {hub_name(k): v for k, v in files.items()}
-    if len(found) < len(files):
-        raise BadInput(f"{folder}: {len(files) - len(found)} weights are there twice, under two names.")
+    path = folder / "config.json"
+    raw = read_json(path)
+    original = "mm_vision_tower" in raw
+    if original:
+        found, words, images, lora = original_parts(folder, raw)
+        raw = translated(raw, path, tower_config(images).to_dict())
+    else:
+        found, words, images, lora = weights(folder), folder, folder, None
+    config, tokenizer = read_config(raw, path), read_tokenizer(words)
+    if original:
+        add_image_token(tokenizer)
+        config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
     config.text_config.tie_word_embeddings = config.tie_word_embeddings
     llm = empty_llm(config.text_config, found.get("language_model.model.embed_tokens.weight"), dtype, device)
     image = config.image_token_index
     known = tokenizer.get_vocab().get("<image>", image)
-    if known != image or not 0 <= known < llm.config.vocab_size:
+    if known != image or not (original or 0 <= known < llm.config.vocab_size):
         raise BadInput(
             f"{folder}: the image token is {image} in config.json and {known} in the tokenizer; "
             f"one number below {llm.config.vocab_size}, the rows of the embeddings, is accepted."
@@ -253,13 +397,22 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
     vision = empty(transformers.CLIPVisionModel._from_config, config.vision_config, dtype, device)
     bias, keep_cls = config.multimodal_projector_bias, config.vision_feature_select_strategy == "full"
     projector = Projector(vision.config.hidden_size, llm.config.hidden_size, bias).to(device, dtype)
-    model = MLLM(vision, projector, llm, image, config.vision_feature_layer, keep_cls)
+    anyres = None
+    if config.model_type == "llava_next":
+        side = vision.config.image_size
+        anyres = AnyRes(pinpoints(config.image_grid_pinpoints), side, side // vision.config.patch_size)
+    model = MLLM(vision, projector, llm, image, config.vision_feature_layer, keep_cls, anyres)
     slots = {our_hub_name(k): v for k, v in model.state_dict().items()}
     fill(slots, found, folder, ("language_model.lm_head.weight",) if is_tied(llm) else ())
+    if lora:
+        merge(load_adapter(model, lora))
+    if original:
+        add_rows(llm, len(tokenizer))
 
-    trained = "mistral" if llm.config.model_type == "mistral" else "vicuna_v1"
+    trained = "chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1"
+    trained = "mistral" if llm.config.model_type == "mistral" else trained
     template = template or getattr(config, "prompt_template", None) or trained
-    return model, make_processor(folder, tokenizer, model, template, image_aspect)
+    return model, make_processor(images, tokenizer, model, template, image_aspect)
 
 
 @torch.no_grad()
@@ -272,34 +425,22 @@ def compose(vision, llm, dtype=torch.float32, device="cpu", template="vicuna_v1"
     a faster product would save little. The caller's random state is left alone (that of the CPU).
     """
     clip_folder, llm_folder = find(vision), find(llm)
-    kind = read_json(clip_folder / "config.json").get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise BadInput(f"{clip_folder}/config.json: model_type is {kind!r}; accepted is 'clip' or 'clip_vision_model'.")
+    clip_config = tower_config(clip_folder)
     try:
-        clip_config = transformers.CLIPVisionConfig.from_pretrained(str(clip_folder), local_files_only=True)
         config = transformers.AutoConfig.from_pretrained(str(llm_folder), **LOCAL)
     except Exception as error:  # type checks of transformers and of huggingface_hub
-        raise BadInput(f"{clip_folder} or {llm_folder}: no usable config.json ({one_line(error)}).") from None
+        raise BadInput(f"{llm_folder}: no usable config.json ({one_line(error)}).") from None
     tower = empty(transformers.CLIPVisionModel._from_config, clip_config, dtype, device)
-    rest = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of a whole CLIP
-    found = {k.removeprefix("vision_model."): v for k, v in tensor_index(clip_folder).items() if not k.startswith(rest)}
-    fill(tower.state_dict(), found, clip_folder)
+    fill(tower.state_dict(), tower_weights(clip_folder), clip_folder)
     found = tensor_index(llm_folder)
     language = empty_llm(config, found.get("model.embed_tokens.weight"), dtype, device)
     fill(language.state_dict(), found, llm_folder, ("lm_head.weight",) if is_tied(language) else ())
 
     tokenizer = read_tokenizer(llm_folder)
-    for token in ("<image>",) if tokenizer.pad_token else ("<image>", "<pad>"):
-        new = transformers.AddedToken(token, special=True, normalized=False)
-        tokenizer.add_tokens(new, special_tokens=True)  # nothing happens if it is there
-    tokenizer.pad_token = tokenizer.pad_token or "<pad>"
-    rows = language.config.vocab_size
+    add_image_token(tokenizer)
     torch.default_generator.manual_seed(seed)
     projector = Projector(clip_config.hidden_size, config.hidden_size).to(device, dtype)
-    if len(tokenizer) > rows:
-        embeddings = language.resize_token_embeddings(len(tokenizer), len(tokenizer), mean_resizing=False)
-        for layer in (embeddings, language.get_output_embeddings()):
-            layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(dtype)
+    add_rows(language, len(tokenizer))
     model = MLLM(tower, projector, language, tokenizer.convert_tokens_to_ids("<image>"))
     return model, make_processor(clip_folder, tokenizer, model, template, image_aspect)
 
@@ -325,8 +466,10 @@ def merged(model, dtype):
 
 def hub_config(model, processor, dtype):
     """config.json as transformers 5 writes it, and beside that the names under which 4.x looks for the same."""
-    config = transformers.LlavaConfig(
-        architectures=["LlavaForConditionalGeneration"],
+    name = "LlavaNext" if model.anyres else "Llava"
+    tiling = {"image_grid_pinpoints": [list(p) for p in model.anyres.pinpoints]} if model.anyres else {}
+    config = getattr(transformers, f"{name}Config")(
+        architectures=[f"{name}ForConditionalGeneration"],
         vision_config=model.vision.config.to_dict(),
         text_config=model.llm.config.to_dict(),
         image_token_index=model.image_token_id,
@@ -336,6 +479,7 @@ def hub_config(model, processor, dtype):
         multimodal_projector_bias=model.projector.linear_1.bias is not None,
         tie_word_embeddings=is_tied(model.llm),
         prompt_template=processor.template,
+        **tiling,
     ).to_diff_dict()
     text = config["text_config"]
     for part in (config, text, config["vision_config"]):
@@ -372,11 +516,13 @@ def write_processor(model, processor, folder):
     config = {k: v for k, v in read_json(path).items() if k not in ("is_local", "local_files_only")}  # of this machine
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # 4.x knows it under this name only, 5.x under both
+        config["model_input_names"] = ["input_ids", "attention_mask"]  # 4.x adds token_type_ids, at which its generate stops
     training.write_json(path, config)
-    side = processor.image_size
+    side, anyres = processor.image_size, processor.anyres
+    kind = "LlavaNextProcessor" if anyres else "LlavaProcessor"
     image_processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
+        "image_processor_type": "LlavaNextImageProcessor" if anyres else "CLIPImageProcessor",
+        "processor_class": kind,
         **dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
@@ -384,9 +530,10 @@ def write_processor(model, processor, folder):
         "rescale_factor": 1 / 255,
         "image_mean": processor.image_mean,
         "image_std": processor.image_std,
+        **({"image_grid_pinpoints": anyres.pinpoints, "do_pad": True} if anyres else {}),
     }
     llava_processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": kind,
         "image_token": tokenizer.convert_ids_to_tokens(processor.image_token_id),
         "patch_size": model.vision.config.patch_size,
         "num_additional_image_tokens": 1,
@@ -409,8 +556,9 @@ def save(model, processor, folder, dtype=None):
     """
     dtype = dtype or model.dtype
     with training.whole_folder(training.new_folder(folder)) as aside:
-        weights = dict(merged(model, dtype))
-        huggingface_hub.save_torch_state_dict(weights, aside, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+        huggingface_hub.save_torch_state_dict(
+            dict(merged(model, dtype)), aside, max_shard_size=SHARD_SIZE, metadata={"format": "pt"}
+        )
         training.write_json(aside / "config.json", hub_config(model, processor, dtype))
         write_processor(model, processor, aside)
 
@@ -420,7 +568,7 @@ def save(model, processor, folder, dtype=None):
 
 @torch.no_grad()
 def save_adapter(model, folder, base_name):
-    """Write LoRA, and the projector if it trains, as a PEFT adapter of LlavaForConditionalGeneration.
+    """Write LoRA, and the projector if it trains, as a PEFT adapter of LlavaForConditionalGeneration (or LlavaNext...).
 
     `PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base_name), folder)` loads it; tried with
     PEFT 0.13, 0.17, 0.21 and transformers 4.46, 4.57, 5.23. LoRA has the hub's names, which all of them read. The
@@ -479,7 +627,12 @@ def load_adapter(model, folder):
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise BadInput(f"{path}: {key} is {config[key]!r}; accepted: LoRA of one rank, scaled by lora_alpha / r.")
-    found = {hub_name(k.removeprefix("base_model.model.")): v for k, v in tensor_index(folder, "adapter_model").items()}
+    found = {}
+    for name, tensor in tensor_index(folder, "adapter_model").items():
+        new = hub_name(name.removeprefix("base_model.model."))
+        if new in found and not new.startswith("multi_modal_projector."):  # that `save_adapter` writes twice
+            raise BadInput(f"{folder}: the weight {new} is there twice, under two names.")
+        found[new] = tensor
     targets = {name.split(".")[-3] for name in found if name.endswith(".lora_A.weight")}
     projector = any(name.startswith("multi_modal_projector.") for name in found)
     model.prepare(lora_rank=rank, lora_alpha=alpha, projector=projector)
@@ -491,4 +644,13 @@ def load_adapter(model, folder):
         else:
             setattr(model.get_submodule(parent), leaf, m.base)  # `prepare` adapts all of LORA_TARGETS
     fill(slots, found, folder)
+    return model
+
+
+def merge(model):
+    """Add LoRA to the weights it stands beside, in float32, and take it away. Returns the model."""
+    for name, m in adapters(model):
+        m.base.weight.copy_(m.base.weight.float() + m.scale * (m.lora_B @ m.lora_A))
+        parent, leaf = name.rsplit(".", 1)
+        setattr(model.get_submodule(parent), leaf, m.base)
     return model

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import training
-from layouts import LAYOUTS, Record, image_hash, load, open_image, read
+from layouts import LAYOUTS, Record, _open, image_hash, load, open_image, read
 from model import BadInput, pack
 
 __all__ = ["LAYOUTS", "Record", "image_hash", "load", "open_image", "read"]  # of layouts.py, one door for the scripts
@@ -67,6 +67,17 @@ class Example:
     record: Record
 
 
+def image_size(image):
+    """(height, width) of the picture that `open_image` gives, from the file's header (PNG: decoded, EXIF may come last)."""
+    with _open(image) as file:
+        width, height = file.size
+        try:  # a TIFF's size is turned already
+            turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except Exception as error:  # as `open_image`
+            raise BadInput(f"{image}: the picture cannot be decoded ({error}).") from None
+    return (width, height) if turned else (height, width)
+
+
 @dataclass
 class Processor:
     """Text and pictures to tensors, as one checkpoint was trained."""
@@ -74,12 +85,13 @@ class Processor:
     tokenizer: object
     image_token_id: int
     image_size: int  # side of the tower's input, pixels
-    image_tokens: int  # features that one picture becomes
+    image_tokens: int  # features that one picture becomes, or LLaVA-NeXT's overview of it
     image_mean: tuple
     image_std: tuple
     template: str  # a key of TEMPLATES
     image_aspect: str  # "pad": to a square of the mean colour, as LLaVA-1.5 was trained; "checkpoint": centre crop
     max_length: int  # the LLM's context, tokens
+    anyres: object = None  # the AnyRes of LLaVA-NeXT, trained on tiles: then both values of image_aspect mean these
 
     def __post_init__(self):
         if self.template not in TEMPLATES:
@@ -124,13 +136,13 @@ class Processor:
         pieces = SPECIAL.split(pattern)
         return [[self._special(p)] if SPECIAL.fullmatch(p) else p.replace("{}", text) for p in pieces]
 
-    def _user(self, text, first, picture):
+    def _user(self, text, first, image_tokens):
         """Parts of one user turn. The picture's tokens, then a newline, as LLaVA writes `<image>\\n`."""
         template = TEMPLATES[self.template]
         before, after = template.user.split("{}")
         bos = self.tokenizer.bos_token_id
         start = [*([[bos]] if bos is not None and self._adds_bos else []), *self._written(template.start)] if first else []
-        shown = [[self.image_token_id] * self.image_tokens, "\n"] if first and picture else []
+        shown = [[self.image_token_id] * image_tokens, "\n"] if first and image_tokens else []
         return [*start, *self._written(before), *shown, *self._written("{}" + after, text)]
 
     def _turn(self, user, text, where):
@@ -140,6 +152,12 @@ class Processor:
         if ids[: len(cue)] != cue:
             raise BadInput(f"{where}: the tokenizer joins the end of the prompt with the answer {text[:30]!r}.")
         return cue, ids[len(cue) :]
+
+    def tokens_of(self, image):
+        """How many image tokens a record's picture takes. Its file is looked at only where its size matters."""
+        if image is None:
+            return 0
+        return self.anyres.tokens(image_size(image)) if self.anyres else self.image_tokens
 
     @functools.cached_property
     def _adds_bos(self):
@@ -151,14 +169,14 @@ class Processor:
         The ids of prompt + answer are those of the whole string; a tokenizer that joins the two is refused, as is a text longer
         than the context, and a pair whose two answers are the same tokens.
         """
-        picture = record.image is not None
+        image_tokens = self.tokens_of(record.image)
         prompt, history = [], []  # history: (start, end) of earlier assistant turns
         for i in range(0, len(record.turns) - 1, 2):
-            user = self._user(record.turns[i], i == 0, picture)
+            user = self._user(record.turns[i], i == 0, image_tokens)
             cue, answer = self._turn(user, record.turns[i + 1], record.where)
             history.append((len(prompt) + len(cue), len(prompt) + len(cue) + len(answer)))
             prompt += cue + answer
-        user = self._user(record.turns[-1], len(record.turns) == 1, picture)
+        user = self._user(record.turns[-1], len(record.turns) == 1, image_tokens)
         answers = [torch.tensor(self._turn(user, text, record.where)[1]) for text in record.answers]
         prompt = torch.tensor(prompt + self._ids(*user))
         scored = [torch.ones(len(a), dtype=torch.bool) for a in answers]
@@ -179,8 +197,13 @@ class Processor:
         return Example(prompt, answers, scored, record)
 
     def pixels(self, image):
-        """A Path, ParquetImage or RGB picture -> (3, H, W) float32, as CLIPImageProcessor makes it."""
+        """A Path, ParquetImage or RGB picture -> (3, H, W) float32, as CLIPImageProcessor makes it.
+
+        LLaVA-NeXT: (tiles, 3, H, W), the overview first, as LlavaNextImageProcessor makes them.
+        """
         picture = image if isinstance(image, Image.Image) else open_image(image)
+        if self.anyres:
+            return torch.stack([self._normalised(tile) for tile in self.anyres.tiles(picture)])
         side = self.image_size
         if self.image_aspect == "pad" and picture.width != picture.height:
             square = Image.new("RGB", (max(picture.size),) * 2, tuple(int(255 * m) for m in self.image_mean))
@@ -190,14 +213,28 @@ class Processor:
         size = tuple(side if edge == short else int(side * edge / short) for edge in picture.size)
         picture = picture.resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
-        x = np.asarray(picture.crop((left, top, left + side, top + side)), dtype=np.float32) / 255
+        return self._normalised(picture.crop((left, top, left + side, top + side)))
+
+    def _normalised(self, picture):
+        x = np.asarray(picture, dtype=np.float32) / 255
         return torch.from_numpy((x - np.float32(self.image_mean)) / np.float32(self.image_std)).permute(2, 0, 1)
+
+    def images(self, examples):
+        """`pixel_values` and `image_sizes` of the examples' pictures, as `Batch` holds them; None where there are none."""
+        pixels, sizes = [], []
+        for image in (e.record.image for e in examples if e.record.image is not None):
+            picture = open_image(image)
+            pixels.append(self.pixels(picture))
+            sizes.append((picture.height, picture.width))
+        if not pixels:
+            return None, None
+        return (torch.cat(pixels), torch.tensor(sizes)) if self.anyres else (torch.stack(pixels), None)
 
     def collate(self, examples):
         """Examples -> packed Batch, pictures decoded."""
-        pictures = [self.pixels(e.record.image) for e in examples if e.record.image is not None]
-        return pack([e.prompt for e in examples], [e.answers for e in examples], [e.scored for e in examples],
-                    torch.stack(pictures) if pictures else None)  # fmt: skip
+        pixel_values, image_sizes = self.images(examples)
+        return pack([e.prompt for e in examples], [e.answers for e in examples], [e.scored for e in examples], pixel_values,
+                    image_sizes=image_sizes)  # fmt: skip
 
     def text(self, ids):
         """Token ids of an answer -> its text, without the end token."""
@@ -237,9 +274,9 @@ def generate(model, processor, records, max_new_tokens, temperature=0.0, k=1, ba
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
         batch = [examples[i] for i in chosen]
-        pictures = [processor.pixels(e.record.image) for e in batch if e.record.image is not None]
-        samples = model.sample([e.prompt for e in batch], torch.stack(pictures) if pictures else None, k, max_new_tokens,
-                               temperature, processor.stop_ids, generator=generator)  # fmt: skip
+        pixel_values, image_sizes = processor.images(batch)
+        samples = model.sample([e.prompt for e in batch], pixel_values, k, max_new_tokens, temperature, processor.stop_ids,
+                               generator=generator, image_sizes=image_sizes)  # fmt: skip
         for i, tokens in zip(chosen, samples.tokens):
             texts[i] = [processor.text(t) for t in tokens]
         progress(at + len(chosen))

@@ -84,7 +84,7 @@ def reference_log_probs(model, processor, examples, args):
     The model is as training will begin: prepared, LoRA at its start, where it adds 0 (and is left out of the hash).
     """
     pictures = (processor.image_aspect, processor.image_size, processor.image_mean, processor.image_std)
-    towers = (model.feature_layer, model.keep_cls, model.image_token_id, model.vision.config, model.llm.config)
+    towers = (model.feature_layer, model.keep_cls, model.anyres, model.image_token_id, model.vision.config, model.llm.config)
     made_of = [repr((model.dtype, *pictures, *towers))]
     weights = {n: p.detach().cpu() for n, p in model.state_dict().items() if ".lora_" not in n}
     made_of += [f"{n} {hashlib.sha256(p.view(torch.uint8).numpy()).hexdigest()}" for n, p in weights.items()]

@@ -1,7 +1,7 @@
 """The multimodal LLM: CLIP encoder -> projector -> LLM, with LoRA, fused log-probs, shared prompts and sampling.
 
 Shapes, everywhere in this repository: B rows (prompts or pairs), K answers of a prompt, L row length, P prompt, R answer,
-N scored answer tokens of a whole batch, I images, T tokens of an image, D hidden size, V vocabulary.
+N scored answer tokens of a whole batch, I images, T features of an image, D hidden size, V vocabulary.
 
 Three ideas make it fast; each is exact and has a test that compares it with the plain way:
 1. only rows that predict an answer token pass through the LM head (`log_probs`);
@@ -115,7 +115,8 @@ class Batch:
     targets: torch.Tensor  # (N,) ... this token
     owner: torch.Tensor  # (N,) number of its answer, counted through all rows: 0 .. answers - 1
     answers: int
-    pixel_values: torch.Tensor | None = None  # (I, 3, H, W), the images of the rows in order
+    pixel_values: torch.Tensor | None = None  # (I, 3, H, W), the images of the rows in order; LLaVA-NeXT: all their tiles
+    image_sizes: torch.Tensor | None = None  # (I, 2), height and width in pixels; LLaVA-NeXT only
 
     def to(self, device):
         """The same batch with every tensor on `device`."""
@@ -123,7 +124,7 @@ class Batch:
         return Batch(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in moved.items()})
 
 
-def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0):
+def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes=None):
     """Pack the answers of each prompt behind one copy of it.
 
     prompts: B tensors (P,). answers: B lists of tensors (R,). scored: B lists of boolean tensors (R,), which tokens enter the
@@ -149,7 +150,7 @@ def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0):
             owner.append(torch.full((int(keep.sum()),), n))
             at, n = at + R, n + 1
     cat = lambda parts: torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
-    return Batch(input_ids, position_ids, segments, cat(index), cat(targets), cat(owner), n, pixel_values)
+    return Batch(input_ids, position_ids, segments, cat(index), cat(targets), cat(owner), n, pixel_values, image_sizes)
 
 
 def attention_mask(segments, hidden=None):
@@ -247,13 +248,16 @@ class MLLM(nn.Module):
 
     image_token_id: the id at whose positions image features are put. feature_layer: which of the tower's hidden states
     (-2: the output of the last layer but one, as LLaVA). keep_cls: False drops the class token ("default" in LLaVA's config).
+    anyres: LLaVA-NeXT's tiling, an `anyres.AnyRes`; None for LLaVA-1.5, one image one square. Its `image_newline` never trains.
     """
 
-    def __init__(self, vision, projector, llm, image_token_id, feature_layer=-2, keep_cls=False):
+    def __init__(self, vision, projector, llm, image_token_id, feature_layer=-2, keep_cls=False, anyres=None):
         super().__init__()
         self.vision, self.projector, self.llm = vision, projector, llm
         self.image_token_id, self.feature_layer, self.keep_cls = image_token_id, feature_layer, keep_cls
-        self.dtype = llm.get_input_embeddings().weight.dtype
+        self.anyres, self.dtype = anyres, llm.get_input_embeddings().weight.dtype
+        if anyres:
+            self.image_newline = nn.Parameter(torch.zeros_like(llm.get_input_embeddings().weight[0]))
         self.initial_projector, self.initial_llm = None, []
         head = llm.get_output_embeddings()
         if head.bias is not None or getattr(llm.config, "final_logit_softcapping", None):
@@ -333,26 +337,38 @@ class MLLM(nn.Module):
         """Arithmetic in `dtype` although what trains is float32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def image_features(self, pixel_values):
-        """(I, 3, H, W) -> (I, T, D). Layers of the tower behind `feature_layer` are not run."""
+    def image_features(self, pixel_values, image_sizes=None):
+        """(I, 3, H, W) -> I tensors (T, D). Layers of the tower behind `feature_layer` are not run.
+
+        LLaVA-NeXT: pixel_values holds the tiles of all images in order, image_sizes (I, 2) their heights and widths.
+        """
+        sizes = image_sizes.tolist() if self.anyres else ()
+        tiles = [1 + math.prod(self.anyres.grid(size)) for size in sizes]
+        if self.anyres and sum(tiles) != len(pixel_values):
+            raise BadInput(f"{len(pixel_values)} tiles, but images of these heights and widths have {sum(tiles)}: {sizes}.")
         states = len(self.vision.encoder.layers) + 1
         with self.autocast():
             x = self.vision.pre_layrnorm(self.vision.embeddings(pixel_values.to(self.dtype)))
             for layer in self.vision.encoder.layers[: range(states)[self.feature_layer]]:
                 x = layer(x, attention_mask=None)
-            return self.projector(x if self.keep_cls else x[:, 1:])
+            x = self.projector(x if self.keep_cls else x[:, 1:])
+        if not self.anyres:
+            return list(x)
+        return [self.anyres.join(f, size, self.image_newline.to(x.dtype)) for f, size in zip(x.split(tiles), sizes)]
 
-    def embed(self, input_ids, pixel_values=None):
-        """(B, L) ids with image features at the image positions -> (B, L, D)."""
+    def embed(self, input_ids, pixel_values=None, image_sizes=None):
+        """(B, L) ids with image features at the image positions -> (B, L, D). A row shows one image or none."""
         at_image = input_ids == self.image_token_id
         x = self.llm.get_input_embeddings()(input_ids.masked_fill(at_image, 0))
-        if pixel_values is None:
-            features = x.new_zeros(0, x.shape[-1])
-        else:
-            features = self.image_features(pixel_values).flatten(0, 1)
-        if len(features) != at_image.sum():
-            raise BadInput(f"{int(at_image.sum())} image tokens in the text against {len(features)} image features.")
-        return x.masked_scatter(at_image[:, :, None], features.to(x.dtype))
+        features = [] if pixel_values is None else self.image_features(pixel_values, image_sizes)
+        wanted = [(b, n) for b, n in enumerate(at_image.sum(1).tolist()) if n]
+        for (b, n), f in zip(wanted, features):
+            if n != len(f):
+                raise BadInput(f"row {b} of the batch: {n} image tokens in the text against {len(f)} image features.")
+        if len(wanted) != len(features):
+            tokens, found = sum(n for _, n in wanted), sum(map(len, features))
+            raise BadInput(f"{tokens} image tokens in the text against {found} image features.")
+        return x.masked_scatter(at_image[:, :, None], torch.cat(features).to(x.dtype)) if features else x
 
     def decode(self, x, see, position_ids, cache=None):
         """Run the LLM's blocks: (B, L, D) embeddings and a (B, 1, L, keys) boolean mask -> (B, L, D) hidden states."""
@@ -364,7 +380,8 @@ class MLLM(nn.Module):
     def hidden(self, batch, hidden_positions=None):
         """Hidden states of every position of a batch, (B, L, D)."""
         see = self.window(attention_mask(batch.segments, hidden_positions), batch.position_ids, batch.position_ids)
-        return self.decode(self.embed(batch.input_ids, batch.pixel_values), see, batch.position_ids)
+        x = self.embed(batch.input_ids, batch.pixel_values, batch.image_sizes)
+        return self.decode(x, see, batch.position_ids)
 
     def window(self, see, queries, keys):
         """Intersect a mask with the LLM's sliding window, by position. (B, 1, Q, K), (B, Q), (B, K) -> mask or dict of masks."""
@@ -388,7 +405,7 @@ class MLLM(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts, pixel_values=None, k=1, max_new_tokens=256, temperature=1.0, stop_ids=(), image_mask=None,
-               given=None, generator=None):  # fmt: skip
+               given=None, generator=None, image_sizes=None):  # fmt: skip
         """Draw k answers of each prompt: the image is encoded once, the prompt prefilled once, then its cache is repeated.
 
         prompts: B tensors (P,). temperature 0 is greedy. Drawing stops at any of `stop_ids` or after max_new_tokens; the image
@@ -412,7 +429,7 @@ class MLLM(nn.Module):
         last = (mine & (positions == start[:, None] - 1)).int().argmax(1)
 
         cache = KVCache(L)
-        x = self.embed(batch.input_ids, None if pixel_values is None else pixel_values.to(self.device))
+        x = self.embed(batch.input_ids, None if pixel_values is None else pixel_values.to(self.device), image_sizes)
         see = self.window(attention_mask(batch.segments, hide), batch.position_ids, batch.position_ids)
         h = self.decode(x, see, batch.position_ids, cache)[row, last]  # (M, D)
         cache.length = L

@@ -61,7 +61,7 @@ def add_model_flags(parser):
                        help="of frozen weights and arithmetic (what trains is float32); auto: bfloat16 on cuda, else float32")  # fmt: skip
     group.add_argument("--template", help="prompt: vicuna_v1, mistral, chatml, plain (default: the checkpoint's own)")
     group.add_argument("--image-aspect", default="pad", choices=("pad", "checkpoint"),
-                       help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does")  # fmt: skip
+                       help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does; LLaVA-NeXT: both are its tiles")  # fmt: skip
     return group
 
 
@@ -96,6 +96,9 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size):
     group.add_argument("--projector-lr", type=float, default=projector_lr, help="0 = projector frozen (default %(default)s)")
     group.add_argument("--lora-rank", type=int, default=lora_rank, metavar="N",
                        help="rank of LoRA on all linear layers of the LLM, alpha = 2 rank; 0 = full tuning (default %(default)s)")  # fmt: skip
+    group.add_argument(
+        "--merge", action="store_true", help="after LoRA also write model/: LoRA merged, a checkpoint that needs no adapter"
+    )
     group.add_argument(
         "--max-length", type=int, default=0, metavar="N", help="refuse longer prompt + answer; 0 = the LLM's context"
     )
@@ -359,7 +362,7 @@ def load_checkpoint(out, model, optimizer):
 
 
 def save_result(out, model, processor, args):
-    """What training leaves: a PEFT `adapter/`, or without LoRA a full `model/` in the hub layout.
+    """What training leaves: a PEFT `adapter/`; without LoRA, or with --merge, a full `model/` in the hub layout.
 
     A resumed run writes again what it may have written before it was stopped.
     """
@@ -368,9 +371,10 @@ def save_result(out, model, processor, args):
     if args.resume:
         for name in ("adapter", "model"):
             shutil.rmtree(out / name, ignore_errors=True)
-    if args.lora_rank and args.lr:
+    lora = args.lora_rank and args.lr
+    if lora:
         checkpoints.save_adapter(model, out / "adapter", args.model)
-    else:
+    if args.merge or not lora:
         checkpoints.save(model, processor, out / "model")
 
 

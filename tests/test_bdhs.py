@@ -234,7 +234,7 @@ def test_one_prefill_a_try(llava, examples, monkeypatch):
     model, processor = llava
     images, rows = [], []
     encode, decode = model.image_features, model.decode
-    monkeypatch.setattr(model, "image_features", lambda pixels: images.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(model, "image_features", lambda pixels, sizes: images.append(len(pixels)) or encode(pixels))
     monkeypatch.setattr(model, "decode", lambda x, *rest: rows.append(x.shape) or decode(x, *rest))
     bdhs.Drawer(model, processor, settings(tries=1)).hallucinate(examples, 0)
     assert images == [3]

@@ -16,6 +16,7 @@ from data import TEMPLATES, Processor, Record
 from model import BadInput, LoRALinear, pack
 
 MISTRAL = {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # one layer of each kind
 SIDE, PATCH, VOCAB, IMAGE_ID = 28, 7, 270, 261  # 16 patches
 
 
@@ -24,16 +25,17 @@ def seed():
     torch.manual_seed(0)
 
 
-def tiny_tokenizer(image=True):
-    """Bytes, with BOS in front, as a Llama tokenizer has it; 261 is <image>."""
+def tiny_tokenizer(image=True, bos=True, chatml=True):
+    """Bytes, with BOS in front, as a Llama tokenizer has it; 261 is <image>. bos=False: as Qwen's. chatml: its two tokens."""
     words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"] if chatml else ["<a>", "<b>"], special_tokens=True)
     if image:
         tokenizer.add_tokens(["<image>"], special_tokens=True)
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -70,11 +72,13 @@ def tiny_llava(kind="llama", layer=-2, strategy="default", **more):
 
 NAMINGS = {  # in memory of transformers 5.23 -> on disk, written out by hand from what each version produced
     "H": {"model.vision_tower.": "vision_tower.vision_model.", "model.multi_modal_projector.": "multi_modal_projector.",
-          "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+          "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+          "model.image_newline": "image_newline"},
     "M4": {"model.vision_tower.": "model.vision_tower.vision_model."},
     "M5": {},
     "H5": {"model.vision_tower.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector.",
-           "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+           "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+           "model.image_newline": "image_newline"},
     "X": {"model.vision_tower.": "model.vision_tower.vision_model.",
           "model.language_model.": "model.language_model.model.", "lm_head.": "language_model.lm_head."},
 }  # fmt: skip
@@ -89,11 +93,11 @@ def renamed(tensors, naming, prefix=""):
     return out
 
 
-def write(folder, hf, naming="H", change=None):
+def write(folder, hf, naming="H", change=None, **tokenizer):
     """A checkpoint as some version of transformers would have written it."""
     folder.mkdir(parents=True)
     hf.config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(**tokenizer).save_pretrained(folder)
     tensors = renamed(hf.state_dict(), naming)
     if change:
         change(tensors)
@@ -163,12 +167,16 @@ def difference(ours, theirs, rows):
         ("llama", -2, "default", {"tie_word_embeddings": True}),
         ("mistral", -2, "default", {"sliding_window": 8}),
         ("mistral", -2, "default", MISTRAL),
+        ("mistral", -2, "default", {"sliding_window": 6, "tie_word_embeddings": True}),
         ("qwen2", -2, "default", {}),
+        ("qwen2", -2, "default", SLIDING | {"tie_word_embeddings": True}),
+        ("qwen3", -2, "default", {}),
+        ("qwen3", -2, "default", SLIDING | {"tie_word_embeddings": True, "head_dim": 16}),
     ],
 )
 def test_logits_are_those_of_transformers(tmp_path, kind, layer, strategy, more):
     theirs = tiny_llava(kind, layer, strategy, **more)
-    model, processor = load(write(tmp_path / "m", theirs))
+    model, processor = load(write(tmp_path / "m", theirs, chatml=False))
     tokens = 16 + (strategy == "full")
     assert processor.image_tokens == tokens
     assert processor.template == ("mistral" if kind == "mistral" else "vicuna_v1")
@@ -278,8 +286,8 @@ def test_config_of_an_early_version(tmp_path, hf):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"model_type": "llava_next"}, "'llava_next'; accepted is 'llava'"),
-        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "original LLaVA"),
+        ({"model_type": "blip_2"}, "'blip_2'; accepted is 'llava' or 'llava_next'"),
+        ({"model_type": "llava_next"}, "missing: image_newline"),
         ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer is \[-2, -1\]"),
         ({"vision_feature_layer": -9}, "4 hidden states"),
         ({"vision_feature_select_strategy": "half"}, "'half'"),
@@ -344,9 +352,12 @@ def test_missing_and_broken_files_are_refused(tmp_path, hf, monkeypatch):
 # ---- writing
 
 
-@pytest.mark.parametrize("kind, strategy, tie", [("llama", "default", False), ("mistral", "full", True)])
+@pytest.mark.parametrize(
+    "kind, strategy, tie",
+    [("llama", "default", False), ("mistral", "full", True), ("qwen2", "default", True), ("qwen3", "default", False)],
+)
 def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
-    more = MISTRAL if kind == "mistral" else {}
+    more = MISTRAL if kind == "mistral" else SLIDING if kind == "qwen3" else {}
     theirs = tiny_llava(kind, layer=-1, strategy=strategy, tie_word_embeddings=tie, **more)
     model, processor = load(write(tmp_path / "m", theirs))
     save(model, processor, tmp_path / "out")
@@ -361,13 +372,15 @@ def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
     assert config["text_config"]["rope_theta"] == (1e6 if kind == "mistral" else 1e4), "4.x looks for it there"
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast", "4.x knows no other name"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"], "generate of 4.x stops at token_type_ids"
     assert "local_files_only" not in config
     assert not list(tmp_path.glob(".out*")), "the folder written aside is still there"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_autoprocessor_makes_the_same_input(tmp_path, folder, template):
-    model, processor = load(folder, template=template, image_aspect="checkpoint")
+@pytest.mark.parametrize("bos", [True, False])
+def test_autoprocessor_makes_the_same_input(tmp_path, hf, template, bos):
+    model, processor = load(write(tmp_path / "m", hf, bos=bos), template=template, image_aspect="checkpoint")
     save(model, processor, tmp_path / "out")
     theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     picture = Image.effect_noise((40, 28), 60).convert("RGB")
@@ -378,6 +391,7 @@ def test_autoprocessor_makes_the_same_input(tmp_path, folder, template):
             {"role": "assistant", "content": [text("A cat")]}, {"role": "user", "content": "Sure?"}]  # fmt: skip
     out = theirs(images=picture, text=theirs.apply_chat_template(chat, add_generation_prompt=True), return_tensors="pt")
     example = processor.encode(record)
+    assert (example.prompt[0].item() == 1) is bos
     assert out["input_ids"][0].tolist() == example.prompt.tolist()
     assert (example.prompt == IMAGE_ID).sum() == 16
     assert (out["pixel_values"][0] - processor.pixels(picture)).abs().max() < 1e-5
@@ -596,7 +610,7 @@ def test_adapter_weights_that_do_not_fit_are_refused(tmp_path, folder):
         ({layer + "lora_magnitude_vector": torch.ones(3)}, "unexpected: .*magnitude"),
         ({layer + "lora_B.bias": torch.ones(3)}, "unexpected: .*bias"),
         ({tower + "encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}, "unexpected: vision"),
-        ({prefix + "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 48)}, "unexpected: model.layers"),
+        ({prefix + "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 48)}, "q_proj.lora_A.weight is there twice"),
         ({prefix + f"{m}multi_modal_projector.linear_2.bias": None for m in ("", "model.")}, "missing: multi_modal"),
     ):
         save_file({k: v for k, v in (whole | change).items() if v is not None}, file)
