@@ -421,3 +421,37 @@ def test_data_refuses_a_broken_file(folder):
     (folder / "rows.jsonl").write_text(json.dumps(povid()) + "\n{\n")
     status, out, err = command("data.py", "rows.jsonl", "--images", "images", "--json", cwd=folder)
     assert sentence(status, err, "rows.jsonl, line 2: not valid JSON") == err.strip() and out == ""
+
+
+def test_skip_bad_rows(folder, checkpoint):
+    """Rows refused at reading, at encoding (too long, equal answers), and the run goes on; without the flag it does not."""
+    rows = [povid(), povid("gone.jpg"), povid(chosen="A. " * 400), povid(chosen="C."), povid(chosen="B.")]
+    file = lines_of(folder / "rows.jsonl", rows)
+    args = ("--model", checkpoint, "--data", file, "--images", "images", "--steps", 1, "--batch-size", 2)
+    status, _, err = command("dpo.py", *args, "--out", "run", cwd=folder)
+    sentence(status, err, ["row 1: image 'gone.jpg'", "(1 of 5 rows are refused; --skip-bad-rows goes on without them)"])
+    assert not (folder / "run").exists()
+    status, _, err = command("dpo.py", *args, "--out", "run", "--skip-bad-rows", cwd=folder)
+    assert status == 0, err
+    assert "rows.jsonl: 1 of 5 rows are skipped" in err and "2 of 4 rows are skipped at encoding" in err
+    skipped = json.loads((folder / "run" / "skipped.json").read_text())
+    assert [(s["file"], s["row"]) for s in skipped] == [("rows.jsonl", 1), ("rows.jsonl", 2), ("rows.jsonl", 4)]
+    for entry, why in zip(skipped, ("image 'gone.jpg' is not", "prompt of ", "chosen and rejected are the same tokens")):
+        assert entry["why"].startswith(why)
+    assert (folder / "run" / "adapter").is_dir() and "\n2 rows; template" in err
+    # --model lets data.py see what is refused at encoding
+    status, out, err = command("data.py", file, "--images", "images", "--model", checkpoint, "--json", cwd=folder)
+    found = json.loads(out)
+    assert status == 0 and (found["rows"], found["pairs"]) == (5, 2), err
+    assert [r["row"] for r in found["refused"]] == [1, 2, 4]
+    assert found["tokens"]["rejected"] == dict.fromkeys(("min", "median", "p95", "max"), 4)
+    assert found["tokens"]["prompt"]["min"] > 4
+    status, out, err = command("data.py", file, "--images", "images", "--model", checkpoint, cwd=folder)
+    assert "3 rows refused" in out and "refused: 1, first row 2: prompt of" in out and "tokens of prompt: min" in out
+
+
+def test_skip_bad_rows_that_are_all(folder, say, checkpoint):
+    args = ["--model", checkpoint, "--images", folder / "images", "--skip-bad-rows", "--data"]
+    say(dpo.main, [*args, lines_of(folder / "gone.jsonl", [povid("a.jpg")] * 2)], ["row 0: image", "2 of 2 rows are refused"])
+    say(dpo.main, [*args, lines_of(folder / "same.jsonl", [povid(chosen="B.")])], ["row 0: chosen", "1 of 1 rows are refused"])
+    assert not (folder / "runs").exists()
