@@ -1,6 +1,7 @@
 """Instruction data of Sun et al. 2023 (their SFT+ model) out of public files, and facts about the pictures for a reward model.
 
-    python instruct.py --out instruct.json --facts facts.json --aokvqa aokvqa_v1p0_train.json --flickr flickr_annotations_30k.csv
+    python instruct.py --out instruct.json --facts facts.json --aokvqa aokvqa_v1p0_train.json
+        --flickr flickr_annotations_30k.csv
         --vqa-questions v2_OpenEnded_mscoco_train2014_questions.json --vqa-annotations v2_mscoco_train2014_annotations.json
     python sft.py --model DIR --data llava_instruct_80k.json --data instruct.json --images DIR
 
@@ -17,11 +18,11 @@ Choices where paper and code are silent:
 1. VQA questions end in LLaVA's "single word or phrase" sentence, which their evaluation appends too; answers are "Yes", "No".
 2. A-OKVQA's options are lettered, and the answer is "B. umbrella": their reward for right answers looks for "B." at the start.
 3. A true option becomes a fact as the sentence: The answer to "..." is "...".
-4. Flickr30k: a caption drawn from the picture's own (seed 0), without boxes; of the training split only, if the file has splits.
+4. Flickr30k: one of a picture's captions, drawn with seed 0, without boxes; only of the training split where splits are named.
 5. COCO pictures carry their 2017 names (000000000009.jpg), as in LLaVA-Instruct; VQA-v2's are named by id as well.
 
-The authors' own mixture (mix-llava-sft90k-vqav2_83k-okvqa_16k-flickr_23k.json) has the name of a LLaVA-Instruct file; it was not
-seen here.
+The authors' own mixture (mix-llava-sft90k-vqav2_83k-okvqa_16k-flickr_23k.json) should be read by sft.py as it is; it was
+not seen here.
 """
 
 import csv

@@ -285,3 +285,38 @@ def test_memory_of_a_parquet_file_is_bounded(tmp_path):
         assert done.returncode == 0, done.stderr
         count, loaded, peak = map(int, done.stdout.split())
         assert count == n and loaded < 30 and peak < (30 if unpacked else 100), done.stdout
+
+
+def test_files_written_by_datasets(images, tmp_path):
+    """The library that wrote the public parquet files: its Image feature in a column and in a list, and nested lists."""
+    datasets = pytest.importorskip("datasets")
+    red, blue = Image.new("RGB", (20, 12), "red"), Image.new("RGB", (20, 12), "blue")
+    text = [json.dumps({"question": f"What is {i}?", "chosen": "A.", "rejected": "B."}) for i in range(3)]
+    columns = {"image": [red, blue, red], "text": text, "origin_dataset": ["d"] * 3, "idx": [0, 1, 2]}
+    features = datasets.Features({"image": datasets.Image(), "idx": datasets.Value("int64")}
+                                 | dict.fromkeys(("text", "origin_dataset"), datasets.Value("string")))  # fmt: skip
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "rlhf_v.parquet", batch_size=2)
+    file = layouts.read(tmp_path / "rlhf_v.parquet")
+    assert (file.layout, file.refused, len(file.records)) == ("rlhf_v", [], 3)
+    assert [layouts.open_image(r.image).getpixel((2, 2))[2] for r in file.records] == [0, 255, 0]
+
+    block = lambda kind, text: {"type": kind, "text": text}
+    ask = [
+        [{"role": "user", "content": [block("image", None), block("text", "What?")]}],
+        [{"role": "user", "content": [block("text", "Who?")]}],
+    ]
+    said = lambda word: [[{"role": "assistant", "content": [block("text", word)]}]] * 2
+    rows = datasets.Dataset.from_dict({"images": [[blue], []], "prompt": ask, "chosen": said("A."), "rejected": said("B.")})
+    rows.cast_column("images", datasets.Sequence(datasets.Image())).to_parquet(tmp_path / "trl.parquet")
+    file = layouts.read(tmp_path / "trl.parquet")
+    assert [(r.turns, r.answers) for r in file.records] == [(("What?",), ("A.", "B.")), (("Who?",), ("A.", "B."))]
+    assert layouts.open_image(file.records[0].image).getpixel((2, 2)) == (0, 0, 255) and file.records[1].image is None
+
+    rate = lambda n: {"Helpfulness": {"Rating": n, "Rationale": "-"}}
+    answers = [{"model": m, "response": f"{m}.", "annotations": rate(n)} for m, n in zip("xyz", ("5", "1", "N/A"))]
+    rows = datasets.Dataset.from_dict(
+        {"id": ["lamp"], "prompt": ["What?"], "models": [["x", "y", "z"]], "completions": [answers]}
+    )
+    rows.to_parquet(tmp_path / "vlfeedback.parquet")
+    file = layouts.read(tmp_path / "vlfeedback.parquet", images)
+    assert [(r.image.name, r.turns, r.answers) for r in file.records] == [("lamp.jpg", ("What?",), ("x.", "y."))]
