@@ -153,9 +153,8 @@ def test_what_is_not_read(images):
 def test_a_cut_gzip_file(images, tmp_path):
     whole = gzip.compress((HERE / "helpsteer.jsonl").read_bytes())
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:-30])
-    (tmp_path / "b.jsonl.gz").write_bytes(whole[:200] + whole[:30] + whole[230:])
-    (tmp_path / "c.jsonl.gz").write_text("{}")
-    for name in "abc":
+    (tmp_path / "b.jsonl.gz").write_text("{}")
+    for name in "ab":
         with pytest.raises(BadInput, match=rf"{name}.jsonl.gz: not a text file"):
             layouts.read(tmp_path / f"{name}.jsonl.gz", images)
 
