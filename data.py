@@ -1,6 +1,6 @@
 """Records to tensors: prompt templates, pixels, collation into packed rows; and generation of answers.
 
-    python data.py FILE --images DIR [--json]      what a data file holds, before a long training run
+    python data.py FILE --images DIR [--model DIR_OR_HUB_ID] [--json]      what a data file holds, before a long training run
 
 Readers of the public layouts are in layouts.py; scripts reach them as `data.load`.
 """
@@ -9,6 +9,8 @@ import functools
 import json
 import random
 import re
+import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from PIL import ExifTags, Image
 
 import training
-from layouts import LAYOUTS, Record, _open, image_hash, load, open_image, read
+from layouts import LAYOUTS, Record, _open, image_hash, load, open_image, read, refusals
 from model import BadInput, pack
 
 __all__ = ["LAYOUTS", "Record", "image_hash", "load", "open_image", "read"]  # of layouts.py, one door for the scripts
@@ -197,7 +199,7 @@ class Processor:
         return Example(prompt, answers, scored, record)
 
     def pixels(self, image):
-        """A Path, ParquetImage or RGB picture -> (3, H, W) float32, as CLIPImageProcessor makes it.
+        """A Path, PackedImage or RGB picture -> (3, H, W) float32, as CLIPImageProcessor makes it.
 
         LLaVA-NeXT: (tiles, 3, H, W), the overview first, as LlavaNextImageProcessor makes them.
         """
@@ -283,35 +285,79 @@ def generate(model, processor, records, max_new_tokens, temperature=0.0, k=1, ba
     return texts
 
 
+def encode_each(processor, records, every_turn=False):
+    """Records -> (examples of those that can be encoded, [{"file":, "row":, "why":}] of the others)."""
+    examples, refused = [], []
+    for record in records:
+        try:
+            examples.append(processor.encode(record, every_turn))
+        except BadInput as error:
+            file, row, part = re.fullmatch(r"(.*?), row (\d+)(.*)", record.where, re.DOTALL).groups()
+            why = str(error).removeprefix(f"{record.where}: ")
+            refused.append({"file": file, "row": int(row), "why": f"{part.strip(', ')}: {why}" if part else why})
+    return examples, refused
+
+
+def encode_all(processor, records, skipped=None, every_turn=False):
+    """Records -> Examples. One that cannot be encoded stops the run, or joins the list `skipped`, as in `layouts.load`."""
+    examples, refused = encode_each(processor, records, every_turn)
+    if refused and (skipped is None or not examples):
+        first = refused[0]
+        raise BadInput(f"{first['file']}, row {first['row']}: {first['why']} {refusals(len(refused), len(records))}")
+    if refused:
+        print(f"{len(refused)} of {len(records)} rows are skipped at encoding, first: {refused[0]['why']}", file=sys.stderr)
+        skipped += refused
+    return examples
+
+
 def main():
-    """Show what a data file holds."""
+    """Show what a data file holds: layout, counts, what is refused and why, samples; with --model also token lengths."""
     parser = training.Parser(main.__doc__)
-    parser.add_argument("file", help="JSON, JSON lines or parquet, in any layout listed at the top of layouts.py")
+    parser.add_argument("file", help="parquet, JSON or JSON lines, in any layout listed at the top of layouts.py")
     parser.add_argument("--images", help="folder of the pictures (default: the file's)")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="count tokens as this checkpoint does, and what it would refuse"
+    )
+    parser.add_argument("--template", help="with --model: another prompt than the checkpoint's own")
+    parser.add_argument("--max-length", type=int, default=0, metavar="N", help="with --model: as in training; 0 = its context")
     parser.add_argument("--json", action="store_true", help="print for programs")
     args = parser.parse_args()
     file = read(args.file, args.images)
+    records, refused, lengths = file.records, file.refused, {}
+    if args.model:
+        import checkpoints
+
+        _, processor = checkpoints.load(args.model, torch.bfloat16, template=args.template)
+        processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
+        examples, others = encode_each(processor, records)
+        records = [e.record for e in examples]
+        refused = refused + [{"row": r["row"], "why": r["why"]} for r in others]
+        columns = {"prompt": [len(e.prompt) for e in examples]}
+        for i, name in enumerate(("chosen", "rejected")):
+            columns[name] = [len(e.answers[i]) for e in examples if i < len(e.answers)]
+        for name, values in columns.items():
+            if values:
+                shown = np.percentile(values, (0, 50, 95, 100), method="nearest").tolist()
+                lengths[name] = dict(zip(("min", "median", "p95", "max"), shown))
     samples = []
-    for r in random.Random(0).sample(file.records, min(3, len(file.records))):
+    for r in random.Random(0).sample(records, min(3, len(records))):
         chosen, rejected = (*r.answers, None)[:2]
         samples.append({"image": r.image and str(r.image), "prompt": r.turns[-1], "chosen": chosen, "rejected": rejected})
-    pairs = sum(len(r.answers) == 2 for r in file.records)
-    found = {
-        "layout": file.layout,
-        "rows": file.rows,
-        "pairs": pairs,
-        "refused": file.refused,
-        "notes": dict(file.notes),
-        "samples": samples,
-    }
+    pairs = sum(len(r.answers) == 2 for r in records)
+    found = {"layout": file.layout, "rows": file.rows, "pairs": pairs, "refused": refused, "notes": dict(file.notes)}
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found | ({"tokens": lengths} if args.model else {}) | {"samples": samples}, indent=1))
         return
-    print(f"{args.file}: layout {file.layout}, {file.rows} rows, {pairs} pairs, {len(file.refused)} rows refused")
-    for line in [f"  {n} {why}" for why, n in file.notes.items()] + [
-        f"  row {r['row']}: {r['why']}" for r in file.refused[:20]
-    ]:
-        print(line)
+    bad = len({r["row"] for r in refused})
+    print(f"{args.file}: layout {file.layout}, {file.rows} rows, {pairs} pairs, {bad} rows refused")
+    kinds = [re.sub(r"'[^']*'|\"[^\"]*\"|\S*[/\d]\S*", "..", r["why"]) for r in refused]  # paths, quotes, numbers vary
+    for kind, count in Counter(kinds).most_common():
+        first = refused[kinds.index(kind)]
+        print(f"  refused: {count}, first row {first['row']}: {first['why']}")
+    for why, count in file.notes.items():
+        print(f"  {count} {why}")
+    for name, values in lengths.items():
+        print(f"  tokens of {name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
     for s in samples:
         print("".join(f"\n{key:>9}  {value}" for key, value in s.items() if value is not None))
 

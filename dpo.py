@@ -109,11 +109,12 @@ def main():
     """Load, score the reference, train, save, evaluate."""
     args, begin = parse(), time.time()
     device, dtype = training.device_and_dtype(args)
-    records = data.load(args.data, args.images, answers=2)
+    skipped = [] if args.skip_bad_rows else None
+    records = data.load(args.data, args.images, answers=2, skipped=skipped)
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    examples = [processor.encode(r) for r in records]
-    out = training.start(args, "dpo")
+    examples = data.encode_all(processor, records, skipped)
+    out = training.start(args, "dpo", skipped)
     report.show_start(processor, examples)
     seconds = {"setup": time.time() - begin}
     before = report.evaluate(model, processor, args, out / "before")

@@ -1,23 +1,40 @@
 """Data files and pictures as downloaded -> records. The reader is chosen by the keys of a file's first row (`LAYOUTS`):
 
-    layout          keys                                      pairs of a row
-    rlhf_v          text + origin_dataset (parquet or jsonl)  corrected answer > original
-    vlfeedback      completions + models (jsonl)              every two of the k answers with unequal mean rating (Silkie)
-    povid           conversations + rejected_conversations    conversations > rejected_conversations
-    llava_rlhf      output_1 + output_2 + preference          as `preference` (1 or 2) says
-    llava_instruct  conversations                             none: instruction data for sft.py
+    layout          keys                                          pairs of a row
+    rlhf_v          text + origin_dataset (also Muffin's .tsv)    corrected answer > original
+    hadpo           question + chosen + reject + correct          chosen > reject; rows with `correct` are left out (HA-DPO)
+    seva            question + chosen + reject + image_id         chosen > reject
+    rlaif_v         question + chosen + rejected + origin_dataset or ds_name
+    mllm_dpo        question + chosen + rejected + ref_win_logp   dicts {from, value}, their Python repr, or whole dialogues
+    mmpr            question + chosen + rejected                  strings
+    vlfeedback      completions + models                          every two answers with unequal mean rating (Silkie)
+    povid           conversations + rejected_conversations        conversations > rejected_conversations
+    llava_rlhf      output_1 + output_2 + preference              as `preference` (1 or 2) says
+    llava_instruct  conversations                                 none: instruction data for sft.py
+    helpsteer       prompt + response + helpfulness               one a prompt: best > a worse one (`pairs_by_quality`)
+    helpsteer2      prompt + response_1 + ..._2 + preference_strength    negative: the first; 0 and validation are left out
+    trl             chosen + rejected (+ prompt)                  strings or lists of {role, content}
 
-In layouts with placeholders one `<image>` in the first human turn is the picture (wherever it stands there, it is moved to the
-front, as LLaVA does); anywhere else, and in answers, it is text.
+Files are parquet, JSON arrays, JSON lines or these gzipped. Other columns are ignored. A picture is a path below --images or
+stands in the file itself (parquet, tsv); a missing, null, empty or NaN one makes a text-only row, where a layout has such rows.
+A row of several pictures is refused. In layouts with placeholders one `<image>` in the first human turn is the picture (it is
+moved to the front, as LLaVA does); anywhere else, and in answers, it is text. In mllm_dpo and mmpr it may be left out.
+
+Not read: HA-DPO's desc_data.json, which names neither question nor image file; written as rows of trl it is.
 """
 
+import ast
 import base64
 import functools
+import gzip
 import io
 import json
 import math
 import os
+import random
+import re
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,79 +54,181 @@ class Record:
     """One prompt and its answers, best first: (chosen, rejected) of a preference pair, one answer of instruction data."""
 
     where: str  # file and row, for messages
-    image: object  # Path, ParquetImage, or None for a text-only row
+    image: object  # Path, PackedImage, or None for a text-only row
     turns: tuple  # user, assistant, ..., user: the dialogue up to the answer
     answers: tuple = ()
+    quality: float | None = None  # of the only answer, in a layout that rates answers one by one
 
 
 @dataclass(frozen=True)
-class ParquetImage:
-    """A picture inside a parquet file, read when it is needed: its row group is held, not the file."""
+class PackedImage:
+    """A picture inside a parquet or tsv file, read when it is needed."""
 
     file: str
-    group: int
     row: int
 
     def read(self):
         """The encoded bytes."""
-        return _row_group(self.file, self.group)[self.row].as_py()
+        path, starts = _unpacked(self.file)
+        with open(path, "rb") as file:
+            file.seek(starts[self.row])
+            return file.read(starts[self.row + 1] - starts[self.row])
 
     def __str__(self):
-        return f"{self.file}, row group {self.group}, row {self.row}"
+        return f"{self.file}, row {self.row}"
 
 
-@functools.lru_cache(maxsize=2)
-def _row_group(file, group):
-    return _parquet(file).read_row_group(group, columns=["image.bytes"]).column("image").combine_chunks().field("bytes")
+@functools.lru_cache(maxsize=None)
+def _unpacked(file):
+    """All pictures of a file, one after another in `.cache/pictures-*`, written at the first use -> (path, where each starts).
+
+    Training reads in random order, which parquet does not allow: one picture costs its page, up to 1000 pictures. Memory is
+    bounded by the row group, not by the file: 320 MB at groups of 1000 rows of 160 kB, 50 MB at groups of 100, and then none.
+    """
+    folder = Path(".cache") / f"pictures-{_file_hash(file)[:16]}"
+    if not folder.is_dir():
+        print(f"{file}: unpacking its pictures to {folder}", file=sys.stderr)
+        with training.whole_folder(folder) as aside, open(aside / "pictures", "wb") as out:
+            starts = [0]
+            for encoded in _encoded_pictures(Path(file)):
+                out.write(encoded or b"")
+                starts.append(out.tell())
+            training.write_json(aside / "starts.json", starts)
+    return (folder / "pictures").resolve(), json.loads((folder / "starts.json").read_text())
 
 
-def _parquet(file):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise BadInput(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (OSError, ValueError) as error:  # no such file, or none that Arrow can read
-        raise BadInput(f"{file}: not readable as parquet ({str(error).splitlines()[0]}).") from None
+def _encoded_pictures(path):
+    """The bytes of each row's picture, or None."""
+    if path.suffix == ".tsv":
+        for number, line in _lines(path):
+            try:
+                yield base64.b64decode(line.split("\t")[1], validate=True)
+            except ValueError as error:
+                raise BadInput(f"{path}, line {number}: the picture is not base64 ({error}).") from None
+        return
+    import pyarrow
+
+    file = _parquet(path)
+    column, _ = _columns(file)
+    leaves = [name for name in _leaves(file) if name.startswith(f"{column}.") and name.endswith(".bytes")]
+    for batch in _batches(path, file, leaves, 16):
+        for cell in batch.column(0).to_pylist():
+            cell = cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
+            yield cell["bytes"] if isinstance(cell, dict) else None
+    pyarrow.default_memory_pool().release_unused()
 
 
 # ---- files to rows
 
 
-def rows(path):
-    """(row number from 0, row) of a JSON array, JSON lines or parquet file."""
-    if path.suffix == ".parquet":
-        file = _parquet(path)
-        pictures = {f.name for f in file.schema_arrow if f.name == "image" and f.type.num_fields}  # a column of paths has none
-        columns = [c for c in file.schema_arrow.names if c not in pictures]
-        n = 0
-        for g in range(file.num_row_groups):
-            for i, row in enumerate(file.read_row_group(g, columns=columns).to_pylist()):
-                yield n, row | {name: ParquetImage(str(path), g, i) for name in pictures}
-                n += 1
-        return
+def _parquet(path):
     try:
-        text = path.read_text(encoding="utf-8")
+        import pyarrow.parquet
+    except ImportError:
+        raise BadInput(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # pre-buffered, all that is read stays
+    except (OSError, ValueError) as error:  # no such file, or none that Arrow can read
+        raise BadInput(f"{path}: not readable as parquet ({str(error).splitlines()[0]}).") from None
+
+
+def _leaves(file):
+    """Names like "image.bytes" or "images.list.element.path" of all that a parquet file stores."""
+    return [file.schema.column(i).path for i in range(len(file.schema))]
+
+
+def _columns(file):
+    """The column of pictures, if there is one, and all leaves but the pictures themselves."""
+    tops = [name.split(".")[0] for name in _leaves(file) if name.endswith(".bytes")]
+    column = next((top for top in tops if top in ("image", "images")), None)
+    return column, [n for n in _leaves(file) if not (n.startswith(f"{column}.") and n.endswith(".bytes"))]
+
+
+def _batches(path, file, columns, size):
+    try:
+        yield from file.iter_batches(batch_size=size, columns=columns, use_threads=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable as parquet ({str(error).splitlines()[0]}).") from None
+
+
+def _parquet_rows(path):
+    file = _parquet(path)
+    column, leaves = _columns(file)
+    n = 0
+    for batch in _batches(path, file, leaves, 1024):
+        for row in batch.to_pylist():
+            if column:  # the path beside the bytes tells null and the length of a list
+                cell = row.get(column, {})
+                image = PackedImage(str(path), n)
+                row[column] = [image] * len(cell) if isinstance(cell, list) else cell if cell is None else image
+            yield n, row
+            n += 1
+
+
+def _lines(path):
+    """(number from 1, line) of a UTF-8 text file, gzipped or not. U+2028 ends no line: JSON strings may hold it."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            yield from enumerate(file, 1)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; --data takes a JSON, JSON-lines or parquet file.") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: not a text file ({error}); accepted are JSON, JSON lines and .parquet.") from None
-    if text.lstrip().startswith("["):
-        try:
-            array = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}: not valid JSON: {error}.") from None
-        yield from enumerate(array)
+
+
+MUFFIN = ("dataset_name", "image", "text", "origin_dataset", "origin_split", "origin_split_inner_idx", "image_path")
+
+
+def _tsv_rows(path):
+    """RLHF-V's training file: seven fields without a header, picture and text in base64."""
+    for number, line in _lines(path):
+        fields = line.rstrip("\r\n").split("\t")
+        if len(fields) != len(MUFFIN):
+            raise BadInput(f"{path}, line {number}: {len(fields)} fields; the seven of RLHF-V are needed: {', '.join(MUFFIN)}.")
+        image = PackedImage(str(path), number - 1) if fields[1] else None
+        yield number - 1, dict(zip(MUFFIN, fields)) | {"image": image}
+
+
+def rows(path):
+    """(row number from 0, row) of a parquet file, JSON array, JSON lines, or RLHF-V's tsv."""
+    if path.suffix in (".parquet", ".tsv"):
+        yield from (_parquet_rows if path.suffix == ".parquet" else _tsv_rows)(path)
         return
-    n = 0
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028, which JSON strings may hold
-        if line.strip():
+    lines, n = _lines(path), 0
+    for number, line in lines:
+        if not n and line.lstrip().startswith("["):
+            try:
+                array = json.loads("\n" * (number - 1) + line + "".join(rest for _, rest in lines))
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{path}: not valid JSON: {error}.") from None
+            yield from enumerate(array)
+        elif line.strip():
             try:
                 yield n, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise BadInput(f"{path}, line {number}: not valid JSON: {error}.") from None
             n += 1
+
+
+def captions(path):
+    """image_to_caption.json of LLaVA-RLHF, facts about pictures for a reward model -> {image file name: [text, ...]}."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: holds {type(found).__name__}; an object {{image: [caption, ...]}} is needed.")
+    for image, texts in found.items():
+        if not isinstance(texts, list) or not texts:
+            raise BadInput(f"{path}, {image!r:.80}: {texts!r:.80} was found; a list of captions is needed.")
+        try:
+            found[image] = [text_field(text, f"[{i}]") for i, text in enumerate(texts)]
+        except BadInput as error:
+            raise BadInput(f"{path}, {image!r:.80}: {error}") from None
+    return found
+
+
+# ---- cells
 
 
 def text_field(value, key):
@@ -141,6 +260,29 @@ def find_image(images, *names):
     raise BadInput(f"image {' or '.join(f'{n!r:.80}' for n in names)} is not below --images {images}.")
 
 
+def picture(images, *cells):
+    """The picture that a row's cells name, the first that is found: Path, PackedImage, or None if all are empty."""
+    names = []
+    for cell in cells:
+        if isinstance(cell, list) and len(cell) > 1:
+            raise BadInput(f"the row has {len(cell)} pictures; one a row is accepted.")
+        cell = cell[0] if isinstance(cell, list) and cell else cell
+        cell = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
+        if isinstance(cell, PackedImage):
+            return cell
+        if cell and cell == cell:  # NaN is what pandas writes for a missing one
+            names.append(cell)
+    return find_image(images, *names) if names else None
+
+
+def needed_picture(images, *cells):
+    """`picture`, where the layout has one in every row."""
+    image = picture(images, *cells)
+    if image is None:
+        raise BadInput("the row names no image, which this layout has in every row.")
+    return image
+
+
 def dialogue(conversations, key, used=None):
     """LLaVA turns -> (user, assistant, ...) texts [:used]; those before the first human turn are dropped."""
     if isinstance(conversations, list) and len(conversations) == 1 and isinstance(conversations[0], list):
@@ -155,15 +297,33 @@ def dialogue(conversations, key, used=None):
     return [text_field(t.get("value"), f"{key}[{first + i}].value") for i, t in enumerate(turns[:used])]
 
 
-def take_placeholder(turns, image):
-    """Remove the first turn's `<image>`; it and the row's image must come together."""
+def take_placeholder(turns, image, optional=False):
+    """Remove the first turn's `<image>`; it and the row's image must come together, unless it is optional beside one."""
     count = turns[0].count("<image>")
     if count > 1:
         raise BadInput(f"the first human turn holds `<image>` {count} times; one picture a row is accepted.")
-    if (count == 1) != (image is not None):
+    if (count == 1) != (image is not None) and not (optional and image is not None):
         has = "an image" if image is not None else "no image"
         raise BadInput(f"the row has {has}, but its first human turn holds `<image>` {count} times.")
     return (text_field(turns[0].replace("<image>", ""), "first human turn"), *turns[1:])
+
+
+def number(value, key):
+    """A finite number, or the string of one; BadInput names the key."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise BadInput(f"`{key}` is {value!r:.80}; a number is needed.")
+    return found
+
+
+def pair_of(chosen, rejected, what):
+    """Two dialogues (user, assistant, ..., assistant) that differ in the last answer -> (turns, (chosen, rejected))."""
+    if chosen[:-1] != rejected[:-1]:
+        raise BadInput(f"{what} differ before their last turn; only the last answer may.")
+    return chosen[:-1], (chosen[-1], rejected[-1])
 
 
 # ---- rows to records: one small function a layout, (row, where, images, notes) -> records
@@ -184,11 +344,65 @@ def _rlhf_v(row, where, images, notes):
         text = dict(zip(("question", "chosen", "rejected"), text))
     if not isinstance(text, dict):
         raise BadInput(f"`text` is {type(text).__name__}; question, chosen and rejected are needed.")
-    image = row.get("image")
-    if not isinstance(image, ParquetImage):
-        image = find_image(images, *(n for n in (row.get("image_path"), image) if n))
+    image = needed_picture(images, row.get("image_path"), row.get("image"))
     question, *pair = (text_field(text.get(k), f"text.{k}") for k in ("question", "chosen", "rejected"))
     return [Record(where, image, (question,), tuple(pair))]
+
+
+def _flat(row, loser="rejected"):
+    """question, chosen and the loser of a row that has them as strings."""
+    return (text_field(row[k], k) for k in ("question", "chosen", loser))
+
+
+def _rlaif_v(row, where, images, notes):
+    question, *pair = _flat(row)
+    return [Record(where, needed_picture(images, row.get("image_path"), row.get("image")), (question,), tuple(pair))]
+
+
+def _seva(row, where, images, notes):
+    question, *pair = _flat(row, "reject")
+    return [Record(where, needed_picture(images, row["image_id"]), (question,), tuple(pair))]
+
+
+def _hadpo(row, where, images, notes):
+    if row["correct"]:
+        notes["rows left out: the model had answered correctly"] += 1
+        return []
+    question, *pair = _flat(row, "reject")
+    n = row["image_id"]
+    image = needed_picture(images, f"{n}.jpg", f"VG_100K/{n}.jpg", f"VG_100K_2/{n}.jpg")  # Visual Genome's two folders
+    return [Record(where, image, (question,), tuple(pair))]
+
+
+def _mmpr(row, where, images, notes):
+    if row.get("video"):
+        raise BadInput("the row has a video; one picture a row is accepted.")
+    question, *pair = _flat(row)
+    image = picture(images, row.get("image"))
+    return [Record(where, image, take_placeholder((question,), image, optional=True), tuple(pair))]
+
+
+def _turns(cell, key, role):
+    """A cell of mllm_dpo: text, {from, value}, a list of these, or the Python repr of one -> list of turns."""
+    if isinstance(cell, str) and cell.lstrip().startswith(("{", "[")):
+        try:
+            cell = ast.literal_eval(cell.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise BadInput(f"`{key}` is {cell!r:.80}, which is not the repr of a {{from, value}} dict.") from None
+    if isinstance(cell, str):
+        cell = {"from": role, "value": cell}
+    return cell if isinstance(cell, list) else [cell]
+
+
+def _mllm_dpo(row, where, images, notes):
+    image = picture(images, row.get("image"))
+    question = _turns(row["question"], "question", "human")
+    chosen, rejected = _turns(row["chosen"], "chosen", "gpt"), _turns(row["rejected"], "rejected", "gpt")
+    before = chosen[:-1] or question  # a list is the whole dialogue, its question included
+    chosen = dialogue(before + chosen[-1:], "chosen")
+    rejected = dialogue((rejected[:-1] or before) + rejected[-1:], "rejected")
+    turns, pair = pair_of(chosen, rejected, "chosen and rejected")
+    return [Record(where, image, take_placeholder(turns, image, optional=True), pair)]
 
 
 def _vlfeedback(row, where, images, notes):
@@ -211,7 +425,7 @@ def _vlfeedback(row, where, images, notes):
             raise BadInput(f"completions[{i}].annotations is {ratings!r:.80}; an object of {{Rating, Rationale}} is needed.")
         answers.append(text_field(completion.get("response"), f"completions[{i}].response"))
         scores.append(_mean_rating(ratings))
-    image = find_image(images, *([row["image"]] if row.get("image") else [f"{row.get('id')}.jpg", f"{row.get('id')}.png"]))
+    image = picture(images, row.get("image")) or find_image(images, f"{row.get('id')}.jpg", f"{row.get('id')}.png")
     records = []
     for i in range(len(answers)):
         for j in range(i + 1, len(answers)):
@@ -230,25 +444,20 @@ def _vlfeedback(row, where, images, notes):
 def _mean_rating(ratings):
     """The mean over all aspects, or None if one of them ("N/A") is not a number: Silkie leaves those pairs out."""
     try:
-        mean = sum(float(r["Rating"]) for r in ratings.values()) / len(ratings)
-    except (TypeError, ValueError):
+        return sum(number(r["Rating"], "Rating") for r in ratings.values()) / len(ratings)
+    except BadInput:
         return None
-    return mean if math.isfinite(mean) else None
 
 
 def _povid(row, where, images, notes):
-    image = find_image(images, row["image"]) if row.get("image") else None
-    chosen, rejected = (
-        dialogue(row["conversations"], "conversations"),
-        dialogue(row["rejected_conversations"], "rejected_conversations"),
-    )
-    if chosen[:-1] != rejected[:-1]:
-        raise BadInput("conversations and rejected_conversations differ before their last turn; only the last answer may.")
-    return [Record(where, image, take_placeholder(chosen[:-1], image), (chosen[-1], rejected[-1]))]
+    image = picture(images, row.get("image"))
+    dialogues = [dialogue(row[key], key) for key in ("conversations", "rejected_conversations")]
+    turns, pair = pair_of(*dialogues, "conversations and rejected_conversations")
+    return [Record(where, image, take_placeholder(turns, image), pair)]
 
 
 def _llava_rlhf(row, where, images, notes):
-    image = find_image(images, row["image"]) if row.get("image") else None
+    image = picture(images, row.get("image"))
     turns = dialogue(row["conversations"], "conversations", -1)  # the last answer is a placeholder, maybe empty
     outputs = [
         text_field((row[k] or {}).get("value") if isinstance(row[k], dict) else None, f"{k}.value")
@@ -260,18 +469,122 @@ def _llava_rlhf(row, where, images, notes):
 
 
 def _llava_instruct(row, where, images, notes):
-    image = find_image(images, row["image"]) if row.get("image") else None
+    image = picture(images, row.get("image"))
     turns = dialogue(row["conversations"], "conversations")
     return [Record(where, image, take_placeholder(turns[:-1], image), (turns[-1],))]
 
 
-LAYOUTS = {  # name: (keys that tell it, reader); the first whose keys are all there
+def _helpsteer(row, where, images, notes):
+    quality = sum(number(row.get(key), key) for key in ("helpfulness", "correctness", "coherence"))
+    return [Record(where, None, _steer_turns(row["prompt"]), (text_field(row["response"], "response"),), quality)]
+
+
+def _steer_turns(prompt):
+    """HelpSteer writes earlier turns into the prompt, parted by `<extra_id_1>Assistant` and `<extra_id_1>User`."""
+    turns = re.split(r"\n?<extra_id_1>(?:Assistant|User)\n", text_field(prompt, "prompt"))
+    if len(turns) % 2 == 0:
+        raise BadInput(f"`prompt` holds {len(turns)} turns parted by <extra_id_1>; the last must be the user's.")
+    return tuple(text_field(turn, f"prompt, turn {i}") for i, turn in enumerate(turns))
+
+
+def _helpsteer2(row, where, images, notes):
+    strength = number(row["preference_strength"], "preference_strength")
+    pair = [text_field(row[key], key) for key in ("response_1", "response_2")]
+    if row.get("split") == "validation":
+        notes["rows left out: split is validation"] += 1
+    elif strength == 0:
+        notes["rows left out: preference_strength is 0"] += 1
+    else:
+        return [Record(where, None, _steer_turns(row["prompt"]), tuple(pair if strength < 0 else pair[::-1]))]
+    return []
+
+
+def _messages(cell, key, role):
+    """A cell of trl, text or list of {role, content} -> (texts that alternate, pictures in the first user turn)."""
+    cell = [{"role": role, "content": cell}] if isinstance(cell, str) else cell
+    if not isinstance(cell, list) or not cell or not all(isinstance(m, dict) for m in cell):
+        raise BadInput(f"`{key}` is {cell!r:.80}; a string or a list of {{role, content}} is needed.")
+    texts, shown = [], 0
+    for i, message in enumerate(cell):
+        content, name = message.get("content"), f"{key}[{i}].content"
+        if isinstance(content, list):
+            kinds = [block.get("type") if isinstance(block, dict) else None for block in content]
+            if set(kinds) - {"image", "text"}:
+                raise BadInput(f"`{name}` has blocks of the types {kinds}; image and text are accepted.")
+            if "image" in kinds and (i or message.get("role") != "user"):
+                raise BadInput(f"`{name}` shows a picture; only the first user turn may.")
+            shown += kinds.count("image")
+            content = "".join(block.get("text") or "" for block in content if block["type"] == "text")
+        texts.append((message.get("role"), text_field(content, name)))
+    return texts, shown
+
+
+def _trl(row, where, images, notes):
+    image = picture(images, row.get("images"), row.get("image"))
+    prompt, shown = _messages(row["prompt"], "prompt", "user") if row.get("prompt") else ([], 0)
+    dialogues = []
+    for key in ("chosen", "rejected"):
+        if not prompt and isinstance(row[key], str):
+            raise BadInput(f"`{key}` is a string and there is no `prompt`; it cannot be told where the answer begins.")
+        answer, seen = _messages(row[key], key, "assistant")
+        if prompt and seen:
+            raise BadInput(f"`{key}` shows a picture; only the first user turn may.")
+        roles = [role for role, _ in prompt + answer]
+        if roles != ["user", "assistant"] * (len(roles) // 2):  # a system text is the template's matter
+            raise BadInput(
+                f"prompt and {key} have the roles {roles}; user and assistant must alternate, from user to assistant."
+            )
+        dialogues.append([text for _, text in prompt + answer])
+        shown = max(shown, seen)
+    if shown > (image is not None):
+        raise BadInput(f"the first user turn shows {shown} pictures, but the row has {int(image is not None)}.")
+    turns, pair = pair_of(*dialogues, "chosen and rejected")
+    return [Record(where, image, tuple(turns), pair)]
+
+
+def pairs_by_quality(rated, notes):
+    """Records of one rated answer each -> one pair a prompt: the best answer > a random one of those at least 2 below it.
+
+    The rule of Li et al. 2024's code; quality is helpfulness + correctness + coherence. They used it on answers of their model.
+    """
+    groups, rng, records = {}, random.Random(0), []
+    for record in rated:
+        groups.setdefault((record.image, record.turns), []).append(record)
+    for group in groups.values():
+        best = max(group, key=lambda r: r.quality)
+        worse = [r for r in group if r.quality <= best.quality - 2]
+        if worse:
+            loser = rng.choice(worse)
+            where = f"{best.where} > {loser.where.rpartition(', ')[2]}"
+            records.append(replace(best, where=where, answers=best.answers + loser.answers, quality=None))
+        elif len(group) == 1:
+            notes["prompts left out: one answer only"] += 1
+        else:
+            notes["prompts left out: the answers' quality differs by less than 2"] += 1
+    return records
+
+
+_QA = ("question", "chosen", "rejected")
+LAYOUTS = {  # name: (keys that tell it, reader); the first whose keys are all there. a|b: one of both
     "rlhf_v": (("text", "origin_dataset"), _rlhf_v),
+    "hadpo": (("question", "chosen", "reject", "image_id", "correct"), _hadpo),
+    "seva": (("question", "chosen", "reject", "image_id"), _seva),
+    "rlaif_v": ((*_QA, "origin_dataset|ds_name"), _rlaif_v),
+    "mllm_dpo": ((*_QA, "ref_win_logp|Helpfulness_gpt4v"), _mllm_dpo),
+    "mmpr": (_QA, _mmpr),
     "vlfeedback": (("completions", "models"), _vlfeedback),
     "povid": (("conversations", "rejected_conversations"), _povid),
     "llava_rlhf": (("conversations", "output_1", "output_2", "preference"), _llava_rlhf),
     "llava_instruct": (("conversations",), _llava_instruct),
+    "helpsteer": (("prompt", "response", "helpfulness"), _helpsteer),
+    "helpsteer2": (("prompt", "response_1", "response_2", "preference_strength"), _helpsteer2),
+    "trl": (("chosen", "rejected"), _trl),
 }
+
+
+def _missing(row, keys):
+    """The first of these keys that a row does not have, or None."""
+    return next((key for key in keys if not any(name in row for name in key.split("|"))), None)
 
 
 @dataclass
@@ -293,7 +606,7 @@ def read(path, images=None):
     for i, row in rows(path):
         n += 1
         if layout is None and isinstance(row, dict):
-            layout = next((name for name, (keys, _) in LAYOUTS.items() if all(k in row for k in keys)), None)
+            layout = next((name for name, (keys, _) in LAYOUTS.items() if not _missing(row, keys)), None)
             if layout is None:
                 known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items())
                 raise BadInput(
@@ -303,8 +616,8 @@ def read(path, images=None):
             if not isinstance(row, dict):
                 raise BadInput(f"the row is {type(row).__name__}; an object is needed.")
             keys, reader = LAYOUTS[layout]
-            if any(k not in row for k in keys):
-                raise BadInput(f"key `{next(k for k in keys if k not in row)}` is missing; the file is in layout {layout}.")
+            if key := _missing(row, keys):
+                raise BadInput(f"key `{key}` is missing; the file is in layout {layout}.")
             found = reader(row, f"{path.name}, row {i}", images, notes)
             if found and isinstance(found[0].image, Path):
                 _open(found[0].image)  # the header; pixels are decoded when they are needed
@@ -313,21 +626,26 @@ def read(path, images=None):
             refused.append({"row": i, "why": str(error)})
     if not n:
         raise BadInput(f"{path}: the file holds no row.")
+    if layout == "helpsteer":
+        records = pairs_by_quality(records, notes)
     return DataFile(path, layout, n, records, refused, notes)
 
 
-def load(paths, images=None, answers=2):
+def load(paths, images=None, answers=2, skipped=None):
     """Records of all data files, each with this many answers (2: preference pairs, 1: instruction data).
 
-    A row that cannot be used stops the run before it starts, with the count of such rows: nothing is dropped silently.
+    A row that cannot be used stops the run before it starts, with the count of such rows. With a list `skipped`
+    (--skip-bad-rows) it is left out, counted on stderr and added to the list as {"file":, "row":, "why":}.
     """
     records = []
     for path in paths:
         file = read(path, images)
-        if file.refused:
+        if file.refused and (skipped is None or not file.records):
             first = file.refused[0]
-            more = f" ({len(file.refused)} of {file.rows} rows are refused)" if len(file.refused) > 1 else ""
-            raise BadInput(f"{path}, row {first['row']}: {first['why']}{more}")
+            raise BadInput(f"{path}, row {first['row']}: {first['why']} {refusals(len(file.refused), file.rows)}")
+        if file.refused:
+            print(f"{path}: {len(file.refused)} of {file.rows} rows are skipped", file=sys.stderr)
+            skipped += [{"file": file.path.name, **row} for row in file.refused]
         for why, count in file.notes.items():
             print(f"{path}: {count} {why}", file=sys.stderr)
         if not file.records:
@@ -341,13 +659,18 @@ def load(paths, images=None, answers=2):
     return records
 
 
+def refusals(count, of):
+    """What ends a message about the first of several refused rows."""
+    return f"({count} of {of} rows are refused; --skip-bad-rows goes on without them)"
+
+
 # ---- pictures
 
 
 def _open(image):
     """Open a picture without decoding it; refuses what is no picture or too large."""
     try:
-        file = Image.open(io.BytesIO(image.read()) if isinstance(image, ParquetImage) else image)
+        file = Image.open(io.BytesIO(image.read()) if isinstance(image, PackedImage) else image)
     except Exception as error:  # each of Pillow's decoders fails in its own way
         raise BadInput(f"{image}: not a readable picture ({error}).") from None
     if file.width * file.height > MAX_PIXELS or max(file.size) > min(MAX_SIDE, MAX_RATIO * min(file.size)):
@@ -357,7 +680,7 @@ def _open(image):
 
 
 def open_image(image):
-    """A Path or ParquetImage -> RGB picture: EXIF turn applied, transparency on white, 16-bit gray scaled, CMYK converted."""
+    """A Path or PackedImage -> RGB picture: EXIF turn applied, transparency on white, 16-bit gray scaled, CMYK converted."""
     file = _open(image)
     try:
         file = ImageOps.exif_transpose(file)
@@ -372,8 +695,8 @@ def open_image(image):
 
 def image_hash(image):
     """sha256 of what a record's picture is made from; None for a text-only row."""
-    if isinstance(image, ParquetImage):
-        return f"{_file_hash(image.file)} {image.group} {image.row}"
+    if isinstance(image, PackedImage):
+        return f"{_file_hash(image.file)} {image.row}"
     return image and _file_hash(image)
 
 

@@ -51,7 +51,8 @@ def main():
     """Load, pack, train, save, evaluate."""
     args, begin = parse(), time.time()
     device, dtype = training.device_and_dtype(args)
-    records = data.load(args.data, args.images, answers=1)
+    skipped = [] if args.skip_bad_rows else None
+    records = data.load(args.data, args.images, answers=1, skipped=skipped)
     if args.model:
         model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     else:
@@ -59,8 +60,8 @@ def main():
             args.vision, args.llm, dtype, device, args.template or "vicuna_v1", args.image_aspect, args.seed
         )
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    examples = data.share_prompt([processor.encode(r, every_turn=True) for r in records])
-    out = training.start(args, "sft")
+    examples = data.share_prompt(data.encode_all(processor, records, skipped, every_turn=True))
+    out = training.start(args, "sft", skipped)
     report.show_start(processor, examples)
     seconds = {"setup": time.time() - begin, "reference": 0.0}
     before = report.evaluate(model, processor, args, out / "before") if args.model else None

@@ -73,6 +73,8 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size):
     group.add_argument(
         "--images", metavar="DIR", help="folder below which image paths are looked up (default: the data file's)"
     )
+    group.add_argument("--skip-bad-rows", action="store_true",
+                       help="leave out rows that cannot be used, listed in skipped.json, instead of stopping before the run")  # fmt: skip
     group.add_argument("--out", metavar="DIR", help="run folder (default: runs/<script>-<next number>)")
     group.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of --out; other flags must be the same"
@@ -194,8 +196,11 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def start(args, script):
-    """Create (or, with --resume, check) the run folder and seed everything -> Path. args.json holds every resolved flag."""
+def start(args, script, skipped=None):
+    """Create (or, with --resume, check) the run folder and seed everything -> Path. args.json holds every resolved flag.
+
+    skipped: the rows that --skip-bad-rows left out, for skipped.json.
+    """
     import torch
 
     out = Path(args.out) if args.out else next(p for i in range(10**6) if not (p := Path("runs") / f"{script}-{i}").exists())
@@ -217,6 +222,8 @@ def start(args, script):
     else:
         out.mkdir(parents=True)
         write_json(out / "args.json", record)
+    if skipped is not None:
+        write_json(out / "skipped.json", skipped)
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     print(f"run folder {out}", file=sys.stderr)

@@ -125,8 +125,9 @@ NOT_THERE, UNEVEN = "is not below --images", "not lists of one length"
 ROWS = {  # name: (layout, the bad row, what the message holds)
     "missing image": (povid, povid("no/such.jpg"), "image 'no/such.jpg' is not below --images"),
     "missing image by id": (vlfeedback, vlfeedback(id="gone"), ["'gone.jpg' or 'gone.png'", NOT_THERE]),
-    "no image named": (rlhf_v, rlhf_v(QA, image=None), "is not below --images"),
-    "image is a number": (povid, povid(float("nan")), "image nan is not below --images"),
+    "no image named": (rlhf_v, rlhf_v(QA, image=None), "the row names no image"),
+    "image is a number": (povid, povid(7), "image 7 is not below --images"),
+    "image is NaN": (povid, povid(float("nan")), "has no image, but its first human turn holds"),
     "image in base64": (povid, povid("/9j" + "A" * 5000), "leaves --images"),
     "name too long": (povid, povid("A" * 5000), "is not below --images"),
     "image is a folder": (povid, povid("up"), "image 'up' is not below --images"),
@@ -189,7 +190,7 @@ def test_a_bad_row_stops_the_run_before_it_starts(folder, say, name):
     file = lines_of(folder / "bad.jsonl", [GOOD[layout], row])
     expected = ["bad.jsonl, row 1: ", *([expected] if isinstance(expected, str) else expected)]
     message = say(dpo.main, ["--model", "a/b/c", "--data", file, "--images", folder / "images"], expected)
-    assert len(message) < 600 and "rows are refused" not in message
+    assert len(message) < 600 and message.endswith("(1 of 2 rows are refused; --skip-bad-rows goes on without them)")
     assert not (folder / "runs").exists()
     # and a look at the file lists it, beside the good row
     found = data.read(file, folder / "images")
@@ -205,7 +206,7 @@ def test_all_bad_rows_are_counted(folder, say):
     file = lines_of(folder / "bad.jsonl", [povid("a.png"), povid(), povid("b.png"), 3])
     args = ["--model", "a/b/c", "--data", file, "--images", folder / "images"]
     message = say(dpo.main, args, "row 0: image 'a.png' is not below")
-    assert message.endswith("(3 of 4 rows are refused)")
+    assert message.endswith("(3 of 4 rows are refused; --skip-bad-rows goes on without them)")
 
 
 # ---- files
@@ -232,7 +233,7 @@ def test_a_bad_file(folder, say, name):
     content, expected = FILES[name]
     (folder / "bad.json").write_text(content)
     args = ["--model", "a/b/c", "--data", folder / "bad.json", "--images", folder / "images"]
-    assert len(say(dpo.main, args, expected)) < 800
+    assert len(say(dpo.main, args, expected)) < 1200
     assert not (folder / "runs").exists()
 
 
@@ -245,7 +246,7 @@ def test_what_is_no_file(folder, say):
     say(dpo.main, ["--model", "a/b/c"], "--model needs --data")
 
 
-def test_parquet(folder, say):
+def test_parquet(folder, say, monkeypatch):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (folder / "bad.parquet").write_text("This is a text.")
     (folder / "dir.parquet").mkdir()
@@ -256,8 +257,11 @@ def test_parquet(folder, say):
                       {"bytes": bomb(60000, 60000), "path": None}], kind)  # fmt: skip
     columns = {"image": cells, "text": [json.dumps(QA)] * 4, "origin_dataset": ["demo"] * 4}
     pq.write_table(pa.table(columns), folder / "pictures.parquet", row_group_size=2)
-    for i, record in enumerate(data.read(folder / "pictures.parquet").records):
-        where = f"pictures.parquet, row group {i // 2}, row {i % 2}"
+    monkeypatch.chdir(folder)  # for .cache
+    file = data.read(folder / "pictures.parquet")
+    assert [(r["row"], r["why"][:21]) for r in file.refused] == [(0, "the row names no imag")]
+    for i, record in enumerate(file.records, 1):
+        where = f"pictures.parquet, row {i}"
         with pytest.raises(BadInput, match=f"{where}: not a readable picture"):
             data.open_image(record.image)
 
@@ -417,3 +421,37 @@ def test_data_refuses_a_broken_file(folder):
     (folder / "rows.jsonl").write_text(json.dumps(povid()) + "\n{\n")
     status, out, err = command("data.py", "rows.jsonl", "--images", "images", "--json", cwd=folder)
     assert sentence(status, err, "rows.jsonl, line 2: not valid JSON") == err.strip() and out == ""
+
+
+def test_skip_bad_rows(folder, checkpoint):
+    """Rows refused at reading, at encoding (too long, equal answers), and the run goes on; without the flag it does not."""
+    rows = [povid(), povid("gone.jpg"), povid(chosen="A. " * 400), povid(chosen="C."), povid(chosen="B.")]
+    file = lines_of(folder / "rows.jsonl", rows)
+    args = ("--model", checkpoint, "--data", file, "--images", "images", "--steps", 1, "--batch-size", 2)
+    status, _, err = command("dpo.py", *args, "--out", "run", cwd=folder)
+    sentence(status, err, ["row 1: image 'gone.jpg'", "(1 of 5 rows are refused; --skip-bad-rows goes on without them)"])
+    assert not (folder / "run").exists()
+    status, _, err = command("dpo.py", *args, "--out", "run", "--skip-bad-rows", cwd=folder)
+    assert status == 0, err
+    assert "rows.jsonl: 1 of 5 rows are skipped" in err and "2 of 4 rows are skipped at encoding" in err
+    skipped = json.loads((folder / "run" / "skipped.json").read_text())
+    assert [(s["file"], s["row"]) for s in skipped] == [("rows.jsonl", 1), ("rows.jsonl", 2), ("rows.jsonl", 4)]
+    for entry, why in zip(skipped, ("image 'gone.jpg' is not", "prompt of ", "chosen and rejected are the same tokens")):
+        assert entry["why"].startswith(why)
+    assert (folder / "run" / "adapter").is_dir() and "\n2 rows; template" in err
+    # --model lets data.py see what is refused at encoding
+    status, out, err = command("data.py", file, "--images", "images", "--model", checkpoint, "--json", cwd=folder)
+    found = json.loads(out)
+    assert status == 0 and (found["rows"], found["pairs"]) == (5, 2), err
+    assert [r["row"] for r in found["refused"]] == [1, 2, 4]
+    assert found["tokens"]["rejected"] == dict.fromkeys(("min", "median", "p95", "max"), 4)
+    assert found["tokens"]["prompt"]["min"] > 4
+    status, out, err = command("data.py", file, "--images", "images", "--model", checkpoint, cwd=folder)
+    assert "3 rows refused" in out and "refused: 1, first row 2: prompt of" in out and "tokens of prompt: min" in out
+
+
+def test_skip_bad_rows_that_are_all(folder, say, checkpoint):
+    args = ["--model", checkpoint, "--images", folder / "images", "--skip-bad-rows", "--data"]
+    say(dpo.main, [*args, lines_of(folder / "gone.jsonl", [povid("a.jpg")] * 2)], ["row 0: image", "2 of 2 rows are refused"])
+    say(dpo.main, [*args, lines_of(folder / "same.jsonl", [povid(chosen="B.")])], ["row 0: chosen", "1 of 1 rows are refused"])
+    assert not (folder / "runs").exists()
