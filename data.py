@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
 import training
-from layouts import LAYOUTS, Record, _open, image_hash, load, open_image, read, refusals
+from files import image_hash, image_size, open_image
+from layouts import LAYOUTS, Record, load, read, refusals
 from model import BadInput, pack
 
-__all__ = ["LAYOUTS", "Record", "image_hash", "load", "open_image", "read"]  # of layouts.py, one door for the scripts
+__all__ = ["LAYOUTS", "Record", "image_hash", "load", "open_image", "read"]  # of files.py and layouts.py, one door for the scripts
 
 
 # ---- prompts
@@ -67,17 +68,6 @@ class Example:
     answers: list
     scored: list
     record: Record
-
-
-def image_size(image):
-    """(height, width) of the picture that `open_image` gives, from the file's header (PNG: decoded, EXIF may come last)."""
-    with _open(image) as file:
-        width, height = file.size
-        try:  # a TIFF's size is turned already
-            turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        except Exception as error:  # as `open_image`
-            raise BadInput(f"{image}: the picture cannot be decoded ({error}).") from None
-    return (width, height) if turned else (height, width)
 
 
 @dataclass

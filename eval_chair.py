@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import data
-import layouts
+from files import find_image, rows
 import training
 from eval_pope import add_flags, check_flags, load
 from model import BadInput
@@ -165,7 +165,7 @@ def read_answers(path, pictures):
     """[{"image_id": id or file name, "caption"}], an array or JSON lines -> [(image id, caption)]."""
     ids = {p.file: number for number, p in pictures.items()} | {number: number for number in pictures}
     captions = []
-    for i, row in layouts.rows(Path(path)):
+    for i, row in rows(Path(path)):
         text = field(row, "caption", str, f"{path}, row {i}")
         name = row.get("image_id")
         if type(name) not in (int, str) or name not in ids:
@@ -214,7 +214,7 @@ def evaluate(model, processor, instances, captions, synonyms, images, out=None, 
     pictures = read_pictures(instances, captions, vocabulary)
     chosen = list(pictures)[:limit]
     truth = truth_of(chosen, pictures, vocabulary)
-    records = [layouts.Record(f"image id {n}", layouts.find_image(Path(images), pictures[n].file), (prompt,)) for n in chosen]
+    records = [data.Record(f"image id {n}", find_image(Path(images), pictures[n].file), (prompt,)) for n in chosen]
     texts = data.generate(model, processor, records, max_new_tokens, batch_size=batch_size, label="CHAIR")
     return report([(n, text) for n, (text,) in zip(chosen, texts)], truth, pictures, vocabulary, out)
 

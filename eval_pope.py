@@ -23,7 +23,7 @@ import re
 from pathlib import Path
 
 import data
-import layouts
+from files import find_image, rows
 import training
 from model import BadInput
 
@@ -35,7 +35,7 @@ METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 def read_questions(path):
     """Question file, JSON lines or an array, -> list of {"image", "text", "label": "yes" or "no"}."""
     questions = []
-    for i, row in layouts.rows(Path(path)):
+    for i, row in rows(Path(path)):
         for key in ("image", "text", "label"):
             value = row.get(key) if isinstance(row, dict) else None
             if not isinstance(value, str) or not value:
@@ -51,7 +51,7 @@ def read_questions(path):
 def read_answers(path):
     """Answer file of POPE ({"question", "answer"}) or LLaVA ({"question_id", "text"}) -> texts, in the file's order."""
     answers = []
-    for i, row in layouts.rows(Path(path)):
+    for i, row in rows(Path(path)):
         text = row.get("answer", row.get("text")) if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise BadInput(f"{path}, row {i}: a string `answer` (POPE) or `text` (LLaVA) is needed, found {text!r}.")
@@ -115,10 +115,10 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
     for path, questions in zip(files, splits.values()):
         for i, q in enumerate(questions):  # a missing picture is found before the first answer
             try:
-                image = layouts.find_image(Path(images), q["image"])
+                image = find_image(Path(images), q["image"])
             except BadInput as error:
                 raise BadInput(f"{path}, row {i}: {error}") from None
-            records[q["image"], q["text"]] = layouts.Record(f"{path}, row {i}", image, (q["text"] + suffix,))
+            records[q["image"], q["text"]] = data.Record(f"{path}, row {i}", image, (q["text"] + suffix,))
     for split, questions in splits.items():
         asked = [(q["image"], q["text"]) for q in questions]
         # The splits share all questions whose answer is yes: of the 9000 official ones 5127 are distinct.

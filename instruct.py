@@ -32,7 +32,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import layouts
+import files
 import training
 from layouts import text_field
 from model import BadInput
@@ -91,7 +91,7 @@ def vqa(questions, annotations, notes):
 def aokvqa(path):
     """A-OKVQA's file -> ({picture: [(question with options, answer), ...]}, {"aok_" + picture: facts})."""
     rounds, facts = {}, {}
-    for i, row in layouts.rows(Path(path)):
+    for i, row in files.rows(Path(path)):
         where = f"{path}, row {i}"
         choices, right, rationales = ((row if isinstance(row, dict) else {}).get(k) for k in
                                       ("choices", "correct_choice_idx", "rationales"))  # fmt: skip

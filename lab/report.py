@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import eval_chair
 import eval_pope
 import training
-from layouts import open_image
+from files import open_image
 
 SPLITS = ("random", "popular", "adversarial")
 RED, BLACK, GRAY, GREEN, BLUE = (200, 30, 30), (20, 20, 20), (140, 140, 140), (30, 130, 60), (40, 90, 180)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import files
 import layouts
 from model import BadInput
 
@@ -207,7 +208,7 @@ def test_muffin_tsv(tmp_path, monkeypatch):
     file = layouts.read(path)
     assert (file.layout, file.refused) == ("rlhf_v", [])
     assert [[*r.turns, *r.answers] for r in file.records] == texts
-    shown = [layouts.open_image(r.image).getpixel((2, 2)) for r in file.records]
+    shown = [files.open_image(r.image).getpixel((2, 2)) for r in file.records]
     assert shown == [(255, 0, 0), (0, 0, 255)]
     path.write_text("\t".join(lines[0][:6]) + "\n")
     with pytest.raises(BadInput, match="demo-2.tsv, line 1: 6 fields; the seven of RLHF-V"):
@@ -237,9 +238,9 @@ def test_trl_parquet(tmp_path, monkeypatch):
     file = layouts.read(write_parquet(tmp_path / "trl.parquet", columns, 2))
     assert file.layout == "trl" and [r.where for r in file.records] == [f"trl.parquet, row {i}" for i in (0, 3, 4)]
     assert [r["row"] for r in file.refused] == [1, 2] and not (tmp_path / ".cache").exists()
-    assert layouts.open_image(file.records[1].image).getpixel((2, 2)) == (0, 0, 255)
+    assert files.open_image(file.records[1].image).getpixel((2, 2)) == (0, 0, 255)
     assert file.records[2].image is None and all(r.answers == ("A.", "B.") for r in file.records)
-    assert len({layouts.image_hash(r.image) for r in file.records}) == 3
+    assert len({files.image_hash(r.image) for r in file.records}) == 3
 
 
 @pytest.mark.parametrize("picture", ["image", None])
@@ -251,7 +252,7 @@ def test_rlaif_v_parquet(images, tmp_path, picture):
         columns["image"] = [{"bytes": png("blue"), "path": "x.png"}] * 2
     file = layouts.read(write_parquet(tmp_path / "RLAIF-V-Dataset_000.parquet", columns, 1), images)
     assert (file.layout, file.refused, len(file.records)) == ("rlaif_v", [], 2)
-    blue = layouts.open_image(file.records[1].image).getpixel((2, 2)) == (0, 0, 255)
+    blue = files.open_image(file.records[1].image).getpixel((2, 2)) == (0, 0, 255)
     assert blue == (picture == "image")  # the bytes go before the path
 
 
@@ -297,7 +298,7 @@ def test_files_written_by_datasets(images, tmp_path):
     datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "rlhf_v.parquet", batch_size=2)
     file = layouts.read(tmp_path / "rlhf_v.parquet")
     assert (file.layout, file.refused, len(file.records)) == ("rlhf_v", [], 3)
-    assert [layouts.open_image(r.image).getpixel((2, 2))[2] for r in file.records] == [0, 255, 0]
+    assert [files.open_image(r.image).getpixel((2, 2))[2] for r in file.records] == [0, 255, 0]
 
     block = lambda kind, text: {"type": kind, "text": text}
     ask = [
@@ -309,7 +310,7 @@ def test_files_written_by_datasets(images, tmp_path):
     rows.cast_column("images", datasets.Sequence(datasets.Image())).to_parquet(tmp_path / "trl.parquet")
     file = layouts.read(tmp_path / "trl.parquet")
     assert [(r.turns, r.answers) for r in file.records] == [(("What?",), ("A.", "B.")), (("Who?",), ("A.", "B."))]
-    assert layouts.open_image(file.records[0].image).getpixel((2, 2)) == (0, 0, 255) and file.records[1].image is None
+    assert files.open_image(file.records[0].image).getpixel((2, 2)) == (0, 0, 255) and file.records[1].image is None
 
     rate = lambda n: {"Helpfulness": {"Rating": n, "Rationale": "-"}}
     answers = [{"model": m, "response": f"{m}.", "annotations": rate(n)} for m, n in zip("xyz", ("5", "1", "N/A"))]

@@ -1,0 +1,241 @@
+"""Files as downloaded: rows of parquet, JSON, JSON lines and tsv, and pictures, safely opened."""
+
+import base64
+import functools
+import gzip
+import io
+import json
+import os
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+import training
+from model import BadInput
+
+MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded (decompression bombs) ...
+MAX_SIDE, MAX_RATIO = 20_000, 200  # ... and so is a long or thin one, that padding or resizing would make large
+
+
+@dataclass(frozen=True)
+class PackedImage:
+    """A picture inside a parquet or tsv file, read when it is needed."""
+
+    file: str
+    row: int
+
+    def read(self):
+        """The encoded bytes."""
+        path, starts = _unpacked(self.file)
+        with open(path, "rb") as file:
+            file.seek(starts[self.row])
+            return file.read(starts[self.row + 1] - starts[self.row])
+
+    def __str__(self):
+        return f"{self.file}, row {self.row}"
+
+
+@functools.lru_cache(maxsize=None)
+def _unpacked(file):
+    """All pictures of a file, one after another in `.cache/pictures-*`, written at the first use -> (path, where each starts).
+
+    Training reads in random order, which parquet does not allow: one picture costs its page, up to 1000 pictures. Memory is
+    bounded by the row group, not by the file: 320 MB at groups of 1000 rows of 160 kB, 50 MB at groups of 100, and then none.
+    """
+    folder = Path(".cache") / f"pictures-{_file_hash(file)[:16]}"
+    if not folder.is_dir():
+        print(f"{file}: unpacking its pictures to {folder}", file=sys.stderr)
+        with training.whole_folder(folder) as aside, open(aside / "pictures", "wb") as out:
+            starts = [0]
+            for encoded in _encoded_pictures(Path(file)):
+                out.write(encoded or b"")
+                starts.append(out.tell())
+            training.write_json(aside / "starts.json", starts)
+    return (folder / "pictures").resolve(), json.loads((folder / "starts.json").read_text())
+
+
+def _encoded_pictures(path):
+    """The bytes of each row's picture, or None."""
+    if path.suffix == ".tsv":
+        for number, line in _lines(path):
+            try:
+                yield base64.b64decode(line.split("\t")[1], validate=True)
+            except ValueError as error:
+                raise BadInput(f"{path}, line {number}: the picture is not base64 ({error}).") from None
+        return
+    import pyarrow
+
+    file = _parquet(path)
+    column, _ = _columns(file)
+    leaves = [name for name in _leaves(file) if name.startswith(f"{column}.") and name.endswith(".bytes")]
+    for batch in _batches(path, file, leaves, 16):
+        for cell in batch.column(0).to_pylist():
+            cell = cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
+            yield cell["bytes"] if isinstance(cell, dict) else None
+    pyarrow.default_memory_pool().release_unused()
+
+
+# ---- files to rows
+
+
+def _parquet(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise BadInput(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # pre-buffered, all that is read stays
+    except (OSError, ValueError) as error:  # no such file, or none that Arrow can read
+        raise BadInput(f"{path}: not readable as parquet ({str(error).splitlines()[0]}).") from None
+
+
+def _leaves(file):
+    """Names like "image.bytes" or "images.list.element.path" of all that a parquet file stores."""
+    return [file.schema.column(i).path for i in range(len(file.schema))]
+
+
+def _columns(file):
+    """The column of pictures, if there is one, and all leaves but the pictures themselves."""
+    tops = [name.split(".")[0] for name in _leaves(file) if name.endswith(".bytes")]
+    column = next((top for top in tops if top in ("image", "images")), None)
+    return column, [n for n in _leaves(file) if not (n.startswith(f"{column}.") and n.endswith(".bytes"))]
+
+
+def _batches(path, file, columns, size):
+    try:
+        yield from file.iter_batches(batch_size=size, columns=columns, use_threads=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable as parquet ({str(error).splitlines()[0]}).") from None
+
+
+def _parquet_rows(path):
+    file = _parquet(path)
+    column, leaves = _columns(file)
+    n = 0
+    for batch in _batches(path, file, leaves, 1024):
+        for row in batch.to_pylist():
+            if column:  # the path beside the bytes tells null and the length of a list
+                cell = row.get(column, {})
+                image = PackedImage(str(path), n)
+                row[column] = [image] * len(cell) if isinstance(cell, list) else cell if cell is None else image
+            yield n, row
+            n += 1
+
+
+def _lines(path):
+    """(number from 1, line) of a UTF-8 text file, gzipped or not. U+2028 ends no line: JSON strings may hold it."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            yield from enumerate(file, 1)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; --data takes a JSON, JSON-lines or parquet file.") from None
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path}: not a text file ({error}); accepted are JSON, JSON lines and .parquet.") from None
+
+
+MUFFIN = ("dataset_name", "image", "text", "origin_dataset", "origin_split", "origin_split_inner_idx", "image_path")
+
+
+def _tsv_rows(path):
+    """RLHF-V's training file: seven fields without a header, picture and text in base64."""
+    for number, line in _lines(path):
+        fields = line.rstrip("\r\n").split("\t")
+        if len(fields) != len(MUFFIN):
+            raise BadInput(f"{path}, line {number}: {len(fields)} fields; the seven of RLHF-V are needed: {', '.join(MUFFIN)}.")
+        image = PackedImage(str(path), number - 1) if fields[1] else None
+        yield number - 1, dict(zip(MUFFIN, fields)) | {"image": image}
+
+
+def rows(path):
+    """(row number from 0, row) of a parquet file, JSON array, JSON lines, or RLHF-V's tsv."""
+    if path.suffix in (".parquet", ".tsv"):
+        yield from (_parquet_rows if path.suffix == ".parquet" else _tsv_rows)(path)
+        return
+    lines, n = _lines(path), 0
+    for number, line in lines:
+        if not n and line.lstrip().startswith("["):
+            try:
+                array = json.loads("\n" * (number - 1) + line + "".join(rest for _, rest in lines))
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{path}: not valid JSON: {error}.") from None
+            yield from enumerate(array)
+        elif line.strip():
+            try:
+                yield n, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{path}, line {number}: not valid JSON: {error}.") from None
+            n += 1
+
+
+# ---- pictures
+
+
+def find_image(images, *names):
+    """The first of these paths that is a file below `images`.
+
+    Data files carry their author's folders ("./data/coco/x.jpg"), so leading folders are dropped until a file is found.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name:
+            continue
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts:
+            raise BadInput(f"image path {name!r:.80} leaves --images; only paths below it are read.")
+        for i in range(len(parts)):
+            path = images.joinpath(*parts[i:])
+            if os.path.isfile(path):  # Path.is_file raises for a name that is too long
+                if not path.resolve().is_relative_to(images.resolve()):
+                    raise BadInput(f"image path {name!r:.80} leaves --images through a link; only paths below it are read.")
+                return path
+    raise BadInput(f"image {' or '.join(f'{n!r:.80}' for n in names)} is not below --images {images}.")
+
+
+def open_header(image):
+    """Open a picture without decoding it; refuses what is no picture or too large."""
+    try:
+        file = Image.open(io.BytesIO(image.read()) if isinstance(image, PackedImage) else image)
+    except Exception as error:  # each of Pillow's decoders fails in its own way
+        raise BadInput(f"{image}: not a readable picture ({error}).") from None
+    if file.width * file.height > MAX_PIXELS or max(file.size) > min(MAX_SIDE, MAX_RATIO * min(file.size)):
+        limits = f"{MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side and sides of 1 : {MAX_RATIO}"
+        raise BadInput(f"{image}: {file.width} x {file.height} pixels; at most {limits} are read.")
+    return file
+
+
+def open_image(image):
+    """A Path or PackedImage -> RGB picture: EXIF turn applied, transparency on white, 16-bit gray scaled, CMYK converted."""
+    file = open_header(image)
+    try:
+        file = ImageOps.exif_transpose(file)
+        if file.mode.startswith("I;16"):
+            file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+        if file.has_transparency_data:
+            file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
+        return file.convert("RGB")
+    except Exception as error:  # corrupt pixels or EXIF: OSError, SyntaxError, struct.error, TypeError, ...
+        raise BadInput(f"{image}: the picture cannot be decoded ({error}).") from None
+
+
+def image_size(image):
+    """(height, width) of the picture that `open_image` gives, from the file's header (PNG: decoded, EXIF may come last)."""
+    with open_header(image) as file:
+        width, height = file.size
+        try:  # a TIFF's size is turned already
+            turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except Exception as error:  # as `open_image`
+            raise BadInput(f"{image}: the picture cannot be decoded ({error}).") from None
+    return (width, height) if turned else (height, width)
+
+
+def image_hash(image):
+    """sha256 of what a record's picture is made from; None for a text-only row."""
+    if isinstance(image, PackedImage):
+        return f"{_file_hash(image.file)} {image.row}"
+    return image and _file_hash(image)
+
+
+_file_hash = functools.lru_cache(maxsize=None)(training.file_hash)
