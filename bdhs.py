@@ -392,7 +392,7 @@ def offline(args, out, records, examples, drawer):
 def image_name(image, args, out):
     """A picture's path below --images; one from inside a parquet file is written to out/images first."""
     if hasattr(image, "read"):
-        name = f"{Path(image.file).stem}_{image.group}_{image.row}.jpg"
+        name = f"{Path(image.file).stem}_{image.row}.jpg"
         (out / "images").mkdir(exist_ok=True)
         (out / "images" / name).write_bytes(image.read())
         return name
@@ -525,24 +525,29 @@ def main():
     """Load, then write a preference file, or train."""
     args, begin = parse(), time.time()
     device, dtype = training.device_and_dtype(args)
-    records = data.load(args.data, args.images, answers=2 if args.gamma else 1)
+    skipped = [] if args.skip_bad_rows else None
+    records = data.load(args.data, args.images, answers=2 if args.gamma else 1, skipped=skipped)
+    blind = [r for r in records if r.image is None]
+    if blind and skipped is None:
+        raise BadInput(f"{blind[0].where}: no picture, which BDHS would hide; {len(blind)} such rows, --skip-bad-rows goes on.")
+    for record in blind:
+        file, row = record.where.rsplit(", row ", 1)
+        skipped.append({"file": file, "row": row, "why": "no picture, which BDHS would hide"})
+    records = [r for r in records if r.image is not None]
     if not args.gamma:  # pairs that share a chosen answer are one task here
         unique = {(str(r.image), r.turns, r.answers): r for r in records}
         if len(unique) < len(records):
             print(f"{len(records) - len(unique)} rows repeat picture, prompt and chosen answer of another", file=sys.stderr)
         records = list(unique.values())
-    for record in records:
-        if record.image is None:
-            raise BadInput(f"{record.where}: no picture; BDHS hides a picture, and rows without one cannot be used.")
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    examples = [processor.encode(r) for r in records]
-    out = training.start(args, "bdhs")
+    examples = data.encode_all(processor, records, skipped)
+    out = training.start(args, "bdhs", skipped)
     report.show_start(processor, examples)
     if args.online:
         online(args, begin, device, model, processor, examples, out)
     else:
-        offline(args, out, records, examples, Drawer(model, processor, args))
+        offline(args, out, [e.record for e in examples], examples, Drawer(model, processor, args))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,21 @@ from pathlib import Path
 import training
 from lab import toyworld
 
-ROWS = {  # row: (what it is, script, data of the toy world, further flags)
-    "dpo": ("DPO, corrected answers (default)", "dpo.py", "rlhf_v.jsonl", []),
-    "dpo-ranked": ("DPO, ranked answers", "dpo.py", "vlfeedback.jsonl", []),
-    "dpo-corrupted": ("DPO, corrupted truth", "dpo.py", "povid.json", []),
-    "ipo": ("IPO, corrected answers", "dpo.py", "rlhf_v.jsonl", ["--loss", "ipo"]),
-    "slic": ("SLiC, corrected answers", "dpo.py", "rlhf_v.jsonl", ["--loss", "slic"]),
-}
+CORRECTED = ["--lr", "5e-5"]  # an annotator's corrections only take away; at the default rate the model would learn to say less
+ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the command before, further flags))
+    "dpo": ("DPO, corrupted truth (default)", [("dpo.py", "povid.json", [])]),
+    "dpo-corrected": ("DPO, corrected samples", [("dpo.py", "rlhf_v.jsonl", CORRECTED)]),
+    "dpo-ranked": ("DPO, ranked samples", [("dpo.py", "vlfeedback.jsonl", CORRECTED)]),
+    "ipo": ("IPO, corrected samples", [("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo", *CORRECTED])]),
+    "slic": ("SLiC, corrected samples", [("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", *CORRECTED])]),
+    "bdhs": ("BDHS, offline", [("bdhs.py", "povid.json", []), ("dpo.py", None, [])]),
+    "bdhs-online": ("BDHS, online", [("bdhs.py", "povid.json", ["--online"])]),
+    "bdhs-noise": ("BDHS, noise for the mask", [("bdhs.py", "povid.json", ["--rho", "0", "--noise-steps", "500"]),
+                                                ("dpo.py", None, [])]),
+    "mask-only": ("mask, no guidance", [("bdhs.py", "povid.json", ["--no-guidance"]), ("dpo.py", None, [])]),
+    "guidance-only": ("guidance, no mask", [("bdhs.py", "povid.json", ["--rho", "0"]), ("dpo.py", None, [])]),
+    "povid": ("POVID: distortion + corrupted truth", [("bdhs.py", "povid.json", ["--online", "--povid", "--gamma", "0.5"])]),
+}  # fmt: skip
 FIGURES = {  # column: where it is in {"pope":, "chair":}
     "POPE random": ("pope", "random", "accuracy"),
     "popular": ("pope", "popular", "accuracy"),
@@ -47,27 +55,22 @@ def figure(result, place):
 
 
 def run_cell(row, seed, quick, folder):
-    """Run one command line to its end -> {"before", "after", "seconds", "minutes", "command"}."""
-    _, script, file, flags = ROWS[row]
-    out = folder / f"{row}-{seed}"
-    flags = [
-        *flags,
-        "--data",
-        str(toyworld.path(seed, file)),
-        "--images",
-        str(toyworld.world(seed) / "images"),
-        "--seed",
-        str(seed),
-    ]
-    command = [script, *flags, *(["--steps", "3"] if quick else []), "--out", str(out)]
-    shutil.rmtree(out, ignore_errors=True)
-    print(f"\n{row}, seed {seed}: python {' '.join(command)}", file=sys.stderr)
-    begin = time.time()
-    done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / script), *command[1:]])
-    if done.returncode:
-        raise training.BadInput(f"{row}, seed {seed} ended with status {done.returncode}; call again to go on from here.")
+    """Run a row's command lines to their end -> {"before", "after", "seconds", "minutes", "commands"}."""
+    commands, begin, out = [], time.time(), None
+    for i, (script, file, flags) in enumerate(ROWS[row][1], 1):
+        source = out / "preferences.json" if file is None else toyworld.path(seed, file)
+        out = folder / (f"{row}-{seed}" if i == len(ROWS[row][1]) else f"{row}-{seed}-data")
+        flags = [*flags, "--data", str(source), "--images", str(toyworld.world(seed) / "images"), "--seed", str(seed)]
+        if quick and i == len(ROWS[row][1]):
+            flags += ["--steps", "3"]
+        commands.append([script, *flags, "--out", str(out)])
+        shutil.rmtree(out, ignore_errors=True)
+        print(f"\n{row}, seed {seed}: python {' '.join(commands[-1])}", file=sys.stderr)
+        done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / script), *commands[-1][1:]])
+        if done.returncode:
+            raise training.BadInput(f"{row}, seed {seed} ended with status {done.returncode}; call again to go on from here.")
     summary = json.loads((out / "summary.json").read_text())
-    return summary | {"minutes": round((time.time() - begin) / 60, 2), "command": command}
+    return summary | {"minutes": round((time.time() - begin) / 60, 2), "commands": commands}
 
 
 def table(cells):

@@ -447,4 +447,8 @@ def test_row_without_a_picture(run, files, checkpoint):
         json.dumps([{"id": "1", "conversations": turns("Yes."), "rejected_conversations": turns("No.")}])
     )
     _, err = run("--model", checkpoint, "--data", "text.json", cwd=files, ok=False)
-    assert "text.json, row 0: no picture" in err
+    assert "text.json, row 0: no picture" in err and "--skip-bad-rows" in err
+    flags = ("--model", checkpoint, "--data", "text.json", "--data", "povid.json", "--images", "images", "--skip-bad-rows")
+    run(*flags, "--max-new-tokens", 8, "--out", "skipped", cwd=files)
+    assert [row["file"] for row in json.loads((files / "skipped" / "skipped.json").read_text())] == ["text.json"]
+    assert json.loads((files / "skipped" / "statistics.json").read_text())["answers"] == 5
