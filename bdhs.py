@@ -65,7 +65,7 @@ import training
 from lab import report
 from model import BadInput, fused_log_probs
 
-TOY = {"data": ["povid.json"], "steps": 230, "batch_size": 16, "lr": 5e-5, "beta": 0.5, "projector_lr": 0.0, "lora_rank": 16,
+TOY = {"data": ["povid.json"], "steps": 230, "batch_size": 16, "lr": 3e-4, "beta": 0.5, "projector_lr": 0.0, "lora_rank": 16,
        "save_every": 0}  # fmt: skip
 SENTENCE = re.compile(r"(?:\d+\.\s+)?\S.*?(?:[.!?]+(?=\s|$)|(?=\n)|$)")
 END = re.compile(r"[.!?\n]")

@@ -39,16 +39,8 @@ import training
 from lab import report
 from model import BadInput
 
-TOY = {
-    "data": ["rlhf_v.jsonl"],
-    "steps": 230,
-    "batch_size": 16,
-    "lr": 5e-5,
-    "beta": 0.5,  # at .1 the toy model drifts from what it knows: object recall .61 instead of .95 (lr 1e-4, 150 steps)
-    "projector_lr": 0.0,
-    "lora_rank": 16,
-    "save_every": 0,
-}
+TOY = {"data": ["povid.json"], "steps": 230, "batch_size": 16, "lr": 2e-4, "beta": 0.5, "projector_lr": 0.0, "lora_rank": 16,
+       "save_every": 0}  # fmt: skip
 BETA = {"dpo": 0.1, "ipo": 0.9, "slic": 0.1}
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import training
 from lab import toyworld
 
+BDHS = ["--lr", "3e-4"]  # as bdhs.py --online
 CORRECTED = ["--lr", "5e-5"]  # an annotator's corrections only take away; at the default rate the model would learn to say less
 ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the command before, further flags))
     "dpo": ("DPO, corrupted truth (default)", [("dpo.py", "povid.json", [])]),
@@ -27,12 +28,12 @@ ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the
     "dpo-ranked": ("DPO, ranked samples", [("dpo.py", "vlfeedback.jsonl", CORRECTED)]),
     "ipo": ("IPO, corrected samples", [("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo", *CORRECTED])]),
     "slic": ("SLiC, corrected samples", [("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", *CORRECTED])]),
-    "bdhs": ("BDHS, offline", [("bdhs.py", "povid.json", []), ("dpo.py", None, [])]),
+    "bdhs": ("BDHS, offline", [("bdhs.py", "povid.json", []), ("dpo.py", None, BDHS)]),
     "bdhs-online": ("BDHS, online", [("bdhs.py", "povid.json", ["--online"])]),
     "bdhs-noise": ("BDHS, noise for the mask", [("bdhs.py", "povid.json", ["--rho", "0", "--noise-steps", "500"]),
-                                                ("dpo.py", None, [])]),
-    "mask-only": ("mask, no guidance", [("bdhs.py", "povid.json", ["--no-guidance"]), ("dpo.py", None, [])]),
-    "guidance-only": ("guidance, no mask", [("bdhs.py", "povid.json", ["--rho", "0"]), ("dpo.py", None, [])]),
+                                                ("dpo.py", None, BDHS)]),
+    "mask-only": ("mask, no guidance", [("bdhs.py", "povid.json", ["--no-guidance"]), ("dpo.py", None, BDHS)]),
+    "guidance-only": ("guidance, no mask", [("bdhs.py", "povid.json", ["--rho", "0"]), ("dpo.py", None, BDHS)]),
     "povid": ("POVID: distortion + corrupted truth", [("bdhs.py", "povid.json", ["--online", "--povid", "--gamma", "0.5"])]),
 }  # fmt: skip
 FIGURES = {  # column: where it is in {"pope":, "chair":}
