@@ -370,7 +370,7 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
     template: a name in data.TEMPLATES. By default what `save` noted in config.json (`prompt_template`, a key that
     transformers carries along unread), else as LLaVA trained it: "mistral" for a Mistral, "chatml" where the tokenizer
     knows `<|im_start|>` (1.6-34b), "vicuna_v1" for the rest. LLaVA's own LoRA is merged, as its code does; its tokenizers
-    get `<image>`. The caller's random state is left alone (that of the CPU).
+    get `<image>`. The caller's random state is left alone (that of the CPU). On device "meta" no weight is read.
     """
     folder = find(name)
     path = folder / "config.json"
@@ -402,12 +402,13 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
         side = vision.config.image_size
         anyres = AnyRes(pinpoints(config.image_grid_pinpoints), side, side // vision.config.patch_size)
     model = MLLM(vision, projector, llm, image, config.vision_feature_layer, keep_cls, anyres)
-    slots = {our_hub_name(k): v for k, v in model.state_dict().items()}
-    fill(slots, found, folder, ("language_model.lm_head.weight",) if is_tied(llm) else ())
-    if lora:
-        merge(load_adapter(model, lora))
-    if original:
-        add_rows(llm, len(tokenizer))
+    if torch.device(device).type != "meta":
+        slots = {our_hub_name(k): v for k, v in model.state_dict().items()}
+        fill(slots, found, folder, ("language_model.lm_head.weight",) if is_tied(llm) else ())
+        if lora:
+            merge(load_adapter(model, lora))
+        if original:
+            add_rows(llm, len(tokenizer))
 
     trained = "chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1"
     trained = "mistral" if llm.config.model_type == "mistral" else trained

@@ -317,7 +317,7 @@ def main():
     if args.model:
         import checkpoints
 
-        _, processor = checkpoints.load(args.model, torch.bfloat16, template=args.template)
+        _, processor = checkpoints.load(args.model, device="meta", template=args.template)
         processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
         examples, others = encode_each(processor, records)
         records = [e.record for e in examples]

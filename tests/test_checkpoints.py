@@ -628,3 +628,12 @@ def test_an_adapter_that_would_lose_something_is_refused(tmp_path, folder):
     with pytest.raises(BadInput, match="tower"):
         save_adapter(load(folder)[0].prepare(lora_rank=2, vision=True), tmp_path / "a", folder)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_weight_is_read_on_meta(checkpoint):
+    """The processor is the same; the files could hold anything."""
+    model, processor = checkpoints.load(checkpoint, device="meta")
+    _, whole = checkpoints.load(checkpoint)
+    assert all(p.is_meta for p in model.parameters())
+    same = ("image_token_id", "image_size", "image_tokens", "image_mean", "image_std", "template", "max_length")
+    assert all(getattr(processor, name) == getattr(whole, name) for name in same)
