@@ -1,4 +1,4 @@
-"""The laboratory: every method x seed in the toy world, by the user's own command lines -> results/results.json and one table.
+"""The laboratory: every method x seed in the toy world, by the user's own command lines -> results/results.json, one table, one chart.
 
     python -m lab.reproduce                    # all rows, seeds 0 1 2
     python -m lab.reproduce --only ipo --seeds 1
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
 
 import training
 from lab import toyworld
@@ -75,28 +77,63 @@ def run_cell(row, seed, quick, folder):
 
 
 def table(cells):
-    """Cells {row: {seed: summary}} -> Markdown: mean +- standard deviation over seeds, (paired difference to the base)."""
+    """Cells {row: {seed: summary}} -> Markdown: mean +- standard deviation over seeds, (mean paired difference to the base)."""
     lines = ["| method | seeds | " + " | ".join(FIGURES) + " | minutes |", "|---|---|" + "---|" * (len(FIGURES) + 1)]
 
-    def spread(values):
-        return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+    def spread(values, digits):
+        mean = f"{statistics.mean(values):.{digits}f}"
+        return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
     bases = {seed: cell["before"] for row in cells.values() for seed, cell in row.items()}
-    columns = [spread([figure(b, place) for b in bases.values()]) for place in FIGURES.values()]
+    digits = {name: 1 if name == "words" else 3 for name in FIGURES}
+    columns = [spread([figure(b, place) for b in bases.values()], digits[name]) for name, place in FIGURES.items()]
     lines.append(f"| base | {len(bases)} | " + " | ".join(columns) + " | |")
     for row, by_seed in cells.items():
         columns = []
-        for place in FIGURES.values():
+        for name, place in FIGURES.items():
             after = [figure(c["after"], place) for c in by_seed.values()]
             change = statistics.mean(a - figure(c["before"], place) for a, c in zip(after, by_seed.values()))
-            columns.append(f"{spread(after)} ({change:+.3f})")
+            columns.append(f"{spread(after, digits[name])} ({change:+.{digits[name]}f})")
         minutes = statistics.mean(c["minutes"] for c in by_seed.values())
         lines.append(f"| {ROWS[row][0]} | {len(by_seed)} | " + " | ".join(columns) + f" | {minutes:.1f} |")
     return "\n".join(lines)
 
 
+def chart(cells, path):
+    """Draw the trade-off: hallucination against recall, and against adversarial accuracy; small dots are seeds, large ones means."""
+    axes = ((("chair", "recall"), "object recall"), (("pope", "adversarial", "accuracy"), "POPE adversarial accuracy"))
+    bases = {seed: cell["before"] for row in cells.values() for seed, cell in row.items()}
+    shown = {"base": list(bases.values())} | {row: [c["after"] for c in by_seed.values()] for row, by_seed in cells.items()}
+    width, height, left, top = 520, 460, 70, 50
+    sheet = Image.new("RGB", (2 * width + 230, height), "white")
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
+    draw.text((left, 14), "CHAIR_s (down is better) against what is kept (right is better)", "black", font)
+    colours = [f"hsl({360 * i // len(shown)}, 75%, 42%)" for i in range(len(shown))]
+    for panel, (place, label) in enumerate(axes):
+        points = [[(figure(r, place), figure(r, ("chair", "chair_s"))) for r in results] for results in shown.values()]
+        every = sum(points, [])
+        (x0, x1), (y0, y1) = ((min(v) - 0.01, max(v) + 0.01) for v in zip(*every))
+        at = lambda x, y: (panel * width + left + (x - x0) / (x1 - x0) * (width - left - 20),
+                           height - 50 - (y - y0) / (y1 - y0) * (height - 50 - top))  # fmt: skip
+        draw.rectangle((*at(x0, y1), *at(x1, y0)), outline="gray")
+        for i in range(5):
+            x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
+            draw.text((at(x, y0)[0] - 14, height - 46), f"{x:.2f}", "gray", small)
+            draw.text((panel * width + left - 36, at(x0, y)[1] - 7), f"{y:.2f}", "gray", small)
+        draw.text((panel * width + left, height - 26), label, "black", font)
+        for seeds, colour in zip(points, colours):
+            mean = [statistics.mean(v) for v in zip(*seeds)]
+            for (x, y), r in [(at(*point), 3) for point in seeds] + [(at(*mean), 7)]:
+                draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    for i, (row, colour) in enumerate(zip(shown, colours)):
+        x, y = 2 * width + 8, top + 24 * i
+        draw.ellipse((x, y, x + 14, y + 14), fill=colour)
+        draw.text((x + 22, y), "base" if row == "base" else ROWS[row][0], "black", small)
+    sheet.save(path)
+
+
 def main():
-    """Run what is missing, write results.json and table.md, print the table."""
+    """Run what is missing, write results.json, table.md and chart.png, print the table."""
     parser = training.Parser(__doc__)
     parser.add_argument(
         "--only", action="append", choices=list(ROWS), metavar="ROW", help=f"one of {', '.join(ROWS)}; may be repeated"
@@ -123,6 +160,7 @@ def main():
     text = table(cells)
     if not args.quick:
         (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+        chart(cells, folder / "chart.png")
     print(text)
 
 
