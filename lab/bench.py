@@ -17,9 +17,13 @@ step 0 gives loss ln 2 and all find the same log-probs of the answers.
 The head has 40 % of this LLM's multiplications, in a 7 B model 2 %: skipping rows of it gains more here than there.
 
 `head`: log-probs of 140 answer tokens of 1400 rows, V 32000, D 256, forward and backward to the hidden states, head frozen.
+
+`negatives`: BDHS's guided completions of the same pairs' chosen answers, five sentences each, 12 tokens a sentence (greedy, so that
+both draw the same); seconds an answer and try. one-prefill: as bdhs.py; prefill-a-sentence: a prompt with its image for each.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -201,7 +205,7 @@ def trl(folder):
             "log_probs": [[log[0]["logps/chosen"], log[0]["logps/rejected"]]]}  # fmt: skip
 
 
-def head(name):
+def head(name, _):
     """One way to the log-probs of 140 of 1400 rows -> seconds a call after the first, peak_mib, log_probs: their mean."""
     if name == "trl-selective":
         from trl.trainer.utils import selective_log_softmax
@@ -221,9 +225,29 @@ def head(name):
     return {"seconds": (ends[-1] - ends[0]) / 3, "peak_mib": high_water() - base, "log_probs": [[log_p.mean().item()]]}
 
 
+def negatives(name, folder):
+    """The ends of five sentences of each of a batch of answers -> seconds an answer after the first batch, peak_mib, log_probs."""
+    model, processor, batches = load(folder)
+    ends, base = [], high_water(model)
+    for examples in batches:
+        prompts, (pixels, _) = [e.prompt for e in examples], processor.images(examples)
+        cuts = [[len(e.answers[0]) * (2 * i + 1) // 10 for i in range(5)] for e in examples]
+        if name == "one-prefill":
+            given = [[(e.answers[0], cut)] for e, cut in zip(examples, cuts)]
+            samples = model.sample(prompts, pixels, 1, 12, 0, given=given)
+        else:
+            prompts = [torch.cat([e.prompt, e.answers[0][:c]]) for e, cut in zip(examples, cuts) for c in cut]
+            samples = model.sample(prompts, pixels.repeat_interleave(5, 0), 1, 12, 0)
+        mean = torch.stack([log_p.sum() for answer in samples.log_probs for log_p in answer]).mean()
+        ends.append(time.process_time())
+    seconds = (ends[-1] - ends[0]) / (len(ends) - 1) / len(batches[0])
+    return {"seconds": seconds, "peak_mib": high_water() - base, "log_probs": [[mean.item()]]}
+
+
 SECTIONS = {
     "step": {"ours": ours, "naive": naive, "trl": trl},
-    "head": dict.fromkeys(("fused", "answer-rows", "naive-head", "trl-selective"), head),
+    "head": {n: functools.partial(head, n) for n in ("fused", "answer-rows", "naive-head", "trl-selective")},
+    "negatives": {n: functools.partial(negatives, n) for n in ("one-prefill", "prefill-a-sentence")},
 }
 
 
@@ -276,7 +300,7 @@ def main(argv=None, size=FULL):
     torch.set_num_threads(1)
     if args.child:
         name, folder = args.child
-        return print(json.dumps(head(name) if name in SECTIONS["head"] else SECTIONS["step"][name](Path(folder))))
+        return print(json.dumps(next(v[name] for v in SECTIONS.values() if name in v)(Path(folder))))
     cpu = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "unknown"
     )

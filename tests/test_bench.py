@@ -36,7 +36,7 @@ def test_json_and_table(tmp_path, capsys):
     """The command line, with one competitor in a process of its own."""
     bench.main(["--json", str(tmp_path / "bench.json"), "--repeat", "1", "--only", "ours"], TINY)
     figures = json.loads((tmp_path / "bench.json").read_text())
-    assert figures.keys() == {"machine", "workload", "step", "head"}
+    assert figures.keys() == {"machine", "workload", "step", "head", "negatives"}
     assert figures["machine"].keys() == {"cpu", "cores", "torch", "threads", "load"}
     assert figures["step"].keys() == {"ours"} and figures["head"] == {}
     assert figures["step"]["ours"].keys() == {"seconds", "peak_mib", "seconds_ratio", "peak_mib_ratio"}
@@ -54,3 +54,9 @@ def test_figures_of_a_process_that_disagrees_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", run)
     with pytest.raises(RuntimeError, match="naive computed something else"):
         bench.measure(tmp_path, ["ours", "naive"], 1)
+
+
+def test_both_ways_to_negatives_draw_the_same(tmp_path):
+    bench.build(tmp_path, TINY)
+    one, apart = bench.negatives("one-prefill", tmp_path), bench.negatives("prefill-a-sentence", tmp_path)
+    assert one["log_probs"][0] == pytest.approx(apart["log_probs"][0], abs=1e-3)
