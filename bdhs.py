@@ -126,12 +126,17 @@ def split_sentences(text):
 
 
 def word_starts(ids, text, tokenizer):
-    """{c: n}: the n first tokens of `ids` spell text[:c], and a word follows there. {0: 0, ...}"""
+    """{c: n}: the n first tokens of `ids` spell text[:c], and a word follows there. {0: 0, ...}
+
+    White space before that word is not among them, but for line ends: drawn anew, they would end the sentence.
+    """
     found = {}
     for n in range(len(ids)):
-        kept = tokenizer.decode(ids[:n], skip_special_tokens=False).strip()
+        begun = tokenizer.decode(ids[:n], skip_special_tokens=False)
+        kept = begun.strip()
         if text.startswith(kept) and (not kept or text[len(kept) : len(kept) + 1].isspace()):
-            found.setdefault(len(kept), n)
+            if len(kept) not in found or begun.endswith("\n"):
+                found[len(kept)] = n
     return found
 
 

@@ -1,12 +1,13 @@
-"""The laboratory: every method x seed in the toy world, by the user's own command lines -> results/results.json, one table, one chart.
+"""The laboratory: every method x seed in the toy world, by the user's own command lines -> results/: results.json, a table, a chart.
 
     python -m lab.reproduce                    # all rows, seeds 0 1 2
     python -m lab.reproduce --only ipo --seeds 1
     python -m lab.reproduce --table            # only print the table of what is there
 
-Each cell is one command line and one run folder below results/runs; a finished cell is not run again, an unfinished one is begun
-anew; two processes may share the work by --only. All methods of a seed start from the same base. The table gives mean and standard deviation over seeds, and the mean
-paired difference to the base. Whatever the README says of results comes from it.
+Each cell is one command line (or two: make data, train) and one run folder below results/runs; a finished cell is not run again, an
+unfinished one is begun anew; two processes may share the work by --only. All methods of a seed start from the same base. The
+table gives mean and standard deviation over seeds, and the mean paired difference to the base. Whatever the README says of
+results comes from it.
 """
 
 import json

@@ -64,6 +64,14 @@ def test_word_starts(llava, examples):
         assert processor.tokenizer.decode(ids[:n]).strip() == ANSWER[:c]
 
 
+def test_line_ends_are_kept(llava, examples):
+    """The second sentence of "There is a cup.\\nThere ..." begins behind the line's end, which would end a completion."""
+    _, processor = llava
+    ids, text = examples[2].answers[0][:-1], examples[2].record.answers[0]
+    n = bdhs.word_starts(ids, text, processor.tokenizer)[len("There is a cup.")]
+    assert processor.tokenizer.decode(ids[:n]).lstrip() == "There is a cup.\n"
+
+
 def test_cuts_follow_their_probabilities(llava, examples):
     """Each of a sentence's places equally often, half of the yes/no sentences swapped; bounds of five standard deviations."""
     _, processor = llava
