@@ -21,11 +21,13 @@ of answers are drawn at once, and the answer diverges and rejoins (Algorithm 1):
     python bdhs.py --model llava-hf/llava-v1.6-vicuna-7b-hf --data povid.json --images DIR
     python bdhs.py --online                              # train: every step draws its negatives from the current policy
 
+Memory: each sentence that is being completed holds keys and values of its prompt, so --batch-size 32 is for small models.
+
 Online the loss is DPO (eq. 3) on (y+, y-), or with --gamma and a given rejected answer Avg-DPO (eq. 5). The hidden image is for
 drawing only: policy and reference score both answers with the whole image. Step 0 must print loss ln 2 and rewards 0.
 
---rho 0: guidance only; --no-guidance: mask only; --noise-steps 500 --rho 0: BDHS_noise, diffused pixels instead of a mask (eq. 8,
-9); --povid: POVID's image distortion, a loss term (section 3.3): y- is at every position the most likely token behind the true
+--rho 0: guidance only; --no-guidance: mask only; --noise-steps 500 --rho 0: BDHS_noise, diffused pixels instead of a mask (eq.
+8, 9); --povid: POVID's image distortion, a loss term (section 3.3): y- is at every position the most likely token behind the true
 prefix and the noisy image.
 
 Choices where the paper is silent, and deviations:
@@ -389,9 +391,8 @@ def offline(args, out, records, examples, drawer):
     report.negatives(out / "negatives.png", records, negatives, drawer.processor)
     images = out / "images" if (out / "images").is_dir() else args.images
     print(f"picture: {out / 'negatives.png'}", file=sys.stderr)
-    print(
-        f"train on it: python dpo.py --model {args.model} --data {out / 'preferences.json'} --images {images}", file=sys.stderr
-    )
+    start = f"--seed {args.seed} --lr {TOY['lr']}" if args.toy_world else f"--model {args.model}"
+    print(f"train on it: python dpo.py {start} --data {out / 'preferences.json'} --images {images}", file=sys.stderr)
 
 
 def image_name(image, args, out):
