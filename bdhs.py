@@ -389,7 +389,7 @@ def offline(args, out, records, examples, drawer):
     training.write_json(out / "statistics.json", found)
     print("\n".join(f"{key:<32}{value}" for key, value in found.items()))
     report.negatives(out / "negatives.png", records, negatives, drawer.processor)
-    images = out / "images" if (out / "images").is_dir() else args.images
+    images = out / "images" if (out / "images").is_dir() else args.images or Path(args.data[0]).parent
     print(f"picture: {out / 'negatives.png'}", file=sys.stderr)
     start = f"--seed {args.seed} --lr {TOY['lr']}" if args.toy_world else f"--model {args.model}"
     print(f"train on it: python dpo.py {start} --data {out / 'preferences.json'} --images {images}", file=sys.stderr)
@@ -402,7 +402,10 @@ def image_name(image, args, out):
         (out / "images").mkdir(exist_ok=True)
         (out / "images" / name).write_bytes(image.read())
         return name
-    return image.relative_to(args.images or Path(args.data[0]).parent).as_posix()
+    folder = args.images or Path(args.data[0]).parent
+    if not image.is_relative_to(folder):
+        raise BadInput(f"{image} is not below {folder}; give the folder of all pictures as --images.")
+    return image.relative_to(folder).as_posix()
 
 
 # ---- online: a loss
