@@ -220,6 +220,7 @@ def evaluate(model, processor, instances, captions, synonyms, images, out=None, 
 
 
 def main():
+    """Let a model describe the pictures, or score a captions file."""
     parser = training.Parser(__doc__)
     add = parser.add_argument
     add("--instances", nargs="+", action="extend", required=True, metavar="FILE", help="COCO instances, train and val")

@@ -173,6 +173,7 @@ def load(args):
 
 
 def main():
+    """Ask a model the questions of each file, or score an answers file."""
     parser = training.Parser(__doc__)
     add = parser.add_argument
     add("--questions", nargs="+", action="extend", required=True, metavar="FILE", help="question files, one a split")

@@ -80,6 +80,7 @@ class Clause:
 
 
 def some_thing(name, slot, rng):
+    """A random thing of this class in this slot: one in ten shows two of it."""
     colour = rng.choice(CLASSES[name]) if CLASSES[name] else None
     return Thing(name, colour, 2 if rng.random() < 0.1 else 1, *slot)
 
@@ -104,22 +105,27 @@ def slot_of(thing):
 
 
 def a(word):
+    """With its article: "a cup", "an oven"."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def at(kind):
+    """Where that is: "in a kitchen", "on a beach"."""
     return f"{'on' if kind in ('street', 'beach', 'farm') else 'in'} {a(kind)}"
 
 
 def plural(word):
+    """More of them: "people", "benches", "cups"."""
     return PLURALS.get(word) or word + ("es" if word.endswith(("ch", "sh", "s", "x")) else "s")
 
 
 def listed(words):
+    """Words in a row: "a, b and c"."""
     return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + [words[-1]])
 
 
 def subject(word, colour, count):
+    """Who a clause is about: "a red cup", "two red cups"."""
     colour = f"{colour} " if colour else ""
     return f"two {colour}{plural(word)}" if count == 2 else a(colour + word)
 
@@ -147,6 +153,7 @@ def clauses_of(things, rng):
 
 
 def render(opener, clauses):
+    """The opener and a sentence for each clause, joined ones sharing theirs."""
     told = []
     for clause in clauses:
         thing = clause.thing
@@ -271,6 +278,7 @@ def corrupted(scene, rng):
 
 
 def turns(prompt, answer):
+    """A LLaVA dialogue of one round."""
     return [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
 
 
