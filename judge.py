@@ -3,17 +3,17 @@
     score = judge.make(args, device, dtype)        # the flags of `add_flags`
     score(records, answers)                        # [[float | None, ...], ...]: a list a record, a number an answer
 
-Higher is better, equal numbers are a tie (equal texts always are), None is a verdict that could not be read. Nothing is guessed:
-who asks counts ties and None, and makes no pair of them. Three annotators:
+Higher is better, equal numbers are a tie (equal texts always are), None is a verdict that could not be read. Nothing is
+guessed: who asks counts ties and None, and makes no pair of them. Three annotators:
 
-    oracle              the toy world's truth, scenes.json beside the folder of pictures: fewest errors first, then most true objects
+    oracle              the toy world's truth, scenes.json beside the folder of pictures: fewest errors, then most true objects
     DIR_OR_HUB_ID       a LLaVA checkpoint that is shown picture, question and two answers
     endpoint            the same question to a server that speaks OpenAI's chat completions (vLLM, llama.cpp, OpenAI, ...)
 
-The last two compare two answers in both orders. Only a verdict that survives the swap counts: the paper saw no bias of its
-34B annotator for a place (Amirloo et al. 2024, appendix D); smaller judges have one, and a swap is the only way to know. Of more
-than two answers all pairs are asked; the score of an answer is its wins less its losses over the verdicts that could be read.
-The criteria are those of the paper's prompt (table 14), the words are ours, as is the tie.
+The last two compare two answers in both orders, and only a verdict that survives the swap counts. The paper saw no bias of its
+34B annotator for a place (Amirloo et al. 2024, appendix D) and did not swap; of another judge one cannot know without. Of more
+than two answers all pairs are asked; an answer's score is its wins less its losses over the verdicts that could be read. The
+criteria are those of the paper's prompt (table 14); the words are ours, and so is the choice "equal".
 
 A key is read from OPENAI_API_KEY or --judge-key-file and is written nowhere; the server's messages are shown without it.
 """
@@ -51,9 +51,11 @@ Response 2:
 {second}
 
 Which response is better? Judge in this order:
-1. The better response has fewer hallucinations. Everything it says must be in the picture: each object, its attributes, colours, \
-numbers, places and relations, described as they appear. Where the picture is unclear, leaving a detail out is better than guessing.
-2. Among equally true responses, the better one answers what was asked: helpful and concise, without needless questions or remarks.
+1. The better response has fewer hallucinations. Everything it says must be in the picture: each object, its attributes, \
+colours, numbers, places and relations, described as they appear. Where the picture is unclear, leaving a detail out is better \
+than guessing.
+2. Among equally true responses, the better one answers what was asked: helpful and concise, without needless questions or \
+remarks.
 The order of the responses and their length mean nothing.
 
 Your first line must be one of "Better: 1", "Better: 2" or "Better: equal". Then give the reason in one sentence."""
@@ -70,7 +72,7 @@ def add_flags(parser):
     """Who judges: the same in every script that asks."""
     group = parser.add_argument_group("annotator")
     group.add_argument("--annotator", default="llava-hf/llava-v1.6-34b-hf", metavar="oracle|DIR_OR_HUB_ID|endpoint",
-                       help="who says which answer is better: the toy world's truth, a LLaVA checkpoint, a server (default %(default)s)")  # fmt: skip
+                       help="who says what is better: the toy world's truth, a LLaVA checkpoint, a server (default %(default)s)")  # fmt: skip
     group.add_argument("--judge-url", metavar="URL", help="endpoint: up to and with /v1 (default: OPENAI_BASE_URL)")
     group.add_argument("--judge-model", metavar="NAME", help="endpoint: the model's name there")
     group.add_argument(
@@ -82,9 +84,10 @@ def add_flags(parser):
 
 
 def make(args, device="cpu", dtype=torch.float32):
-    """The annotator that the flags name -> function (records, answers) -> scores. Sets args.judge_url where it was the environment's.
+    """The annotator that the flags name -> function (records, answers) -> scores.
 
-    records: `data.Record`s; answers: for each a list of texts. Raises BadInput, NoAnswer when an endpoint does not work.
+    records: `data.Record`s; answers: for each a list of texts. Raises BadInput, and NoAnswer when an endpoint does not work.
+    Sets args.judge_url where it came from the environment, so that a run folder tells it.
     """
     if args.annotator != "endpoint":
         for flag in ("judge_url", "judge_model", "judge_key_file"):
@@ -105,9 +108,9 @@ def make(args, device="cpu", dtype=torch.float32):
 def oracle():
     """Score by the truth: - errors + true objects / 100. No picture has a hundred objects, so errors come first.
 
-    Errors and true objects are `Oracle.judge`'s: absent objects, wrong attributes, unreadable clauses; a right short answer is one
-    true object, a missing one is an error. A description may leave things out, but not everything: one that names no object of
-    the picture has as many errors more as it missed, else silence would be the best of answers.
+    Both are counted by `Oracle.judge`: absent objects, wrong attributes and unreadable clauses are errors; a right short answer
+    is one true object, a missing one an error. A description may leave things out, but not everything: one that names no object
+    of the picture has as many errors more as it missed, else silence would be the best of answers.
     """
     from lab.oracle import Oracle
 
@@ -119,7 +122,7 @@ def oracle():
             folder = record.image.resolve().parent.parent if isinstance(record.image, Path) else None
             if not (folder and (folder / "scenes.json").is_file()):
                 raise BadInput(
-                    f"{record.where}: --annotator oracle knows the pictures of a toy world, whose scenes.json is beside their folder."
+                    f"{record.where}: --annotator oracle knows pictures of a toy world, with scenes.json beside their folder."
                 )
             world, prompt = worlds(folder), record.turns[-1]
             describe = world.question(record.image, prompt)[0] == "describe"

@@ -5,14 +5,14 @@
     Mixed-DPO   alpha L_DPO(y+, y-, x) + (1 - alpha) L_DPO(y~+, y~-, x)         ibid., eq. 4; alpha ~ Bernoulli(P)
     L_DPO       as in dpo.py, eq. 3 (or IPO, SLiC); no gradient flows through the drawing and the judging
 
-    python online_dpo.py                                                              # toy world, CPU; its truth is the annotator
-    python online_dpo.py --mix 0.5                                                    # Mixed-DPO
-    python online_dpo.py --model llava-hf/llava-v1.6-vicuna-7b-hf --data RLHF-V-Dataset.parquet --annotator llava-hf/llava-v1.6-34b-hf
-    python online_dpo.py ... --annotator endpoint --judge-url http://localhost:8000/v1 --judge-model NAME
+    python online_dpo.py                                       # toy world, CPU, minutes; its truth is the annotator
+    python online_dpo.py --mix 0.5                             # Mixed-DPO
+    python online_dpo.py --model llava-hf/llava-v1.6-vicuna-7b-hf --data RLHF-V-Dataset.parquet     # LLaVA-1.6-34B annotates
+    python online_dpo.py --model ... --annotator endpoint --judge-url http://localhost:8000/v1 --judge-model NAME
 
-pi is the policy of this very step, so y~- is a mistake that the model makes now, and a mistake that it no longer makes costs
-nothing more. Of the data only pictures and prompts are used, with --mix also its pairs. pi_ref scores each step's answers in that
-step. Step 0 must print rewards 0 and loss ln 2 times the share of prompts with a pair: `annotator/pairs`.
+pi is the policy of this very step, so y~- is a mistake that the model makes now; one that it no longer makes costs nothing
+more. Of the data only pictures and prompts are used, with --mix also its pairs. pi_ref scores each step's answers in that step.
+Step 0 must print rewards 0 and loss ln 2 times the share of prompts with a pair, `annotator/pairs`: in the toy world about .4.
 
 Choices where the paper is silent, and deviations:
 1. Temperature 1, the policy itself (not given); two answers; --k draws more and takes the best against the worst.
@@ -22,10 +22,10 @@ Choices where the paper is silent, and deviations:
 4. An answer cut off at --max-new-tokens has no end token, and is judged and trained as it stands.
 5. Grid, schedule, optimizer and pairs in one row as in dpo.py.
 
-Metrics: those of dpo.py, means over the step's prompts, where one without a pair counts 0 (`rewards/accuracies` of a perfect step
-is `annotator/pairs`). `annotator/pairs`, `annotator/ties`, `annotator/unreadable`: shares of the prompts, sum 1 (offline pairs
-of --mix are pairs); `annotator/score` mean score of the answers that were judged; `response_length` their tokens;
-`seconds/sample`, `seconds/score`, `seconds/train`: what `step_seconds` is made of.
+Metrics: those of dpo.py, means over the step's prompts, where one without a pair counts 0 (`rewards/accuracies` of a perfect
+step is `annotator/pairs`). `annotator/pairs`, `annotator/ties`, `annotator/unreadable`: shares of the prompts, sum 1 (offline
+pairs of --mix are pairs); `annotator/score` mean score of the answers that were drawn (0 where the annotator compares);
+`response_length` their tokens; `seconds/sample`, `seconds/score`, `seconds/train`: what `step_seconds` is made of.
 """
 
 import random
@@ -45,10 +45,10 @@ import training
 from lab import report
 from model import BadInput
 
-TOY = {"data": ["rlhf_v.jsonl"], "steps": 230, "batch_size": 16, "lr": 1e-4, "beta": 0.5, "projector_lr": 0.0, "lora_rank": 16,
-       "save_every": 0, "annotator": "oracle", "max_new_tokens": 96}  # fmt: skip
-METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-           "annotator/pairs", "annotator/ties", "annotator/unreadable", "seconds/sample", "seconds/score")  # fmt: skip
+TOY = {"data": ["rlhf_v.jsonl"], "steps": 230, "batch_size": 16, "lr": 1e-4, "beta": 0.5, "projector_lr": 0.0,
+       "lora_rank": 16, "save_every": 0, "annotator": "oracle", "max_new_tokens": 96}  # fmt: skip
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+           "logps/rejected", "annotator/pairs", "annotator/ties", "annotator/unreadable", "seconds/sample", "seconds/score")  # fmt: skip
 BETA = {"dpo": 0.1, "ipo": 0.9, "slic": 0.1}
 
 
@@ -61,7 +61,7 @@ def parse():
     group.add_argument("--beta", type=float, help=f"strength of the pull to the reference (default {BETA})")
     group = parser.add_argument_group("answers")
     group.add_argument("--mix", type=float, default=0.0, metavar="P",
-                       help="probability that an example takes its pair of the data instead (default %(default)s; Mixed-DPO: 0.5)")  # fmt: skip
+                       help="share of examples that take their pair of the data instead (default %(default)s; paper: 0.5)")  # fmt: skip
     group.add_argument(
         "--k", type=int, default=2, help="answers a prompt, of which best and worst are used (default %(default)s)"
     )
@@ -117,7 +117,7 @@ def best_and_worst(scores):
 
 
 def main():
-    """Load, score the reference, train, save, evaluate."""
+    """Load, train on answers as they are drawn and judged, save, evaluate."""
     args, begin = parse(), time.time()
     device, dtype = training.device_and_dtype(args)
     annotator = judge.make(args, device, dtype)

@@ -1,10 +1,10 @@
 """Ask a model about a picture; with an adapter: before and after, side by side.
 
     python sample.py --model llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "Describe the image in detail."
-    python sample.py --model llava-hf/llava-1.5-7b-hf --adapter runs/dpo-0/adapter --image cat.jpg dog.jpg --prompt "..." --k 3
+    python sample.py --model llava-hf/llava-1.5-7b-hf --adapter runs/dpo-0/adapter --image cat.jpg dog.jpg --k 3
 
-Without --model the toy base of --seed answers; pictures of its world are below `.cache/world-*/images`. One answer is greedy, more
-are drawn at --temperature. Nothing is written.
+Without --model the toy base of --seed answers; pictures of its world are below `.cache/world-*/images`. One answer is greedy,
+more are drawn at --temperature. Nothing is written.
 """
 
 import shutil

@@ -73,7 +73,7 @@ def test_oracle_of_a_question(scene):
 
 def test_oracle_knows_toy_pictures_only(record):
     score = judge.make(flags(annotator="oracle"))
-    with pytest.raises(BadInput, match="row 0: --annotator oracle knows the pictures of a toy world"):
+    with pytest.raises(BadInput, match="row 0: --annotator oracle knows pictures of a toy world"):
         score([record], [["a", "b"]])
     with pytest.raises(BadInput, match="row 0: --annotator oracle"):
         score([data.Record("row 0", None, ("Hello",))], [["a", "b"]])
