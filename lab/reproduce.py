@@ -37,6 +37,8 @@ ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the
                                                 ("dpo.py", None, BDHS)]),
     "mask-only": ("mask, no guidance", [("bdhs.py", "povid.json", ["--no-guidance"]), ("dpo.py", None, BDHS)]),
     "guidance-only": ("guidance, no mask", [("bdhs.py", "povid.json", ["--rho", "0"]), ("dpo.py", None, BDHS)]),
+    "online": ("Online DPO, the oracle annotates", [("online_dpo.py", "rlhf_v.jsonl", [])]),
+    "mixed": ("Mixed DPO, with corrupted truth", [("online_dpo.py", "povid.json", ["--mix", "0.5"])]),
     "povid": ("POVID: distortion + corrupted truth", [("bdhs.py", "povid.json", ["--online", "--povid", "--gamma", "0.5"])]),
 }  # fmt: skip
 FIGURES = {  # column: where it is in {"pope":, "chair":}

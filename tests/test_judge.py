@@ -1,0 +1,378 @@
+"""judge.py: the oracle's order, both orders of a pair, verdicts that cannot be read, an endpoint that misbehaves."""
+
+import base64
+import io
+import json
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import data
+import judge
+from model import BadInput
+
+KEY = "sk-secret-0123456789"
+
+
+def flags(**changed):
+    """The flags of judge.add_flags."""
+    given = dict(annotator="endpoint", judge_url=None, judge_model=None, judge_key_file=None, judge_workers=2)
+    return SimpleNamespace(**(given | changed))
+
+
+@pytest.fixture
+def record(tmp_path):
+    """A prompt with a picture, in a folder that a toy world would have."""
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((40, 28), 80).convert("RGB").save(tmp_path / "images" / "0.png")
+    return data.Record("row 0", tmp_path / "images" / "0.png", ("Describe the image.",))
+
+
+# ---- the oracle
+
+
+@pytest.fixture
+def scene(record):
+    """A kitchen with a red cup on the left and two bananas on the right."""
+    thing = lambda *values: dict(zip(("name", "colour", "count", "column", "row"), values))
+    things = [thing("cup", "red", 1, 0, 0), thing("banana", "yellow", 2, 2, 0)]
+    (record.image.parents[1] / "scenes.json").write_text(json.dumps({"0.png": {"kind": "kitchen", "things": things}}))
+    return record
+
+
+def test_oracle_counts_errors_first_then_true_objects(scene):
+    best_first = [
+        "This is a kitchen. There is a red cup. There are two bananas.",
+        "There is a red cup.",
+        "There is a red cup. There are two bananas. There is a dog.",  # absent
+        "There is a blue cup. There is a dog. There are two bananas.",  # absent and wrong
+        "Rain in the hills. Fog and wind. Cold out there.",  # unreadable, names nothing
+    ]
+    (scores,) = judge.make(flags(annotator="oracle"))([scene], [best_first])
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 5
+    assert scores[:3] == pytest.approx([0.02, 0.01, -0.98])
+
+
+def test_oracle_silence_is_no_good_description(scene):
+    (scores,) = judge.make(flags(annotator="oracle"))(
+        [scene], [["", "This is a kitchen.", "There is a red cup. There is a dog."]]
+    )
+    assert scores == pytest.approx([-2, -2, -0.99])
+
+
+def test_oracle_of_a_question(scene):
+    asked = replace(scene, turns=("Is there a cup in the image?",))
+    (scores,) = judge.make(flags(annotator="oracle"))([asked], [["Yes", "Yes, there is a cup.", "No", "perhaps a dog"]])
+    assert scores == pytest.approx([0.01, 0.01, -1, -1])
+
+
+def test_oracle_knows_toy_pictures_only(record):
+    score = judge.make(flags(annotator="oracle"))
+    with pytest.raises(BadInput, match="row 0: --annotator oracle knows pictures of a toy world"):
+        score([record], [["a", "b"]])
+    with pytest.raises(BadInput, match="row 0: --annotator oracle"):
+        score([data.Record("row 0", None, ("Hello",))], [["a", "b"]])
+
+
+# ---- two orders
+
+
+@pytest.mark.parametrize(
+    "reply, want",
+    [
+        ("Better: 1", 1),
+        ("**Better: 2**\nResponse 2 names no dog.", -1),
+        ("better: Response 1.", 1),
+        ("Better: equal\nBoth are true.", 0),
+        ("Reasons first.\nBetter: 2", -1),
+        ("Better: 1 or 2", None),
+        ("Better: 1\nBetter: 2", None),
+        ("Response 1 is better", None),
+        ("1", None),
+        ("Better: 12", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_verdict(reply, want):
+    assert judge.verdict(reply) == want
+
+
+def shown(text):
+    """The two responses in a question."""
+    first, rest = text.split("\n\nResponse 1:\n")[1].split("\n\nResponse 2:\n")
+    return first, rest.split("\n\nWhich response is better?")[0]
+
+
+def asker(prefer):
+    """An `ask` that answers by a function of the two responses, and remembers."""
+    seen = []
+
+    def ask(questions):
+        seen.extend(shown(text) for _, text in questions)
+        return [prefer(*shown(text)) for _, text in questions]
+
+    return ask, seen
+
+
+longer = lambda a, b: "Better: equal" if len(a) == len(b) else f"Better: {1 + (len(b) > len(a))}\nIt says more."
+
+
+def test_both_orders(record):
+    ask, seen = asker(longer)
+    assert judge.pairwise(ask)([record] * 2, [["{a}", "bbbb"], ["ccccc", "d"]]) == [[-1, 1], [1, -1]]
+    assert seen == [("{a}", "bbbb"), ("bbbb", "{a}"), ("ccccc", "d"), ("d", "ccccc")]
+
+
+def test_equal_texts_are_a_tie_unasked(record):
+    ask, seen = asker(longer)
+    assert judge.pairwise(ask)([record], [["a", "a"]]) == [[0, 0]] and not seen
+    assert judge.pairwise(ask)([record], [["a", "b"]]) == [[0, 0]] and len(seen) == 2
+
+
+def test_a_verdict_that_depends_on_the_place_is_none(record, capsys):
+    for reply in ("Better: 1", "Better: 2", "no idea", None):
+        assert judge.pairwise(lambda questions, reply=reply: [reply] * len(questions))([record], [["a", "b"]]) == [[None, None]]
+    assert capsys.readouterr().err.count("cannot be read") == 2  # two could be read, and disagreed
+    half = lambda a, b: "Better: equal" if a == "a" else "Better: 1"
+    assert judge.pairwise(asker(half)[0])([record], [["a", "b"]]) == [[None, None]]
+
+
+def test_more_answers(record):
+    ask, seen = asker(lambda a, b: "?" if {a, b} == {"a", "bb"} or "e" in a + b else longer(a, b))
+    assert judge.pairwise(ask)([record], [["a", "bb", "ccc", "a", "e"]]) == [[-1, -1, 2, -1, None]]
+    assert len(seen) == 12
+
+
+def test_checkpoint_asks_greedily_with_the_picture(record, checkpoint, monkeypatch):
+    calls = []
+
+    def generate(model, processor, records, max_new_tokens, **rest):
+        calls.append((records, max_new_tokens, rest))
+        return [[longer(*shown(r.turns[0]))] for r in records]
+
+    monkeypatch.setattr(data, "generate", generate)
+    monkeypatch.setattr(data.Processor, "encode", lambda self, r, every_turn=False: refuse(r))
+
+    def refuse(r):
+        if "x" * 50 in r.turns[0]:
+            raise BadInput("too long")
+
+    score = judge.make(flags(annotator=str(checkpoint)))
+    assert score([record] * 2, [["a", "bbbb"], ["a", "x" * 50]]) == [[-1, 1], [None, None]]
+    ((records, tokens, rest),) = calls
+    assert [r.image for r in records] == [record.image] * 2 and tokens == 16 and "temperature" not in rest
+
+
+def test_checkpoint_for_real(record, checkpoint):
+    """A model of random weights gives no verdict, and a question that is too long for its context no reply."""
+    score = judge.make(flags(annotator=str(checkpoint)))
+    assert score([record], [["a", "b"]]) == [[None, None]]
+    short = "Better?\n\nResponse 1:\n{first}\n\nResponse 2:\n{second}\n\nWhich response is better?{dialogue}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "QUESTION", short)
+        assert score([record], [["a", "b"]]) == [[None, None]]
+
+
+def test_flags_of_another_annotator():
+    with pytest.raises(BadInput, match="--judge-url is for --annotator endpoint; the annotator is oracle"):
+        judge.make(flags(annotator="oracle", judge_url="http://localhost/v1"))
+    with pytest.raises(BadInput, match="nowhere: no such folder"):
+        judge.make(flags(annotator="nowhere"))
+
+
+# ---- an endpoint
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A function (respond) -> (url, requests): a local server; respond(n, body) -> status, bytes or a completion's text."""
+    running = []
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(respond):
+        requests, lock = [], threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    n = len(requests)
+                    requests.append((self.path, dict(self.headers), body))
+                status, said, *headers = respond(n, body)
+                if isinstance(said, str):
+                    said = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
+                try:
+                    self.send_response(status)
+                    for name, value in headers:
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(said)))
+                    self.end_headers()
+                    self.wfile.write(said)
+                except OSError:
+                    pass  # the client did not wait
+
+            def log_message(self, *_):
+                pass
+
+        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+        running.append(http)
+        return f"http://127.0.0.1:{http.server_port}/v1", requests
+
+    yield start
+    for http in running:
+        http.shutdown()
+        http.server_close()
+
+
+def text_of(body):
+    return body["messages"][0]["content"][-1]["text"]
+
+
+def test_endpoint(server, record, monkeypatch):
+    url, requests = server(lambda n, body: (200, longer(*shown(text_of(body)))))
+    monkeypatch.setenv("OPENAI_BASE_URL", url + "/")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    args = flags(judge_model="some-model")
+    score = judge.make(args)
+    assert args.judge_url == url + "/" and KEY not in str(vars(args))
+    texts = [["a", "bbbb"], ["ccccc", "d"], ["e", "e"], ["f", "g"]]
+    alone = data.Record("row 1", None, ("Hello?", "Hello.", "Who is there?"))
+    assert score([record, record, record, alone], texts) == [[-1, 1], [1, -1], [0, 0], [0, 0]]
+    assert len(requests) == 6
+    for path, headers, body in requests:
+        assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
+        assert body["model"] == "some-model" and body["temperature"] == 0
+        *picture, _ = body["messages"][0]["content"]
+        if picture:
+            head, code = picture[0]["image_url"]["url"].split(",")
+            file = Image.open(io.BytesIO(base64.b64decode(code)))
+            assert head == "data:image/jpeg;base64" and file.format == "JPEG" and file.size == (40, 28)
+        else:
+            assert "User: Hello?\nAssistant: Hello.\nUser: Who is there?" in text_of(body)
+
+
+def test_no_key_no_header(server, record):
+    url, requests = server(lambda n, body: (200, "Better: equal"))
+    assert judge.make(flags(judge_url=url, judge_model="m"))([record], [["a", "b"]]) == [[0, 0]]
+    assert not any("Authorization" in headers for _, headers, _ in requests)
+
+
+def test_a_reply_without_text_is_unreadable_and_not_asked_again(server, record):
+    null = json.dumps({"choices": [{"message": {"content": None, "refusal": "no"}}]}).encode()
+    url, requests = server(lambda n, body: (200, null))
+    assert judge.pairwise(judge.endpoint(url, "m"))([record], [["a", "b"]]) == [[None, None]] and len(requests) == 2
+
+
+@pytest.mark.parametrize("trouble", [(429, b"slow down"), (500, b"oops"), (503, b""), (200, b"{not json"), (200, b'{"choices": []}'),
+                                     (200, b"[1]"), (200, b'"' + b"\xff" * 9)])  # fmt: skip
+def test_trouble_is_tried_again(server, record, trouble):
+    url, requests = server(lambda n, body: trouble if n < 2 else (200, "Better: 1"))
+    (reply,) = judge.endpoint(url, "m", pause=0.01)([(record, "?")])
+    assert reply == "Better: 1" and len(requests) == 3
+
+
+def test_pauses_grow_and_heed_the_server(server, record):
+    times = []
+    respond = lambda n, body: times.append(time.time()) or ((429, b"") if n < 3 else (200, "Better: 1"))
+    url, _ = server(respond)
+    judge.endpoint(url, "m", pause=0.05)([(record, "?")])
+    gaps = [b - a for a, b in zip(times, times[1:])]
+    assert gaps[0] >= 0.05 and gaps[1] >= 0.1 and gaps[2] >= 0.2
+    times.clear()
+    url, _ = server(
+        lambda n, body: times.append(time.time()) or ((429, b"", ("Retry-After", "1")) if n < 1 else (200, "Better: 1"))
+    )
+    judge.endpoint(url, "m", pause=0.01)([(record, "?")])
+    assert times[1] - times[0] >= 1
+
+
+@pytest.mark.parametrize(
+    "respond, words, count",
+    [
+        (lambda n, body: (503, b"down"), r"no answer after 3 tries, at last status 503 \(down\); --resume goes on", 3),
+        (
+            lambda n, body: (200, b"<html>"),
+            r"no answer after 3 tries, at last a reply that is no chat completion \(<html>\)",
+            3,
+        ),
+        (
+            lambda n, body: time.sleep(0.5) or (200, "Better: 1"),
+            "no answer after 3 tries, at last no reply within 0.2 seconds",
+            3,
+        ),
+        (lambda n, body: (401, b"Incorrect API key provided: " + KEY.encode()), r"status 401 \(.*provided: \*\*\*\)", 1),
+        (lambda n, body: (404, b"no such model"), r"status 404 \(no such model\)", 1),
+        (lambda n, body: (400, b"too large"), r"status 400 \(too large\)", 1),
+    ],
+)
+def test_an_endpoint_that_keeps_failing_stops_the_run(server, record, respond, words, count):
+    url, requests = server(respond)
+    with pytest.raises(judge.NoAnswer, match=words) as stopped:
+        judge.endpoint(url, "m", KEY, timeout=0.2, tries=3, pause=0.01)([(record, "?")])
+    assert KEY not in str(stopped.value) and len(requests) == count
+
+
+def test_nobody_there(record):
+    with pytest.raises(judge.NoAnswer, match="no answer after 2 tries, at last ConnectionRefusedError"):
+        judge.endpoint("http://127.0.0.1:9/v1", "m", tries=2, pause=0.01)([(record, "?")])
+
+
+def test_one_failure_ends_the_waiting_of_the_others(server, record):
+    url, _ = server(lambda n, body: (401, b"") if "fatal" in text_of(body) else (429, b""))
+    begin = time.time()
+    with pytest.raises(judge.NoAnswer, match="status 401"):
+        judge.endpoint(url, "m", workers=4, pause=20)([(record, "fatal")] + [(record, "?")] * 6)
+    assert time.time() - begin < 5
+
+
+def test_the_key_does_not_follow_a_redirect(server, record):
+    other, there = server(lambda n, body: (200, "Better: 1"))
+    for status in (301, 302, 307, 308):
+        url, _ = server(lambda n, body, status=status: (status, b"", ("Location", other + "/chat/completions")))
+        with pytest.raises(judge.NoAnswer, match=f"status {status}"):
+            judge.endpoint(url, "m", KEY)([(record, "?")])
+    assert not there
+
+
+def test_a_server_with_a_temperature_of_its_own(server, record):
+    def respond(n, body):
+        return (400, b"'temperature' does not support 0") if "temperature" in body else (200, "Better: 1")
+
+    url, requests = server(respond)
+    ask = judge.endpoint(url, "m", pause=0.01, workers=2)
+    assert ask([(record, "?")] * 4) == ["Better: 1"] * 4 and ask([(record, "?")]) == ["Better: 1"]
+    assert "temperature" not in requests[-1][2]
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://host/v1", "host/v1", f"http://user:{KEY}@host/v1", f"https://host/v1?key={KEY}", "http://"]
+)
+def test_urls_that_are_refused(url):
+    with pytest.raises(BadInput, match="--judge-url: http") as refused:
+        judge.endpoint(url, "m")
+    assert KEY not in str(refused.value)
+
+
+def test_keys(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert judge.read_key() == ""
+    (tmp_path / "key").write_text(KEY + "\n")
+    assert judge.read_key(tmp_path / "key") == KEY
+    for text, words in (("", "holds no key"), (f"{KEY}\n{KEY}", "a key is one line"), (f"{KEY}é", "a key is one line")):
+        (tmp_path / "key").write_text(text)
+        with pytest.raises(BadInput, match=words) as refused:
+            judge.read_key(tmp_path / "key")
+        assert KEY not in str(refused.value)
+    with pytest.raises(BadInput, match="not readable"):
+        judge.read_key(tmp_path / "none")
+    with pytest.raises(BadInput, match="needs --judge-url"):
+        monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+        judge.make(flags())

@@ -1,0 +1,69 @@
+"""sample.py: what is printed is what the model says, before and after an adapter."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import data
+import sample
+import training
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch, capsys, checkpoint):
+    """A function that runs sample.py on a small picture -> (stdout, stderr)."""
+    Image.effect_noise((28, 28), 80).convert("RGB").save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+
+    def call(*args, status=0):
+        command = ["--model", checkpoint, "--image", "a.png", "--prompt", "What?", "--max-new-tokens", 6, *args]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, command)])
+        try:
+            training.run(sample.main)
+        except SystemExit as end:
+            assert end.code == status
+        return capsys.readouterr()
+
+    return call
+
+
+def test_columns():
+    assert sample.side_by_side(["a b", "one two three"], 13) == ["a b   | one", "      | two", "      | three"]
+    assert sample.side_by_side(["a\n\nb"], 10) == ["a", "", "b"] and sample.side_by_side(["", "x"], 9) == ["    | x"]
+
+
+def test_without_and_with_an_adapter(ask, checkpoint, tmp_path):
+    model, processor = checkpoints.load(checkpoint)
+    record = data.Record("row", Path("a.png"), ("What?",))
+    ((before,),) = data.generate(model, processor, [record], 6)
+    model.prepare(2, projector=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, layer in checkpoints.adapters(model):
+            layer.lora_B.normal_()
+    checkpoints.save_adapter(model, tmp_path / "adapter", checkpoint)
+    ((after,),) = data.generate(model, processor, [record], 6)
+    assert before != after
+    out, _ = ask()
+    assert out.splitlines() == ["a.png  What?", *sample.side_by_side([before], 60), ""]
+    out, _ = ask("--adapter", tmp_path / "adapter")
+    head, names, *lines = out.splitlines()
+    assert names.split() == ["BEFORE", "|", "AFTER"] and lines == [*sample.side_by_side([before, after], 60), ""]
+    out, _ = ask("--k", 3, "--image", "a.png")
+    assert out.count("a.png") == 2 and out == ask("--k", 3, "--image", "a.png").out
+
+
+def test_bad_flags(ask):
+    for flags, words in (
+        (["--k", 0], "--k is 0; 1 or more"),
+        (["--temperature", "nan"], "--temperature is nan; 0 or more"),
+        (["--image", "none.png"], "--image none.png: no such file"),
+        (["--adapter", "nowhere"], "nowhere"),
+    ):
+        _, err = ask(*flags, status=2)
+        assert words in err and "Traceback" not in err
