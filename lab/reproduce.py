@@ -27,6 +27,7 @@ BDHS = ["--lr", "3e-4"]  # as bdhs.py --online
 CORRECTED = ["--lr", "5e-5"]  # an annotator's corrections only take away; at the default rate the model would learn to say less
 ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the command before, further flags))
     "dpo": ("DPO, corrupted truth (default)", [("dpo.py", "povid.json", [])]),
+    "dpo-seen": ("DPO, corrupted truth of SFT's pictures", [("dpo.py", "povid_seen.json", [])]),
     "dpo-corrected": ("DPO, corrected samples", [("dpo.py", "rlhf_v.jsonl", CORRECTED)]),
     "dpo-ranked": ("DPO, ranked samples", [("dpo.py", "vlfeedback.jsonl", CORRECTED)]),
     "ipo": ("IPO, corrected samples", [("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo", *CORRECTED])]),
@@ -37,9 +38,9 @@ ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the
                                                 ("dpo.py", None, BDHS)]),
     "mask-only": ("mask, no guidance", [("bdhs.py", "povid.json", ["--no-guidance"]), ("dpo.py", None, BDHS)]),
     "guidance-only": ("guidance, no mask", [("bdhs.py", "povid.json", ["--rho", "0"]), ("dpo.py", None, BDHS)]),
+    "povid": ("POVID: distortion + corrupted truth", [("bdhs.py", "povid.json", ["--online", "--povid", "--gamma", "0.5"])]),
     "online": ("Online DPO, the oracle annotates", [("online_dpo.py", "rlhf_v.jsonl", [])]),
     "mixed": ("Mixed DPO, with corrupted truth", [("online_dpo.py", "povid.json", ["--mix", "0.5"])]),
-    "povid": ("POVID: distortion + corrupted truth", [("bdhs.py", "povid.json", ["--online", "--povid", "--gamma", "0.5"])]),
 }  # fmt: skip
 FIGURES = {  # column: where it is in {"pope":, "chair":}
     "POPE random": ("pope", "random", "accuracy"),

@@ -410,7 +410,7 @@ def some_scenes(seed, sizes):
 def write(folder, seed, instruct_images=5000, preference_images=1500, test_images=1000, size=144):
     """Write a world; a folder is either whole or absent, and the same seed and sizes give the same bytes.
 
-    images/*.png, instruct.json (LLaVA-Instruct), povid.json (POVID), pope_{random,popular,adversarial}.json,
+    images/*.png, instruct.json (LLaVA-Instruct), povid.json (POVID; povid_seen.json: of pictures of instruct.json), pope_{random,popular,adversarial}.json,
     instances.json and captions.json (COCO), synonyms.txt (CHAIR), image_to_caption.json (facts), scenes.json (the
     truth), parts/clip and parts/llm. BadInput if the folder exists.
     """
@@ -441,6 +441,8 @@ def write_files(folder, seed, splits, size):
     known = splits["instruct"] | splits["preference"]
     told = {image: [caption(scene, rng) for _ in range(rng.choice((2, 3)))] for image, scene in known.items()}
     write_json(folder / "image_to_caption.json", told)
+    seen = dict(list(splits["instruct"].items())[: len(splits["preference"])])
+    write_rows(folder / "povid_seen.json", povid_rows(seen, random.Random(f"{seed}/seen")))
     everything = known | splits["test"]
     truth = {image: {"kind": s.kind, "things": [vars(thing) for thing in s.things]} for image, s in everything.items()}
     write_json(folder / "scenes.json", truth)

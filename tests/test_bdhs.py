@@ -32,7 +32,7 @@ def examples(llava, tmp_path):
     _, processor = llava
     found = []
     for i, answer in enumerate((ANSWER, "Yes", "There is a cup.\nThere is a dog! Is it? It is.")):
-        Image.effect_noise((28, 28), 80).convert("RGB").save(tmp_path / f"{i}.png")
+        Image.frombytes("RGB", (28, 28), random.Random(i).randbytes(28 * 28 * 3)).save(tmp_path / f"{i}.png")
         found.append(processor.encode(data.Record(f"row {i}", tmp_path / f"{i}.png", ("Describe the image.",), (answer,))))
     return found
 
@@ -380,7 +380,7 @@ def files(tmp_path_factory):
     (folder / "images").mkdir()
     rows = []
     for i in range(5):
-        Image.effect_noise((28, 28), 60 + i).convert("RGB").save(folder / "images" / f"{i}.png")
+        Image.frombytes("RGB", (28, 28), random.Random(i).randbytes(28 * 28 * 3)).save(folder / "images" / f"{i}.png")
         said = ("No, there is no dog.", "A red cup is on the table. Two bananas are in a bowl.")[i % 2]
         turns = lambda text: [{"from": "human", "value": "<image>\nIs there a dog?"}, {"from": "gpt", "value": text}]
         rows.append(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,7 +51,7 @@ def files(tmp_path_factory):
     (folder / "images").mkdir()
     rows, scenes = [], {}
     for i in range(6):
-        Image.effect_noise((28, 28), 60 + i).convert("RGB").save(folder / "images" / f"{i}.png")
+        Image.frombytes("RGB", (28, 28), random.Random(i).randbytes(28 * 28 * 3)).save(folder / "images" / f"{i}.png")
         scenes[f"{i}.png"] = {"kind": "kitchen", "things": []}
         said = ("No, there is no dog.", "A red cup is on the table. Two bananas are in a bowl.")[i % 2]
         turns = lambda text: [{"from": "human", "value": "<image>\nIs there a dog?"}, {"from": "gpt", "value": text}]
