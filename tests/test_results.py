@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lab import reproduce
+from lab import report, reproduce
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,5 +29,7 @@ def test_readme_shows_the_results():
     table = reproduce.table(cells)
     assert table == (ROOT / "results" / "table.md").read_text().strip()
     assert table in (ROOT / "README.md").read_text()
+    first = cells["dpo"]["0"]
+    assert report.table({"before": first["before"], "after": first["after"]}) in (ROOT / "README.md").read_text()
     for row, by_seed in cells.items():
         assert row in reproduce.ROWS and sorted(by_seed) == ["0", "1", "2"]
