@@ -678,7 +678,7 @@ def merge(model):
 
 
 def base_hash(model):
-    """A hash of the frozen weights, the same for every dtype: of the names and up to 4096 values of each, rounded to bfloat16."""
+    """A hash of the frozen weights, the same for every dtype: of names and up to 4096 values of each, as bfloat16."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if not not_of_base(name):

@@ -243,7 +243,7 @@ class Processor:
         longest = len(example.prompt) + max(map(len, answers))
         if longest > self.max_length:
             raise BadInput(
-                f"{example.record.where}: prompt, answer and evaluation turn of {longest} tokens; the limit is {self.max_length}."
+                f"{example.record.where}: prompt, answer and evaluation of {longest} tokens; the limit is {self.max_length}."
             )
         return replace(example, answers=answers, scored=[torch.ones(len(a), dtype=torch.bool) for a in answers])
 
@@ -277,9 +277,9 @@ def share_prompt(examples):
 
 
 def facts_of(record, known):
-    """The captions of a record's picture, `known` being {image name: [text, ...]}; None if there are none. A record without picture has [].
+    """The captions of a record's picture, `known` being {image name: [text, ...]}; None if there are none.
 
-    Names are those of LLaVA-RLHF: the file's, COCO's without what stands before its number, and aok_<file> for the
+    A record without picture has []. Names are those of LLaVA-RLHF: the file's, COCO's without what stands before its number, and aok_<file> for the
     rationales of a multiple-choice question.
     """
     if record.image is None:

@@ -12,36 +12,36 @@ One iteration (`iterate`), for a batch of prompts:
                   policy  mean of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),      ratio = pi / pi_old
                   value   mean of .5 max((V - return)^2, (clip(V, V_old - eps, V_old + eps) - return)^2)
 
---advantage rloo: no value network, no steps 4 and 5. R_i = r_i - beta kl_i of the whole answer, A_i = R_i - the mean R of the k - 1
-other answers to the same prompt; the ratio is that of whole answers (REINFORCE in the first minibatch).
+--advantage rloo: no value network, no steps 4 and 5. R_i = r_i - beta kl_i of the whole answer, A_i = R_i - the mean R of the
+k - 1 other answers to the same prompt; the ratio is that of whole answers (REINFORCE in the first minibatch).
 
-    python ppo.py                                                          # toy world, CPU, minutes; trains its reward model first
+    python ppo.py                                          # toy world, CPU, minutes; trains its reward model first
     python ppo.py --model LLAVA-RLHF-SFT --data llava_ppo50k.json --images DIR --reward-model DIR --facts image_to_caption.json
 
-One frozen base carries three adapters: policy, reward, value; without an adapter it is pi_ref. The value network starts from the
-reward model's adapter, its head at 0; it reads the policy's prompt, never the facts. Value at t is read before token t is known.
+One frozen base carries three adapters: policy, reward, value; without an adapter it is pi_ref. The value network starts from
+the reward model's adapter, its head at 0; it reads the policy's prompt, never the facts, and V_t before token t is known.
 
     correctness  2 c. Multiple choice: c = 1 for the right letter, else 0. Right answer "No": c = .5 for "No", -.5 for "Yes".
     length       -10 tokens / --max-new-tokens              unfinished  -8 for an answer that was cut off
 
-The prompts are those of --data in any layout; where it has an answer to a question, that is the gold answer (the first of a pair).
+The prompts are those of --data in any layout; its answers (the first of a pair) are taken as the right ones.
 
 Choices where the papers are silent, and deviations. Sun et al.'s code has these, and here they are mended:
-1. The terminal reward stands at the last real token, there at the last padded slot. Padding enters no mean, no whitening, no loss.
+1. The terminal reward stands at the last real token, there at the last padded slot. Padding enters no mean, whitening or loss.
 2. kl_t is log pi - log pi_ref, whose mean is the KL divergence; there it is clamped at 0 token by token (--kl clamped), which
    overestimates it and rewards nothing but standing still. k3 = 1/ratio - 1 + log ratio is the other unbiased one.
 3. A multiple-choice answer of the bare letter counts as right; there only "B." and "correct option is B." do.
 And these are left out: the factor 10 on all rewards (whitening cancels it), the cut at a question mark, coefficients of length
 for each kind of prompt, the policy's own supervised start: pi_ref is --model. LoRA has alpha = 2 rank (there r 64, alpha 16).
-4. An answer that was cut off is closed by the end token before the reward model reads it; what it lacks is told by a term of its own.
+4. The reward model reads an answer that was cut off with an end token; that it was cut off is told by a term of its own.
 5. Log-probs of sampling serve as log pi_old in float32 (equal to 1e-5); in bfloat16 the answers are scored again.
 6. RLOO divides the reward model's score by its spread on held-out pairs, less the mean there (Amirloo et al.: normalised on the
-   alignment set). Their settings: --advantage rloo --samples 4 --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1.
+   alignment set). Theirs: --advantage rloo --samples 4 --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1.
 7. One clip of the gradient norm (1) covers policy and value network.
 
-Metrics: `objective/scores` mean r, `scores/...` its terms; `objective/kl` mean over answers of the sum of k1 over tokens (may be
-negative in one batch); `objective/entropy` of the next token, nats; `policy/loss`, `policy/approxkl` = .5 mean (log ratio)^2;
-`policy/clipfrac` share of clipped ratios; `val/loss`; `response_length` tokens; `finished` share of answers that ended by themselves;
+Metrics: `objective/scores` mean r, `scores/...` its terms; `objective/kl` mean over answers of the sum of k1 over tokens (may
+be negative in one batch); `objective/entropy` of the next token, nats; `policy/loss`, `policy/approxkl` = .5 mean (log ratio)^2;
+`policy/clipfrac` share of clipped ratios; `val/loss`; `response_length` tokens; `finished` share of answers with an end token;
 `seconds/sample`, `seconds/score` (reward, reference, value), `seconds/train`. `lr` is that of policy and value network.
 """
 
@@ -79,11 +79,11 @@ def parse():
     )
     group.add_argument("--facts", metavar="FILE", help="image_to_caption.json, for a reward model that reads facts")
     group.add_argument("--missing-facts", default="refuse", choices=("refuse", "count"),
-                       help="a picture without captions stops the run, or is scored without and counted (default %(default)s)")  # fmt: skip
+                       help="a picture without captions stops the run, or is counted (default %(default)s)")  # fmt: skip
     group.add_argument("--advantage", default="gae", choices=("gae", "rloo"), help="PPO with a value network, or RLOO")
     group.add_argument("--samples", type=int, metavar="K", help="answers of each prompt (default 1, with rloo 4)")
     group.add_argument("--minibatches", type=int, default=2, metavar="N",
-                       help="optimizer steps of a pass; N x grad-accum x batch-size prompts an iteration (default %(default)s)")  # fmt: skip
+                       help="of a pass; N x grad-accum x batch-size prompts an iteration (default %(default)s)")  # fmt: skip
     group.add_argument(
         "--passes", type=int, default=2, metavar="N", help="over the answers of an iteration (default %(default)s)"
     )
@@ -228,7 +228,7 @@ def chunks(items, size):
 def iterate(model, processor, prompts, score, optimizer, factor, args, step):
     """Sample, score, estimate advantages, update -> metrics. prompts: Examples. factor: of the learning rates.
 
-    score(answered, finished, step) -> {name: (M,)}, terms whose sum is r; `answered` are the Examples with k drawn answers each.
+    score(answered, finished, step) -> {name: (M,)}, whose sum is r; `answered` are the Examples with k drawn answers each.
     """
     begin, device, with_values = time.time(), model.device, args.advantage == "gae"
     seed = random.Random(f"{args.seed}/{step}").getrandbits(62)
@@ -380,8 +380,8 @@ def facts_for(records, settings, args):
     missing = [r for r in records if found[r.where] is None]
     if missing and args.missing_facts == "refuse":
         raise BadInput(
-            f"{missing[0].where}: {args.facts} has no caption of {missing[0].image} ({len(missing)} of {len(records)} prompts are "
-            "without; --missing-facts count scores them without)."
+            f"{missing[0].where}: {args.facts} has no caption of {missing[0].image} ({len(missing)} of {len(records)} "
+            "prompts are without; --missing-facts count scores them without)."
         )
     if missing:
         print(f"{len(missing)} of {len(records)} prompts are without facts", file=sys.stderr)

@@ -2,8 +2,8 @@
 
     L = -log sigmoid(r(x, y+) - r(x, y-)) + 1e-3 |mean(r(x, y+) + r(x, y-))|                   x = image and prompt
 
-The first term is Amirloo et al. 2024, eq. 1; the second, in the code of Sun et al. 2023, keeps rewards near 0. r is a linear head
-on the last hidden state of what the model reads:
+The first term is Amirloo et al. 2024, eq. 1; the second, in the code of Sun et al. 2023, keeps rewards near 0. r is a linear
+head on the last hidden state of what the model reads:
 
     prompt with image | answer | USER: Rate this answer. Is all of it in the picture? The picture shows: - ... - ...
                                  Is it helpful? Is the language right? Is it too long? ASSISTANT:
@@ -20,21 +20,22 @@ It starts from the supervised model: LoRA on the LLM and a fresh head train, tow
 holds adapter/ (PEFT), head.safetensors and reward.json; `checkpoints.load_reward` puts them on the base they were trained on.
 Step 0 must print a loss near ln 2 = 0.69 and an accuracy near .5.
 
-Toy data are vlfeedback.jsonl, the base model's own answers, ranked: they are what PPO will show to the reward model. On povid.json
-(truth against corrupted truth) it would learn to tell two texts that the policy does not write; the paper's PPO collapsed on that.
+Toy data are vlfeedback.jsonl, the base model's own answers, ranked: they are what PPO will show to the reward model. On
+povid.json (truth against corrupted truth) it would learn to tell texts that the policy does not write; the PPO and RLOO of
+Amirloo et al. collapsed on such a reward model.
 
 Choices where the papers are silent, and deviations:
-1. The wording of the evaluation turn is ours, and r is read at the cue of its answer; the original writes some words of that answer.
-2. Both answers share one row with prompt and image: the same scores as one by one. The turn is part of each answer's own segment.
+1. The wording of the evaluation turn is ours, and r is read at the cue of its answer; the original writes some words of it.
+2. Both answers share one row with prompt and image: the same scores as one by one. The turn is part of each answer's segment.
 3. LoRA has alpha = 2 rank, here as everywhere in this project; the original has rank 64, alpha 16.
 4. The mean of the centring term is over the pairs of a forward pass, as there over those of a device.
-5. AdamW without weight decay, clipping at 1 (there a paged AdamW, .3). One epoch; it stopped at step 200 by held-out accuracy: --steps.
+5. AdamW without weight decay, clipping at 1 (there paged, .3). One epoch; the original was stopped at step 200: --steps.
 6. Of multiple-choice questions the facts are their rationales (`aok_<file>`) where the file has them, else the captions.
 
-Metrics: `loss`; `rewards/chosen`, `rewards/rejected` = r(x, y+), r(x, y-); `rewards/margins` their difference; `rewards/accuracies`
-share of pairs with a positive one; `grad_norm` before clipping; `step_seconds`.
-metrics.json, for each data file, of pairs whose pictures were not trained on: `accuracy`; `loss`; `calibration`: of the pairs in
-which the model gives its favourite a probability between the bin's bounds, how many, their mean probability and the share in
+Metrics: `loss`; `rewards/chosen`, `rewards/rejected` = r(x, y+), r(x, y-); `rewards/margins` their difference;
+`rewards/accuracies` share of pairs with a positive one; `grad_norm` before clipping; `step_seconds`.
+metrics.json, for each data file, of pairs whose pictures were not trained on: `accuracy`; `loss`; `calibration`: of pairs in which
+the model gives its favourite a probability between the bin's bounds, how many, their mean probability and the share in
 which the favourite was the preferred one (equal in a calibrated model); `length_correlation` of r with the answer's
 tokens over all answers; `longer_preferred` and `longer_favoured`: share of pairs in which the longer answer is the annotator's
 choice, and the model's (alike, or the model counts words).
@@ -73,9 +74,9 @@ def parse():
     )
     group.add_argument("--no-facts", action="store_true", help="the plain reward model: an evaluation turn without captions")
     group.add_argument("--missing-facts", default="refuse", choices=("refuse", "count"),
-                       help="a picture without captions stops the run, or is rated without and counted (default %(default)s)")  # fmt: skip
+                       help="a picture without captions stops the run, or is counted (default %(default)s)")  # fmt: skip
     group.add_argument("--held-out", type=int, default=500, metavar="N",
-                       help="pairs of each file kept for evaluation, whole pictures, a fifth at most (paper %(default)s)")  # fmt: skip
+                       help="pairs of each file not trained on, whole pictures, at most a fifth (paper %(default)s)")  # fmt: skip
     group.add_argument(
         "--centre", type=float, default=1e-3, help="weight of the term that keeps rewards near 0 (paper %(default)s)"
     )
@@ -87,8 +88,8 @@ def parse():
     if not (args.facts or args.no_facts):
         raise BadInput("--facts FILE (captions of the pictures, as in image_to_caption.json) or --no-facts is needed.")
     if not (args.lora_rank and args.lr) or args.projector_lr or args.merge:
-        raise BadInput("a reward model is LoRA and a head beside a frozen base: --lora-rank and --lr above 0, no --projector-lr, "
-                       "no --merge.")  # fmt: skip
+        raise BadInput("a reward model is LoRA and a head beside a frozen base: --lora-rank and --lr above 0, "
+                       "no --projector-lr, no --merge.")  # fmt: skip
     if args.held_out < 1 or not (math.isfinite(args.centre) and args.centre >= 0):
         raise BadInput(f"--held-out {args.held_out} must be 1 or more, --centre {args.centre} 0 or more.")
     return args
@@ -115,8 +116,8 @@ def facts_for(records, args):
     missing = [r for r, facts in zip(records, found) if facts is None]
     if missing and args.missing_facts == "refuse":
         raise BadInput(
-            f"{missing[0].where}: {args.facts} has no caption of {missing[0].image} ({len(missing)} of {len(records)} pairs are "
-            "without; --missing-facts count rates them without, --no-facts all)."
+            f"{missing[0].where}: {args.facts} has no caption of {missing[0].image} ({len(missing)} of {len(records)} "
+            "pairs are without; --missing-facts count rates them without, --no-facts all)."
         )
     if missing:
         print(f"{len(missing)} of {len(records)} pairs are without facts", file=sys.stderr)
@@ -210,9 +211,8 @@ def table(before, after):
     lines = []
     for path, f in after.items():
         lines.append(f"{path}: {f['n']} held-out pairs")
-        lines.append(
-            f"  accuracy {before[path]['accuracy']:.3f} -> {f['accuracy']:.3f}, loss {before[path]['loss']:.3f} -> {f['loss']:.3f}"
-        )
+        for name in ("accuracy", "loss"):
+            lines.append(f"  {name} {before[path][name]:.3f} -> {f[name]:.3f}")
         lines.append(f"  score and length: correlation {f['length_correlation']:.2f}; the longer answer is preferred "
                      f"{f['longer_preferred'] or 0:.2f}, favoured {f['longer_favoured'] or 0:.2f}")  # fmt: skip
         lines.append("  probability   pairs  predicted  observed")

@@ -202,8 +202,9 @@ def test_without_a_rate_nothing_moves(llava, advantage):
     old, kl = torch.cat(old), torch.cat(old) - torch.cat(seen[False])
     assert metrics["response_length"] == sum(map(len, tokens)) / 18
     assert metrics["objective/kl"] == pytest.approx(float(kl.sum()) / 18, abs=1e-4) and kl.abs().max() > 1e-3
-    scored = [data.replace(e, answers=tokens[3 * i : 3 * i + 3], scored=[torch.ones(len(t), dtype=torch.bool) for t in tokens[3 * i : 3 * i + 3]])
-              for i, e in enumerate(some)]  # fmt: skip
+    ones = lambda group: [torch.ones(len(t), dtype=torch.bool) for t in group]
+    groups = [tokens[3 * i : 3 * i + 3] for i in range(6)]
+    scored = [data.replace(e, answers=group, scored=ones(group)) for e, group in zip(some, groups)]
     again, _ = log_probs(processor.collate(scored))
     assert (again - old).abs().max() < 1e-5
 
