@@ -14,6 +14,7 @@ transformers leaves a weight that it does not find at its random start and goes 
 tower of a file written as `vision_tower.X`). Here a missing or an unexpected tensor is an error.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -449,16 +450,22 @@ def compose(vision, llm, dtype=torch.float32, device="cpu", template="vicuna_v1"
 # ---- save
 
 
-def adapters(model):
-    """(our name, module) of every LoRA layer."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+def adapters(model, adapter="policy"):
+    """(our name of the layer, its LoRA) of every layer that has this adapter."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+    return [(name, m.adapters[adapter]) for name, m in layers if adapter in m.adapters]
+
+
+def not_of_base(name):
+    """Is this tensor one of LoRA's, or of a scalar head?"""
+    return name.endswith((".lora_A", ".lora_B")) or name.startswith("heads.")
 
 
 def merged(model, dtype):
-    """(hub name, tensor to write) of every weight; LoRA is added in float32."""
+    """(hub name, tensor to write) of every weight; the policy's LoRA is added in float32."""
     lora = {f"{name}.base.weight": m for name, m in adapters(model)}
     for name, tensor in model.state_dict().items():
-        if name.endswith((".lora_A", ".lora_B")) or name == "llm.lm_head.weight" and is_tied(model.llm):
+        if not_of_base(name) or name == "llm.lm_head.weight" and is_tied(model.llm):
             continue
         if name in lora:
             tensor = tensor.float() + lora[name].scale * (lora[name].lora_B @ lora[name].lora_A)
@@ -568,7 +575,7 @@ def save(model, processor, folder, dtype=None):
 
 
 @torch.no_grad()
-def save_adapter(model, folder, base_name):
+def save_adapter(model, folder, base_name, adapter="policy"):
     """Write LoRA, and the projector if it trains, as a PEFT adapter of LlavaForConditionalGeneration (or LlavaNext...).
 
     `PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base_name), folder)` loads it; tried with
@@ -577,7 +584,7 @@ def save_adapter(model, folder, base_name):
     first, and PEFT 0.21 stops with a KeyError without the second. PEFT 0.10 stops at fields of the config that it does
     not know, so the newer ones are left out.
     """
-    lora = adapters(model)
+    lora = adapters(model, adapter)
     if not lora or any(p.requires_grad for p in model.vision.parameters()):
         found = "the model has no LoRA" if not lora else "the vision tower trains"
         raise BadInput(f"{folder}: {found}, so an adapter cannot hold what was trained; save the whole model instead.")
@@ -611,8 +618,10 @@ def save_adapter(model, folder, base_name):
 
 
 @torch.no_grad()
-def load_adapter(model, folder):
+def load_adapter(model, folder, adapter="policy"):
     """Read a PEFT LoRA adapter into a model that is not prepared yet: `model.prepare`, then copy. Returns the model.
+
+    Under another name than "policy" it joins what is there, and must not hold a projector, which all adapters share.
 
     Accepted is LoRA of one rank on linear layers of the LLM, and a projector in `modules_to_save`, in any naming of
     transformers. Other fields of the config are not looked at: what matters in them would show in the tensors, and a
@@ -636,14 +645,22 @@ def load_adapter(model, folder):
         found[new] = tensor
     targets = {name.split(".")[-3] for name in found if name.endswith(".lora_A.weight")}
     projector = any(name.startswith("multi_modal_projector.") for name in found)
-    model.prepare(lora_rank=rank, lora_alpha=alpha, projector=projector)
+    if adapter == "policy":
+        model.prepare(lora_rank=rank, lora_alpha=alpha, projector=projector)
+    elif projector:
+        raise BadInput(f"{folder}: holds a projector; an adapter that stands beside another is LoRA alone.")
+    else:
+        model.add_adapter(adapter, rank, alpha)
     slots = {our_hub_name(f"projector.{k}"): v for k, v in model.projector.state_dict().items()} if projector else {}
-    for name, m in adapters(model):
+    for name, m in adapters(model, adapter):
         parent, leaf = name.rsplit(".", 1)
         if leaf in targets:
             slots |= {f"{our_hub_name(name)}.lora_A.weight": m.lora_A, f"{our_hub_name(name)}.lora_B.weight": m.lora_B}
-        else:
-            setattr(model.get_submodule(parent), leaf, m.base)  # `prepare` adapts all of LORA_TARGETS
+            continue
+        layer = model.get_submodule(name)
+        del layer.adapters[adapter]  # all of LORA_TARGETS were adapted
+        if not layer.adapters:
+            setattr(model.get_submodule(parent), leaf, layer.base)
     fill(slots, found, folder)
     return model
 
@@ -651,7 +668,52 @@ def load_adapter(model, folder):
 def merge(model):
     """Add LoRA to the weights it stands beside, in float32, and take it away. Returns the model."""
     for name, m in adapters(model):
-        m.base.weight.copy_(m.base.weight.float() + m.scale * (m.lora_B @ m.lora_A))
+        base = model.get_submodule(name).base
+        base.weight.copy_(base.weight.float() + m.scale * (m.lora_B @ m.lora_A))
         parent, leaf = name.rsplit(".", 1)
-        setattr(model.get_submodule(parent), leaf, m.base)
+        setattr(model.get_submodule(parent), leaf, base)
     return model
+
+
+# ---- reward models: an adapter, a scalar head, and what they were trained to read
+
+
+def base_hash(model):
+    """A hash of the frozen weights, the same for every dtype: of names and up to 4096 values of each, as bfloat16."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not not_of_base(name):
+            some = tensor.flatten()[:: max(1, tensor.numel() // 4096)].to("cpu", torch.bfloat16).contiguous()
+            digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
+            digest.update(some.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def save_reward(model, folder, base_name, settings, name="reward"):
+    """Write adapter and head of this name into a folder: adapter/ (PEFT), head.safetensors, reward.json.
+
+    settings: what `load_reward` gives back. reward.json is written last; beside them it holds the base's name and hash.
+    """
+    folder = Path(folder)
+    save_adapter(model, folder / "adapter", base_name, name)
+    head = {k: v.detach().cpu().contiguous() for k, v in model.heads[name].state_dict().items()}
+    save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
+    training.write_json(folder / "reward.json", {"base_name": str(base_name), "base": base_hash(model)} | settings)
+
+
+@torch.no_grad()
+def load_reward(model, folder, name="reward"):
+    """Stand a saved reward model on the base that it was trained on: adapter and head of this name, frozen -> reward.json."""
+    folder = Path(folder)
+    settings = read_json(folder / "reward.json")
+    if settings.get("base") != (found := base_hash(model)):
+        raise BadInput(
+            f"{folder}: this reward model was trained on {settings.get('base_name')} (weights {settings.get('base')}); "
+            f"the model that is loaded is another (weights {found})."
+        )
+    load_adapter(model, folder / "adapter", name)
+    model.add_head(name)
+    fill(model.heads[name].state_dict(), tensor_index(folder, "head"), folder)
+    for p in model.parameters_of(name):
+        p.requires_grad_(False)
+    return settings

@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ from PIL import Image
 
 import training
 from files import image_hash, image_size, open_image
-from layouts import LAYOUTS, Record, load, read, refusals
+from layouts import LAYOUTS, Record, captions, load, read, refusals
 from model import BadInput, pack
 
-__all__ = ["LAYOUTS", "Record", "image_hash", "load", "open_image", "read"]  # of files.py and layouts.py, one door for the scripts
+__all__ = ["LAYOUTS", "Record", "captions", "image_hash", "load", "open_image", "read"]  # one door for the scripts
 
 
 # ---- prompts
@@ -57,6 +58,7 @@ TEMPLATES = {
     ),
     "plain": Template("", "{}\n", "{}\n"),  # no roles, for a model that knows none yet
 }
+CHOICE = re.compile(r"^A[.)] .+\n+B[.)] ", re.M)  # the options of a multiple-choice question
 SPECIAL = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
 
 
@@ -228,6 +230,23 @@ class Processor:
         return pack([e.prompt for e in examples], [e.answers for e in examples], [e.scored for e in examples], pixel_values,
                     image_sizes=image_sizes)  # fmt: skip
 
+    def rated(self, example, question):
+        """The example as a reward model reads it: behind each answer one more user turn, up to the cue of its answer.
+
+        question: what that turn asks. An answer that was cut off gets its end token, as every answer of the data has.
+        """
+        turn = torch.tensor(self._ids(*self._user(question, False, 0)))
+        answers = []
+        for ids in example.answers:
+            closed = len(ids) and int(ids[-1]) in self.stop_ids
+            answers.append(torch.cat([ids, turn] if closed else [ids, torch.tensor([self.end_id]), turn]))
+        longest = len(example.prompt) + max(map(len, answers))
+        if longest > self.max_length:
+            raise BadInput(
+                f"{example.record.where}: prompt, answer and evaluation of {longest} tokens; the limit is {self.max_length}."
+            )
+        return replace(example, answers=answers, scored=[torch.ones(len(a), dtype=torch.bool) for a in answers])
+
     def text(self, ids):
         """Token ids of an answer -> its text, without the end token."""
         return self.tokenizer.decode(ids[~torch.isin(ids, torch.tensor(self.stop_ids))], skip_special_tokens=False).strip()
@@ -255,6 +274,30 @@ def share_prompt(examples):
             scored += [torch.cat([torch.zeros(len(rest), dtype=torch.bool), s]) for s in e.scored]
         shared.append(Example(group[0].prompt[:common], answers, scored, group[0].record))
     return shared
+
+
+def facts_of(record, known):
+    """The captions of a record's picture, `known` being {image name: [text, ...]}; None if there are none.
+
+    A record without picture has []. Names are those of LLaVA-RLHF: the file's, COCO's without what stands before its number, and aok_<file> for the
+    rationales of a multiple-choice question.
+    """
+    if record.image is None:
+        return []
+    name = Path(str(record.image)).name
+    names = [name, name.rsplit("_", 1)[-1]]
+    if CHOICE.search(record.turns[-1]):
+        names = [f"aok_{n}" for n in names] + names
+    return next((known[n] for n in names if n in known), None)
+
+
+def evaluation(question, intro, facts, rng):
+    """The text of a reward model's evaluation turn: `{facts}` becomes the facts in random order, one bullet a line.
+
+    intro: what introduces them; without facts nothing takes the place of `{facts}`.
+    """
+    bullets = "".join(f"\n- {text}" for text in rng.sample(facts, len(facts)))
+    return question.replace("{facts}", intro + bullets if facts else "")
 
 
 def generate(model, processor, records, max_new_tokens, temperature=0.0, k=1, batch_size=64, seed=0, label="generate"):

@@ -153,6 +153,12 @@ def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes
     return Batch(input_ids, position_ids, segments, cat(index), cat(targets), cat(owner), n, pixel_values, image_sizes)
 
 
+def last_tokens(batch):
+    """Flat position of the last token of every answer of a batch, (answers,). No answer may be empty."""
+    following = F.pad(batch.segments[:, 1:], (0, 1), value=-1)
+    return ((batch.segments > 0) & (batch.segments != following)).flatten().nonzero()[:, 0]
+
+
 def attention_mask(segments, hidden=None):
     """Which position sees which: (B, L) segments -> (B, 1, L, L) boolean, True = visible.
 
@@ -170,23 +176,57 @@ def attention_mask(segments, hidden=None):
 # ---- LoRA
 
 
-class LoRALinear(nn.Module):
-    """y = x W^T + (alpha / rank) x A^T B^T (Hu et al. 2021). A and B are float32; B starts at 0, so training starts at W."""
+class LoRA(nn.Module):
+    """(alpha / rank) x A^T B^T (Hu et al. 2021). A and B are float32; B starts at 0, so training starts at the base weight."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        self.base, self.scale, self.enabled = base, alpha / rank, True
+        self.scale = alpha / rank
         new = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **new))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
 
     def forward(self, x):
+        low = F.linear(x, self.lora_A.to(x.dtype))
+        return self.scale * F.linear(low, self.lora_B.to(x.dtype))
+
+
+class LoRALinear(nn.Module):
+    """y = x W^T, and what the adapter in use adds: several named adapters stand over one frozen W (`MLLM.use`).
+
+    `active` is the name of the one in use, None for W alone. "policy" is the one that preference optimization trains.
+    """
+
+    def __init__(self, base, rank, alpha, name="policy"):
+        super().__init__()
+        self.base, self.adapters, self.active = base, nn.ModuleDict({name: LoRA(base, rank, alpha)}), "policy"
+
+    def forward(self, x):
         y = self.base(x)
-        if self.enabled:
-            low = F.linear(x, self.lora_A.to(x.dtype))
-            y = y + self.scale * F.linear(low, self.lora_B.to(x.dtype)).to(y.dtype)
+        if self.active in self.adapters:
+            y = y + self.adapters[self.active](x).to(y.dtype)
         return y
+
+    @property
+    def enabled(self):
+        return self.active is not None
+
+    @enabled.setter
+    def enabled(self, on):
+        self.active = "policy" if on else None
+
+    @property
+    def lora_A(self):
+        return self.adapters["policy"].lora_A
+
+    @property
+    def lora_B(self):
+        return self.adapters["policy"].lora_B
+
+    @property
+    def scale(self):
+        return self.adapters["policy"].scale
 
 
 # ---- the model
@@ -259,6 +299,7 @@ class MLLM(nn.Module):
         if anyres:
             self.image_newline = nn.Parameter(torch.zeros_like(llm.get_input_embeddings().weight[0]))
         self.initial_projector, self.initial_llm = None, []
+        self.heads = nn.ModuleDict()  # scalar heads by name, of reward and value models
         head = llm.get_output_embeddings()
         if head.bias is not None or getattr(llm.config, "final_logit_softcapping", None):
             raise BadInput(
@@ -289,14 +330,7 @@ class MLLM(nn.Module):
         """
         self.requires_grad_(False)
         if llm and lora_rank:
-            for block in self.llm.base_model.layers:
-                for module in list(block.modules()):
-                    for name, child in list(module.named_children()):
-                        if isinstance(child, nn.Linear) and name not in LORA_TARGETS:
-                            raise BadInput(f"LoRA: no adapter is known for the layer {name}; known are {', '.join(LORA_TARGETS)}.")
-                        if isinstance(child, nn.Linear):
-                            alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
-                            setattr(module, name, LoRALinear(child, lora_rank, alpha))
+            self.add_adapter("policy", lora_rank, lora_alpha)
         elif llm:
             if keep_reference:
                 self.initial_llm = [copy.deepcopy(self.llm)]  # in a list: no part of the model, of its files or its optimizer
@@ -307,6 +341,48 @@ class MLLM(nn.Module):
         if vision:
             self.vision.float().requires_grad_(True)
         return self
+
+    def add_adapter(self, name, rank, alpha=None):
+        """Stand LoRA of this name beside every linear layer of the LLM's blocks; it trains. alpha defaults to 2 rank."""
+        alpha = 2 * rank if alpha is None else alpha
+        for block in self.llm.base_model.layers:
+            for module in [m for m in block.modules() if not isinstance(m, LoRALinear)]:
+                for leaf, child in list(module.named_children()):
+                    if isinstance(child, LoRALinear):
+                        child.adapters[name] = LoRA(child.base, rank, alpha)
+                    elif isinstance(child, nn.Linear):
+                        if leaf not in LORA_TARGETS:
+                            raise BadInput(f"LoRA: no adapter is known for the layer {leaf}; known are {', '.join(LORA_TARGETS)}.")
+                        setattr(module, leaf, LoRALinear(child, rank, alpha, name))
+
+    def add_head(self, name):
+        """A scalar head over the hidden state, D -> 1, float32, its bias at 0; it trains."""
+        self.heads[name] = nn.Linear(self.llm.config.hidden_size, 1, device=self.device, dtype=torch.float32)
+        nn.init.zeros_(self.heads[name].bias)
+
+    def parameters_of(self, name):
+        """The parameters of the adapter and of the head of this name."""
+        adapters = [m.adapters[name] for m in self.modules() if isinstance(m, LoRALinear) and name in m.adapters]
+        heads = [self.heads[name]] if name in self.heads else []
+        return [p for m in adapters + heads for p in m.parameters()]
+
+    @contextlib.contextmanager
+    def use(self, name):
+        """Inside, the adapter of this name acts instead of "policy"; None: the base alone.
+
+        A backward pass belongs inside too: gradient checkpointing runs the blocks again in it.
+        """
+        layers = [m for m in self.modules() if isinstance(m, LoRALinear)]
+        if name is not None and not any(name in m.adapters for m in layers):
+            raise BadInput(f"the model has no adapter {name!r}.")
+        before = [m.active for m in layers]
+        try:
+            for m in layers:
+                m.active = name
+            yield self
+        finally:
+            for m, active in zip(layers, before):
+                m.active = active
 
     @contextlib.contextmanager
     def reference(self):
@@ -402,6 +478,11 @@ class MLLM(nn.Module):
         """log p(answer | prompt): the sum over its scored tokens, (answers,)."""
         log_p, _ = self.log_probs(batch)
         return log_p.new_zeros(batch.answers).index_add(0, batch.owner, log_p)
+
+    def values(self, batch, at, head):
+        """A scalar head on the hidden states at the flat positions `at` (N,) of a batch -> (N,) float32."""
+        h = self.hidden(batch).flatten(0, 1)[at]  # (N, D)
+        return self.heads[head](h.float())[:, 0]
 
     @torch.no_grad()
     def sample(self, prompts, pixel_values=None, k=1, max_new_tokens=256, temperature=1.0, stop_ids=(), image_mask=None,

@@ -276,7 +276,7 @@ def optimizer_for(model, lr, projector_lr, vision_lr=0.0):
     """
     import torch
 
-    rates = {"llm": lr, "projector": projector_lr, "vision": vision_lr}
+    rates = {"llm": lr, "projector": projector_lr, "vision": vision_lr, "heads": lr}
     groups = []
     for name, rate in rates.items():
         params = [p for p in getattr(model, name).parameters() if p.requires_grad]

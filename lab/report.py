@@ -172,7 +172,11 @@ def _words(draw, text, x, y, width, font, red):
 
 
 def _curves(
-    path, width, height, panels=(("loss",), ("rewards/chosen", "rewards/rejected"), ("logps/chosen", "logps/rejected"))
+    path,
+    width,
+    height,
+    panels=(("loss",), ("rewards/chosen", "rewards/rejected"), ("logps/chosen", "logps/rejected"))
+    + (("objective/scores",), ("objective/kl",), ("response_length",)),
 ):
     """Training curves of a metrics.jsonl, a panel for each group of metrics that it holds."""
     lines = [json.loads(line) for line in open(path)]
