@@ -25,6 +25,7 @@ the reward model's adapter, its head at 0; it reads the policy's prompt, never t
     length       -10 tokens / --max-new-tokens              unfinished  -8 for an answer that was cut off
 
 The prompts are those of --data in any layout; its answers (the first of a pair) are taken as the right ones.
+The toy settings have not been measured at full length yet, so nothing is promised of their result.
 
 Choices where the papers are silent, and deviations. Sun et al.'s code has these, and here they are mended:
 1. The terminal reward stands at the last real token, there at the last padded slot. Padding enters no mean, whitening or loss.
