@@ -4,11 +4,12 @@
 
 `step`: LoRA DPO steps in float32 of a LLaVA with random weights, about 62 M parameters: pictures of 576 tokens, prompts of about 45
 text tokens, answers of about 70, 4 pairs a step, rank 16 on all linear layers of the LLM. All take the same weights, pictures,
-tokens and one thread, each in a process of its own. Gradient checkpointing, TRL's default, is off for all.
+tokens and one thread, each in a process of its own. Gradient checkpointing, TRL's default, is off for all but the last.
     ours    the calls of dpo.py's loop: packed rows, answer rows through the fused head, reference log-probs cached
     naive   padded batch of 2B rows, logits of all positions, log_softmax and gather, reference pass in every step (as
             eric-mitchell/direct-preference-optimization; transformers' LLaVA, our LoRA)
     trl     DPOTrainer and a PEFT LoRA; with pictures it cannot cache the reference: adapters off in every step
+    trl-default    the same with gradient checkpointing, as it is without the flag that switches it off
 A step's seconds = (reference pass over the timed pairs + the timed steps, pictures decoded in both) / steps, for one epoch, the
 least favourable to a cache; a first step warms up and is left out. They are CPU seconds: with one thread those of the clock on an
 idle machine, and less changed by other work. Peak = high-water mark of RSS less RSS before the first step, so without weights and
@@ -177,7 +178,7 @@ def naive(folder):
     return train(batches, score, [p for p in model.parameters() if p.requires_grad], base)
 
 
-def trl(folder):
+def trl(folder, gradient_checkpointing=False):
     """TRL's trainer as its users call it; its log gives the log-probs of step 0 as means of the batch."""
     import datasets
     import peft
@@ -190,7 +191,7 @@ def trl(folder):
     ends, clock = [], transformers.TrainerCallback()
     clock.on_step_end = lambda *args, **kwargs: ends.append(time.process_time())
     config = DPOConfig("trl", num_train_epochs=1, per_device_train_batch_size=size["batch"], learning_rate=LR, beta=BETA, bf16=False,
-                       max_length=None, gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
+                       max_length=None, gradient_checkpointing=gradient_checkpointing, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
                        train_sampling_strategy="sequential", disable_tqdm=True, dataloader_pin_memory=False)  # fmt: skip
     trainer = DPOTrainer(
         transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32), args=config, callbacks=[clock],
@@ -245,7 +246,7 @@ def negatives(name, folder):
 
 
 SECTIONS = {
-    "step": {"ours": ours, "naive": naive, "trl": trl},
+    "step": {"ours": ours, "naive": naive, "trl": trl, "trl-default": functools.partial(trl, gradient_checkpointing=True)},
     "head": {n: functools.partial(head, n) for n in ("fused", "answer-rows", "naive-head", "trl-selective")},
     "negatives": {n: functools.partial(negatives, n) for n in ("one-prefill", "prefill-a-sentence")},
 }
