@@ -129,7 +129,7 @@ def test_scenes_are_as_said(folder, oracle):
 def test_instruct_layout(folder):
     rows = load(folder, "instruct.json")
     with_image = [row for row in rows if "image" in row]
-    assert len(with_image) == 6 * 400 and 200 <= len(rows) - len(with_image) <= 500
+    assert len(with_image) == 7 * 400 and 200 <= len(rows) - len(with_image) <= 500
     assert len({row["id"] for row in rows}) == len(rows)
     ends = 0
     for row in rows:
