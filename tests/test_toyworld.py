@@ -141,7 +141,7 @@ def test_instruct_layout(folder):
             ends += human["value"].endswith("\n<image>")
     assert 0.1 < ends / len(with_image) < 0.3
     kinds = Counter(row["id"][-1] for row in with_image)
-    assert kinds == {str(i): 400 for i in range(6)}
+    assert kinds == {str(i): 400 for i in range(7)}
     choices = sum(turns(row)[0].startswith("Which object") for row in with_image)
     assert 60 < choices < 140
 
