@@ -17,7 +17,7 @@ of answers are drawn at once, and the answer diverges and rejoins (Algorithm 1):
             y-_k = first part + pi(. | prompt, masked image, y+_1 .. y+_k-1, first part), up to a full stop or the end
         return y- unless similarity(y-, y+) >= eps_s
 
-    python bdhs.py                                       # toy world: preferences.json for dpo.py, statistics, a picture
+    python bdhs.py                                       # toy world: preferences.json for dpo.py --lr 3e-4, statistics, a picture
     python bdhs.py --model llava-hf/llava-v1.6-vicuna-7b-hf --data povid.json --images DIR
     python bdhs.py --online                              # train: every step draws its negatives from the current policy
 
@@ -391,8 +391,7 @@ def offline(args, out, records, examples, drawer):
     report.negatives(out / "negatives.png", records, negatives, drawer.processor)
     images = out / "images" if (out / "images").is_dir() else args.images or Path(args.data[0]).parent
     print(f"picture: {out / 'negatives.png'}", file=sys.stderr)
-    start = f"--seed {args.seed} --lr {TOY['lr']}" if args.toy_world else f"--model {args.model}"
-    print(f"train on it: python dpo.py {start} --data {out / 'preferences.json'} --images {images}", file=sys.stderr)
+    print(f"train on it: python dpo.py --data {out / 'preferences.json'} --images {images} and the same --model", file=sys.stderr)
 
 
 def image_name(image, args, out):

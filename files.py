@@ -43,8 +43,8 @@ class PackedImage:
 def _unpacked(file):
     """All pictures of a file, one after another in `.cache/pictures-*`, written at the first use -> (path, where each starts).
 
-    Training reads in random order, which parquet does not allow: one picture costs its page, up to 1000 pictures. Memory is
-    bounded by the row group, not by the file: 320 MB at groups of 1000 rows of 160 kB, 50 MB at groups of 100, and then none.
+    Training reads in random order, which parquet does not allow: one picture costs its page, up to 1000 pictures. Memory while
+    unpacking is bounded by the row group, about twice its size, not by the file; afterwards by one picture.
     """
     folder = Path(".cache") / f"pictures-{_file_hash(file)[:16]}"
     if not folder.is_dir():

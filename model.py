@@ -208,26 +208,6 @@ class LoRALinear(nn.Module):
             y = y + self.adapters[self.active](x).to(y.dtype)
         return y
 
-    @property
-    def enabled(self):
-        return self.active is not None
-
-    @enabled.setter
-    def enabled(self, on):
-        self.active = "policy" if on else None
-
-    @property
-    def lora_A(self):
-        return self.adapters["policy"].lora_A
-
-    @property
-    def lora_B(self):
-        return self.adapters["policy"].lora_B
-
-    @property
-    def scale(self):
-        return self.adapters["policy"].scale
-
 
 # ---- the model
 
@@ -387,25 +367,22 @@ class MLLM(nn.Module):
     @contextlib.contextmanager
     def reference(self):
         """Inside, the model is the one that training started from: adapters off, projector (and LLM) at the initial copy."""
-        adapters = [m for m in self.modules() if isinstance(m, LoRALinear)]
-        if not adapters and not self.initial_llm and any(p.requires_grad for p in self.llm.parameters()):
+        adapted = any(isinstance(m, LoRALinear) for m in self.modules())
+        if not adapted and not self.initial_llm and any(p.requires_grad for p in self.llm.parameters()):
             raise BadInput("--lora-rank 0 trains the LLM itself, so the reference policy is gone: cache its log-probs before.")
         if any(p.requires_grad for p in self.vision.parameters()):
             raise BadInput("the vision tower trains, so the reference policy is gone: cache its log-probs before.")
         trained = {k: v.clone() for k, v in self.projector.state_dict().items()} if self.initial_projector else None
         trained_llm = self.llm
         try:
-            for m in adapters:
-                m.enabled = False
             if self.initial_llm:
                 self.llm = self.initial_llm[0]
             if trained:
                 self.projector.load_state_dict(self.initial_projector)
-            yield self
+            with self.use(None):
+                yield self
         finally:
             self.llm = trained_llm
-            for m in adapters:
-                m.enabled = True
             if trained:
                 self.projector.load_state_dict(trained)
 

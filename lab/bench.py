@@ -160,7 +160,7 @@ def naive(folder):
 
     def log_probs(enabled, labels, **inputs):
         for m in adapters:
-            m.enabled = enabled
+            m.active = "policy" if enabled else None
         logits = model(**inputs, use_cache=False).logits[:, :-1]  # (2B, L - 1, V)
         log_p = logits.log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
         return (log_p * (labels[:, 1:] >= 0)).sum(-1).view(2, -1).T  # (B, 2)

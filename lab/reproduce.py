@@ -104,12 +104,12 @@ def table(cells):
 
 
 def chart(cells, path):
-    """Draw the trade-off: hallucination against recall, and against adversarial accuracy; small dots are seeds, large ones means."""
+    """Draw the trade-off: hallucination against recall, and against adversarial accuracy; small dots are seeds, numbers means."""
     axes = ((("chair", "recall"), "object recall"), (("pope", "adversarial", "accuracy"), "POPE adversarial accuracy"))
     bases = {seed: cell["before"] for row in cells.values() for seed, cell in row.items()}
     shown = {"base": list(bases.values())} | {row: [c["after"] for c in by_seed.values()] for row, by_seed in cells.items()}
     width, height, left, top = 520, 460, 70, 50
-    sheet = Image.new("RGB", (2 * width + 230, height), "white")
+    sheet = Image.new("RGB", (2 * width + 290, height), "white")
     draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
     draw.text((left, 14), "CHAIR_s (down is better) against what is kept (right is better)", "black", font)
     colours = [f"hsl({360 * i // len(shown)}, 75%, 42%)" for i in range(len(shown))]
@@ -126,12 +126,16 @@ def chart(cells, path):
             draw.text((panel * width + left - 36, at(x0, y)[1] - 7), f"{y:.2f}", "gray", small)
         draw.text((panel * width + left, height - 26), label, "black", font)
         for seeds, colour in zip(points, colours):
-            mean = [statistics.mean(v) for v in zip(*seeds)]
-            for (x, y), r in [(at(*point), 3) for point in seeds] + [(at(*mean), 7)]:
-                draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+            for x, y in (at(*point) for point in seeds):
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+        for number, (seeds, colour) in enumerate(zip(points, colours)):
+            x, y = at(*(statistics.mean(v) for v in zip(*seeds)))
+            draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=colour)
+            draw.text((x, y), str(number), "white", small, anchor="mm")
     for i, (row, colour) in enumerate(zip(shown, colours)):
         x, y = 2 * width + 8, top + 24 * i
-        draw.ellipse((x, y, x + 14, y + 14), fill=colour)
+        draw.ellipse((x, y, x + 16, y + 16), fill=colour)
+        draw.text((x + 8, y + 8), str(i), "white", small, anchor="mm")
         draw.text((x + 22, y), "base" if row == "base" else ROWS[row][0], "black", small)
     sheet.save(path)
 

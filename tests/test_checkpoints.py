@@ -572,10 +572,11 @@ def test_lora_is_merged_in_float32(tmp_path, folder):
     model.prepare(lora_rank=4, projector=False)
     layer = model.llm.model.layers[1].mlp.up_proj
     with torch.no_grad():
-        layer.lora_B.normal_()
+        layer.adapters["policy"].lora_B.normal_()
     save(model, processor, tmp_path / "out", dtype=torch.float32)
     got = load_file(tmp_path / "out" / "model.safetensors")["language_model.model.layers.1.mlp.up_proj.weight"]
-    assert torch.equal(got, layer.base.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A))
+    lora = layer.adapters["policy"]
+    assert torch.equal(got, layer.base.weight.float() + lora.scale * (lora.lora_B @ lora.lora_A))
 
 
 @pytest.mark.parametrize(

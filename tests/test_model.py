@@ -492,9 +492,10 @@ def test_lora_starts_at_the_base(build, dtype):
 def test_lora_is_a_product_added_to_the_weight():
     torch.manual_seed(0)
     layer = LoRALinear(torch.nn.Linear(6, 5), rank=2, alpha=3)
-    torch.nn.init.normal_(layer.lora_B)
+    lora = layer.adapters["policy"]
+    torch.nn.init.normal_(lora.lora_B)
     x = torch.randn(4, 6)
-    want = x @ (layer.base.weight + 1.5 * layer.lora_B @ layer.lora_A).t() + layer.base.bias  # 3 / 2 = 1.5
+    want = x @ (layer.base.weight + 1.5 * lora.lora_B @ lora.lora_A).t() + layer.base.bias  # 3 / 2 = 1.5
     assert torch.allclose(layer(x), want, atol=1e-5)
 
 
