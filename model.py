@@ -19,6 +19,9 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -86,11 +89,13 @@ class FusedLogProb(torch.autograd.Function):
     def minus_softmax(h, weight, targets):
         """One chunk: -softmax (n, V), log p(target) (n,), entropy (n,)."""
         z = (h @ weight.t()).to(torch.promote_types(h.dtype, torch.float32))  # (n, V)
-        z -= z.amax(-1, keepdim=True)  # else the next line rounds at the size of the logits, not of log p
-        z -= z.logsumexp(-1, keepdim=True)
-        log_p = z.gather(-1, targets[:, None])[:, 0]
-        minus_p = z.exp().neg_()
-        return minus_p, log_p, torch.linalg.vecdot(minus_p, z)
+        z -= z.amax(-1, keepdim=True)  # else log p is rounded at the size of the logits, not its own
+        minus_p = z.exp()
+        total = minus_p.sum(-1, keepdim=True)
+        minus_p /= -total
+        log_total = total.log()[:, 0]
+        log_p = z.gather(-1, targets[:, None])[:, 0] - log_total
+        return minus_p, log_p, torch.linalg.vecdot(minus_p, z) + log_total
 
 
 def fused_log_probs(h, weight, targets, chunk=None):
@@ -173,6 +178,25 @@ def attention_mask(segments, hidden=None):
     return see[:, None]
 
 
+def prefix_attention(module, query, key, value, attention_mask, prefix=0, **settings):
+    """transformers' SDPA attention, where the first `prefix` positions of every row are prompt and nothing of it is hidden.
+
+    Their queries need no mask and none of the later keys: a causal kernel takes them, at half the work (and on a GPU without
+    leaving the flash kernels). (B, heads, Q, d), mask (B, 1, Q, keys) -> (B, Q, heads, d), None.
+    """
+    if not prefix:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    first, rest = query.split([prefix, query.shape[2] - prefix], 2)
+    rest, _ = sdpa_attention_forward(module, rest, key, value, attention_mask[:, :, prefix:], **settings)
+    settings["is_causal"] = True
+    first, _ = sdpa_attention_forward(module, first, key[:, :, :prefix], value[:, :, :prefix], None, **settings)
+    return torch.cat([first, rest], 1), None
+
+
+AttentionInterface.register("prefix", prefix_attention)
+AttentionMaskInterface.register("prefix", sdpa_mask)
+
+
 # ---- LoRA
 
 
@@ -187,9 +211,10 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
 
-    def forward(self, x):
-        low = F.linear(x, self.lora_A.to(x.dtype))
-        return self.scale * F.linear(low, self.lora_B.to(x.dtype))
+    def add_to(self, y, x):
+        """y (..., out) += its share of x (..., in), in y's own memory: no tensor of that size is made beside it."""
+        low = self.scale * F.linear(x.to(y.dtype), self.lora_A.to(y.dtype))  # (..., rank)
+        return y.flatten(0, -2).addmm_(low.flatten(0, -2), self.lora_B.to(y.dtype).t()).view_as(y)
 
 
 class LoRALinear(nn.Module):
@@ -205,7 +230,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         y = self.base(x)
         if self.active in self.adapters:
-            y = y + self.adapters[self.active](x).to(y.dtype)
+            y = self.adapters[self.active].add_to(y, x)
         return y
 
 
@@ -288,8 +313,8 @@ class MLLM(nn.Module):
         for name in ("logits_scaling", "logit_scale"):
             if getattr(llm.config, name, 1.0) not in (None, 1.0):
                 raise BadInput(f"{type(llm).__name__}: an LLM that scales its logits ({name}) is not supported; Llama-like ones are.")
-        for part in (vision, llm):
-            part.set_attn_implementation("sdpa")  # eager attention would add our boolean masks as 0 and 1
+        vision.set_attn_implementation("sdpa")
+        llm.set_attn_implementation("prefix")  # eager attention would add our boolean masks as 0 and 1
         for module in self.modules():  # dropout would make policy and reference differ at step 0
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -423,18 +448,29 @@ class MLLM(nn.Module):
             raise BadInput(f"{tokens} image tokens in the text against {found} image features.")
         return x.masked_scatter(at_image[:, :, None], torch.cat(features).to(x.dtype)) if features else x
 
-    def decode(self, x, see, position_ids, cache=None):
-        """Run the LLM's blocks: (B, L, D) embeddings and a (B, 1, L, keys) boolean mask -> (B, L, D) hidden states."""
+    def decode(self, x, see, position_ids, cache=None, prefix=0):
+        """Run the LLM's blocks: (B, L, D) embeddings and a (B, 1, L, keys) boolean mask -> (B, L, D) hidden states.
+
+        prefix: the length up to which the mask is the plain causal one (see `prefix_attention`).
+        """
         with self.autocast():
             out = self.llm.base_model(inputs_embeds=x, attention_mask=see, position_ids=position_ids, past_key_values=cache,
-                                      use_cache=cache is not None)  # fmt: skip
+                                      use_cache=cache is not None, prefix=prefix)  # fmt: skip
         return out.last_hidden_state
 
     def hidden(self, batch, hidden_positions=None):
         """Hidden states of every position of a batch, (B, L, D)."""
-        see = self.window(attention_mask(batch.segments, hidden_positions), batch.position_ids, batch.position_ids)
+        see, prefix = self.visible(batch, hidden_positions)
         x = self.embed(batch.input_ids, batch.pixel_values, batch.image_sizes)
-        return self.decode(x, see, batch.position_ids)
+        return self.decode(x, see, batch.position_ids, prefix=prefix)
+
+    def visible(self, batch, hidden_positions=None):
+        """The attention mask of a batch, and the length up to which it is the plain causal one (see `prefix_attention`)."""
+        see = attention_mask(batch.segments, hidden_positions)
+        windowed = self.window(see, batch.position_ids, batch.position_ids)
+        plain = windowed is see and (hidden_positions is None or not hidden_positions.any())
+        shortest = int((batch.segments == 0).sum(1).min())
+        return windowed, min(shortest, see.shape[-1] - 1) if plain else 0  # the masked part is not empty
 
     def window(self, see, queries, keys):
         """Intersect a mask with the LLM's sliding window, by position. (B, 1, Q, K), (B, Q), (B, K) -> mask or dict of masks."""
@@ -488,8 +524,8 @@ class MLLM(nn.Module):
 
         cache = KVCache(L)
         x = self.embed(batch.input_ids, None if pixel_values is None else pixel_values.to(self.device), image_sizes)
-        see = self.window(attention_mask(batch.segments, hide), batch.position_ids, batch.position_ids)
-        h = self.decode(x, see, batch.position_ids, cache)[row, last]  # (M, D)
+        see, prefix = self.visible(batch, hide)
+        h = self.decode(x, see, batch.position_ids, cache, prefix)[row, last]  # (M, D)
         cache.length = L
 
         M, slots = len(row), L + max_new_tokens
