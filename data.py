@@ -291,6 +291,23 @@ def facts_of(record, known):
     return next((known[n] for n in names if n in known), None)
 
 
+def facts_for(records, known, missing):
+    """The captions of each record's picture: a list a record, [] where there are none. known: {image name: [text, ...]}.
+
+    missing: "refuse" raises BadInput for a picture that is not known, "count" says how many there are.
+    """
+    found = [facts_of(r, known) for r in records]
+    without = [r for r, facts in zip(records, found) if facts is None]
+    if without and missing == "refuse":
+        raise BadInput(
+            f"{without[0].where}: --facts has no caption of {without[0].image} ({len(without)} of {len(records)} rows are "
+            "without; --missing-facts count goes on without them)."
+        )
+    if without:
+        print(f"{len(without)} of {len(records)} rows are without facts", file=sys.stderr)
+    return [facts or [] for facts in found]
+
+
 def evaluation(question, intro, facts, rng):
     """The text of a reward model's evaluation turn: `{facts}` becomes the facts in random order, one bullet a line.
 

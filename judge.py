@@ -4,9 +4,10 @@
     score(records, answers)                        # [[float | None, ...], ...]: a list a record, a number an answer
 
 Higher is better, equal numbers are a tie (equal texts always are), None is a verdict that could not be read. Nothing is
-guessed: who asks counts ties and None, and makes no pair of them. Three annotators:
+guessed: who asks counts ties and None, and makes no pair of them. Four annotators:
 
     oracle              the toy world's truth, scenes.json beside the folder of pictures: fewest errors, then most true objects
+    DIR with reward.json     a reward model, the run folder of reward_model.py; loaded with a base of its own
     DIR_OR_HUB_ID       a LLaVA checkpoint that is shown picture, question and two answers
     endpoint            the same question to a server that speaks OpenAI's chat completions (vLLM, llama.cpp, OpenAI, ...)
 
@@ -24,6 +25,7 @@ import http.client
 import io
 import json
 import os
+import random
 import re
 import sys
 import threading
@@ -31,13 +33,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import checkpoints
 import data
-from model import BadInput
+from model import BadInput, last_tokens
 
 QUESTION = """You are an expert in comparing what is said of a picture with what the picture shows.
 
@@ -72,7 +75,11 @@ def add_flags(parser):
     """Who judges: the same in every script that asks."""
     group = parser.add_argument_group("annotator")
     group.add_argument("--annotator", default="llava-hf/llava-v1.6-34b-hf", metavar="oracle|DIR_OR_HUB_ID|endpoint",
-                       help="who says what is better: the toy world's truth, a LLaVA checkpoint, a server (default %(default)s)")  # fmt: skip
+                       help="who says what is better: the toy world's truth, a run of reward_model.py, a LLaVA checkpoint, "
+                       "a server (default %(default)s)")  # fmt: skip
+    group.add_argument("--facts", metavar="FILE", help="image_to_caption.json, for a reward model that reads facts")
+    group.add_argument("--missing-facts", default="refuse", choices=("refuse", "count"),
+                       help="a picture without captions stops the run, or is counted (default %(default)s)")  # fmt: skip
     group.add_argument("--judge-url", metavar="URL", help="endpoint: up to and with /v1 (default: OPENAI_BASE_URL)")
     group.add_argument("--judge-model", metavar="NAME", help="endpoint: the model's name there")
     group.add_argument(
@@ -93,6 +100,8 @@ def make(args, device="cpu", dtype=torch.float32):
         for flag in ("judge_url", "judge_model", "judge_key_file"):
             if getattr(args, flag):
                 raise BadInput(f"--{flag.replace('_', '-')} is for --annotator endpoint; the annotator is {args.annotator}.")
+        if (Path(args.annotator) / "reward.json").is_file():
+            return reward_model(args.annotator, args.facts, args.missing_facts, device, dtype)
         return oracle() if args.annotator == "oracle" else pairwise(checkpoint(args.annotator, device, dtype))
     args.judge_url = args.judge_url or os.environ.get("OPENAI_BASE_URL")
     if not args.judge_url or not args.judge_model:
@@ -130,6 +139,37 @@ def oracle():
             silent = [n["missed"] if describe and not n["true"] else 0 for n in counts]
             found.append([n["true"] / 100 - n["errors"] - s for n, s in zip(counts, silent)])
         return found
+
+    return score
+
+
+# ---- a reward model
+
+
+def reward_model(folder, facts=None, missing="refuse", device="cpu", dtype=torch.float32):
+    """Score by a run of reward_model.py. facts: image_to_caption.json, for one that reads them; the same answer always scores the same."""
+    settings = checkpoints.read_json(Path(folder) / "reward.json")
+    if settings["facts"] is not None and facts is None:
+        raise BadInput(f"--annotator {folder} was trained with facts; --facts FILE is needed.")
+    model, processor = checkpoints.load(settings["base_name"], dtype, device, settings["template"], settings["image_aspect"])
+    checkpoints.load_reward(model, folder)
+    known = data.captions(facts) if settings["facts"] is not None else None
+
+    @torch.no_grad()
+    def score(records, answers):
+        read = [[] for _ in records] if known is None else data.facts_for(records, known, missing)
+        rated, different = [], [list(dict.fromkeys(texts)) for texts in answers]
+        for record, texts, captions in zip(records, different, read):
+            tokens = [processor.encode(replace(record, answers=(text,))).answers[0] for text in texts]
+            example = replace(processor.encode(replace(record, answers=())), answers=tokens)
+            turn = data.evaluation(settings["question"], settings["facts"], captions, random.Random(record.where))
+            rated.append(processor.rated(example, turn))
+        batch = processor.collate(rated).to(device)
+        with model.use("reward"):
+            scores = model.values(batch, last_tokens(batch), "reward").split([len(texts) for texts in different])
+        return [
+            [row[texts.index(t)].item() for t in given] for row, texts, given in zip(scores, different, answers, strict=True)
+        ]
 
     return score
 

@@ -35,6 +35,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,8 @@ def parse():
     group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default %(default)s)")
     judge.add_flags(parser)
     args = training.parse(parser, TOY)
+    if args.toy_world and args.facts is None:
+        args.facts = str(Path(args.toy_world) / "image_to_caption.json")
     args.beta = BETA[args.loss] if args.beta is None else args.beta
     for name, value, good, accepted in (
         ("beta", args.beta, args.beta > 0, "more than 0"),

@@ -62,6 +62,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import checkpoints
 import data
+import judge
 import training
 from lab import report, toyworld
 from model import BadInput, last_tokens
@@ -76,7 +77,9 @@ def parse():
     training.add_training_flags(parser, lr=3e-5, projector_lr=0.0, lora_rank=64, epochs=4, batch_size=256)
     group = parser.add_argument_group("reinforcement learning (a step is an iteration; --batch-size counts prompts)")
     group.add_argument(
-        "--reward-model", metavar="DIR", help="folder of a run of reward_model.py (toy world: made on first use)"
+        "--reward-model",
+        metavar="DIR|oracle",
+        help="folder of a run of reward_model.py (toy world: made on first use), or its truth",
     )
     group.add_argument("--facts", metavar="FILE", help="image_to_caption.json, for a reward model that reads facts")
     group.add_argument("--missing-facts", default="refuse", choices=("refuse", "count"),
@@ -334,10 +337,17 @@ def iterate(model, processor, prompts, score, optimizer, factor, args, step):
 
 
 class Scorer:
-    """The four terms of r. facts: {where of a record: the captions of its picture}, for a reward model that reads them."""
+    """The four terms of r. facts: {where of a record: the captions of its picture}, for a reward model that reads them.
+
+    settings: what `checkpoints.load_reward` gave; None where the toy world's oracle stands in for a reward model.
+    """
 
     def __init__(self, model, processor, settings, facts, args):
         self.model, self.processor, self.settings, self.facts, self.args = model, processor, settings, facts, args
+        self.mean, self.std = 0.0, 1.0
+        if settings is None:
+            self.oracle = judge.oracle()
+            return
         held = settings["held_out"].values()  # its scores on held-out pairs: mean and standard deviation
         n = sum(f["n"] for f in held)
         self.mean = sum(f["mean"] * f["n"] for f in held) / n
@@ -348,17 +358,24 @@ class Scorer:
         facts = self.facts[example.record.where]
         return self.processor.rated(example, data.evaluation(self.settings["question"], self.settings["facts"], facts, rng))
 
-    def __call__(self, answered, finished, step):
-        """{term: (M,)} of the answers drawn."""
-        args, rng, device, found = self.args, random.Random(f"{self.args.seed}/{step}/facts"), self.model.device, []
-        for some in chunks(answered, args.batch_size):
-            batch = self.processor.collate([self.rated(e, rng) for e in some]).to(device)
+    def reward(self, answered, texts, step):
+        """The reward model's scores of the answers drawn, (M,)."""
+        if self.settings is None:
+            return torch.tensor(sum(self.oracle([e.record for e in answered], texts), []), device=self.model.device)
+        rng, found = random.Random(f"{self.args.seed}/{step}/facts"), []
+        for some in chunks(answered, self.args.batch_size):
+            batch = self.processor.collate([self.rated(e, rng) for e in some]).to(self.model.device)
             with self.model.use("reward"):
                 found.append(self.model.values(batch, last_tokens(batch), "reward"))
-        score = torch.cat(found)
-        answers = [(e.record, tokens) for e in answered for tokens in e.answers]
-        correct = [correctness(record, self.processor.text(tokens)) for record, tokens in answers]
-        lengths = torch.tensor([len(tokens) for _, tokens in answers], device=device)
+        return torch.cat(found)
+
+    def __call__(self, answered, finished, step):
+        """{term: (M,)} of the answers drawn."""
+        args, device = self.args, self.model.device
+        texts = [[self.processor.text(tokens) for tokens in e.answers] for e in answered]
+        score = self.reward(answered, texts, step)
+        correct = [correctness(e.record, text) for e, row in zip(answered, texts) for text in row]
+        lengths = torch.tensor([len(tokens) for e in answered for tokens in e.answers], device=device)
         return {
             "reward_model": (score - self.mean) / self.std if args.advantage == "rloo" else score,
             "correctness": args.correct_weight * torch.tensor(correct, device=device),
@@ -368,25 +385,6 @@ class Scorer:
 
 
 # ---- the run
-
-
-def facts_for(records, settings, args):
-    """{where: captions of the picture} of each record, [] for a reward model without facts, or by --missing-facts count."""
-    if settings["facts"] is None:
-        return {r.where: [] for r in records}
-    if args.facts is None:
-        raise BadInput(f"--reward-model {args.reward_model} was trained with facts; --facts FILE is needed.")
-    known = data.captions(args.facts)
-    found = {r.where: data.facts_of(r, known) for r in records}
-    missing = [r for r in records if found[r.where] is None]
-    if missing and args.missing_facts == "refuse":
-        raise BadInput(
-            f"{missing[0].where}: {args.facts} has no caption of {missing[0].image} ({len(missing)} of {len(records)} "
-            "prompts are without; --missing-facts count scores them without)."
-        )
-    if missing:
-        print(f"{len(missing)} of {len(records)} prompts are without facts", file=sys.stderr)
-    return {where: facts or [] for where, facts in found.items()}
 
 
 def prompts_of(processor, records, args, skipped):
@@ -418,14 +416,19 @@ def main():
     records = [r for r in reversed(unique.values())]
     examples = prompts_of(processor, records, args, skipped)
 
-    settings = checkpoints.load_reward(model, args.reward_model)
-    for name in ("template", "image_aspect"):
+    settings = None if args.reward_model == "oracle" else checkpoints.load_reward(model, args.reward_model)
+    for name in ("template", "image_aspect") if settings else ():
         if settings[name] != getattr(processor, name):
             raise BadInput(f"--reward-model {args.reward_model} was trained with {name} {settings[name]}, "
                            f"and this run has {getattr(processor, name)}.")  # fmt: skip
-    scorer = Scorer(model, processor, settings, facts_for([e.record for e in examples], settings, args), args)
+    records, facts = [e.record for e in examples], [[] for _ in examples]
+    if settings and settings["facts"] is not None:
+        if args.facts is None:
+            raise BadInput(f"--reward-model {args.reward_model} was trained with facts; --facts FILE is needed.")
+        facts = data.facts_for(records, data.captions(args.facts), args.missing_facts)
+    scorer = Scorer(model, processor, settings, {r.where: known for r, known in zip(records, facts)}, args)
     longest = torch.zeros(args.max_new_tokens, dtype=torch.long)
-    for e in examples:
+    for e in examples if settings else ():
         scorer.rated(replace(e, answers=[longest]), random.Random(0))  # what does not fit into the context is refused now
     out = training.start(args, "ppo", skipped)
     report.show_start(processor, examples)
@@ -436,7 +439,11 @@ def main():
 
     model.prepare(args.lora_rank, projector=False)
     if args.advantage == "gae":
-        checkpoints.load_reward(model, args.reward_model, "value")
+        if settings:
+            checkpoints.load_reward(model, args.reward_model, "value")
+        else:
+            model.add_adapter("value", args.lora_rank)
+            model.add_head("value")
         for p in model.parameters_of("value"):
             p.requires_grad_(True)
         for p in model.heads["value"].parameters():

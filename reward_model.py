@@ -78,6 +78,8 @@ def parse():
                        help="a picture without captions stops the run, or is counted (default %(default)s)")  # fmt: skip
     group.add_argument("--held-out", type=int, default=500, metavar="N",
                        help="pairs of each file not trained on, whole pictures, at most a fifth (paper %(default)s)")  # fmt: skip
+    group.add_argument("--test-data", action="append", default=[], metavar="FILE",
+                       help="pairs to report on and never to train on; may be repeated")  # fmt: skip
     group.add_argument(
         "--centre", type=float, default=1e-3, help="weight of the term that keeps rewards near 0 (paper %(default)s)"
     )
@@ -108,35 +110,28 @@ def reward_loss(chosen, rejected, centre):
 # ---- what it reads
 
 
-def facts_for(records, args):
-    """The captions of each record's picture, [] where there are none; with --missing-facts refuse those stop the run."""
-    if args.no_facts:
-        return [[] for _ in records]
-    known = data.captions(args.facts)
-    found = [data.facts_of(r, known) for r in records]
-    missing = [r for r, facts in zip(records, found) if facts is None]
-    if missing and args.missing_facts == "refuse":
-        raise BadInput(
-            f"{missing[0].where}: {args.facts} has no caption of {missing[0].image} ({len(missing)} of {len(records)} "
-            "pairs are without; --missing-facts count rates them without, --no-facts all)."
-        )
-    if missing:
-        print(f"{len(missing)} of {len(records)} pairs are without facts", file=sys.stderr)
-    return [facts or [] for facts in found]
+def held_out_split(files, count, seed, tests=()):
+    """Lists of records, one a data file -> for each the places of (training pairs, held-out pairs).
 
-
-def held_out_split(records, count, seed):
-    """Places of (training pairs, held-out pairs): whole pictures, at least `count` pairs or a fifth of them."""
-    groups = {}
-    for i, r in enumerate(records):
-        groups.setdefault(r.image if r.image is not None else r.turns, []).append(i)
-    order, held = list(groups.values()), []
+    Whole pictures are held out, the same in all files, until each has `count` pairs or a fifth of its own. Of the files whose
+    numbers are in `tests` nothing is trained on; of their pairs those with a held-out picture, or one that no other file has, remain.
+    """
+    pictures = {}  # picture -> [(file, place)]
+    for number, records in enumerate(files):
+        for place, r in enumerate(records):
+            pictures.setdefault(r.image if r.image is not None else r.turns, []).append((number, place))
+    order, split = list(pictures.values()), [([], []) for _ in files]
     random.Random(f"{seed}/held out").shuffle(order)
-    while order and len(held) < min(count, len(records) // 5):
-        held += order.pop()
-    if not held or not order:
-        raise BadInput(f"{records[0].where}: {len(records)} pairs of {len(groups)} pictures are too few to hold some out.")
-    return sorted(sum(order, [])), sorted(held)
+    for rows in order:
+        seen = {number for number, _ in rows}
+        wanted = seen <= set(tests) or any(len(split[n][1]) < min(count, len(files[n]) // 5) for n in seen - set(tests))
+        for number, place in rows:
+            if wanted or number not in tests:
+                split[number][wanted].append(place)
+    for number, (train, held) in enumerate(split):
+        if not held or not (train or number in tests):
+            raise BadInput(f"{files[number][0].where}: {len(files[number])} pairs are too few to hold pictures out.")
+    return [(sorted(train), sorted(held)) for train, held in split]
 
 
 class Reader:
@@ -230,15 +225,20 @@ def main():
     skipped = [] if args.skip_bad_rows else None
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    examples, train, held = [], [], {}
-    for path in args.data:
+    paths, files = args.data + args.test_data, []
+    for path in paths:
         records = data.load([path], args.images, answers=2, skipped=skipped)
-        found = data.encode_all(processor, records, skipped)
-        mine, others = held_out_split([e.record for e in found], args.held_out, args.seed)
+        files.append(data.encode_all(processor, records, skipped))
+    tests = range(len(args.data), len(paths))
+    split = held_out_split([[e.record for e in found] for found in files], args.held_out, args.seed, tests)
+    examples, train, held = [], [], {}
+    for path, found, (mine, others) in zip(paths, files, split):
         train += [len(examples) + i for i in mine]
         held[path] = [len(examples) + i for i in others]
         examples += found
-    reader = Reader(model, processor, examples, facts_for([e.record for e in examples], args))
+    records = [e.record for e in examples]
+    facts = [[] for _ in records] if args.no_facts else data.facts_for(records, data.captions(args.facts), args.missing_facts)
+    reader = Reader(model, processor, examples, facts)
     for i in range(len(examples)):
         reader.rated(i, random.Random(0))  # what does not fit into the context is refused now
     out = training.start(args, "reward_model", skipped)

@@ -1,4 +1,4 @@
-"""The laboratory: every method x seed in the toy world, by the user's own command lines -> results/: results.json, a table, a chart.
+"""The laboratory: every method x seed in the toy world, by the user's own command lines -> results/: results.json, tables, a chart.
 
     python -m lab.reproduce                    # all rows, seeds 0 1 2
     python -m lab.reproduce --only ipo --seeds 1
@@ -25,7 +25,11 @@ from lab import toyworld
 
 BDHS = ["--lr", "3e-4"]  # as bdhs.py --online
 CORRECTED = ["--lr", "5e-5"]  # an annotator's corrections only take away; at the default rate the model would learn to say less
-ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the command before, further flags))
+CONSTRUCTED = ("povid.json", "povid_seen.json")
+TEST = ["--test-data", "vlfeedback.jsonl"]  # own samples ranked by the oracle: nothing is trained on them
+MIX = ["--mix", "0.5"]
+RLOO = ["--advantage", "rloo"]
+ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the command before, further flags; @row: that row's run folder))
     "dpo": ("DPO, corrupted truth (default)", [("dpo.py", "povid.json", [])]),
     "dpo-seen": ("DPO, corrupted truth of SFT's pictures", [("dpo.py", "povid_seen.json", [])]),
     "dpo-corrected": ("DPO, corrected samples", [("dpo.py", "rlhf_v.jsonl", CORRECTED)]),
@@ -39,8 +43,19 @@ ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the
     "mask-only": ("mask, no guidance", [("bdhs.py", "povid.json", ["--no-guidance"]), ("dpo.py", None, BDHS)]),
     "guidance-only": ("guidance, no mask", [("bdhs.py", "povid.json", ["--rho", "0"]), ("dpo.py", None, BDHS)]),
     "povid": ("POVID: distortion + corrupted truth", [("bdhs.py", "povid.json", ["--online", "--povid", "--gamma", "0.5"])]),
+    "reward": ("reads facts", [("reward_model.py", CONSTRUCTED, TEST)]),
+    "reward-plain": ("plain", [("reward_model.py", CONSTRUCTED, ["--no-facts", *TEST])]),
+    "reward-ranked": ("plain, of ranked samples", [("reward_model.py", "vlfeedback.jsonl", ["--no-facts"])]),
     "online": ("Online DPO, the oracle annotates", [("online_dpo.py", "rlhf_v.jsonl", [])]),
-    "mixed": ("Mixed DPO, with corrupted truth", [("online_dpo.py", "povid.json", ["--mix", "0.5"])]),
+    "online-povid": ("the same, prompts of corrupted truth", [("online_dpo.py", "povid.json", [])]),
+    "mixed": ("Mixed-DPO, with corrupted truth", [("online_dpo.py", "povid.json", MIX)]),
+    "mixed-corrected": ("Mixed-DPO, with corrected samples", [("online_dpo.py", "rlhf_v.jsonl", MIX)]),
+    "online-reward": ("Online DPO, factual reward model annotates", [("online_dpo.py", "rlhf_v.jsonl", ["--annotator", "@reward"])]),
+    "online-plain": ("Online DPO, plain reward model annotates", [("online_dpo.py", "rlhf_v.jsonl", ["--annotator", "@reward-plain"])]),
+    "ppo": ("PPO, factual reward model (Fact-RLHF)", [("ppo.py", "povid.json", ["--reward-model", "@reward"])]),
+    "ppo-plain": ("PPO, plain reward model", [("ppo.py", "povid.json", ["--reward-model", "@reward-plain"])]),
+    "ppo-oracle": ("PPO, the oracle rewards", [("ppo.py", "povid.json", ["--reward-model", "oracle"])]),
+    "rloo": ("RLOO, factual reward model", [("ppo.py", "povid.json", ["--reward-model", "@reward", *RLOO])]),
 }  # fmt: skip
 FIGURES = {  # column: where it is in {"pope":, "chair":}
     "POPE random": ("pope", "random", "accuracy"),
@@ -51,6 +66,15 @@ FIGURES = {  # column: where it is in {"pope":, "chair":}
     "CHAIR_i": ("chair", "chair_i"),
     "recall": ("chair", "recall"),
     "words": ("chair", "length"),
+}
+LOGGED = {  # what a run that samples logs: column
+    "annotator/pairs": "share with a pair",
+    "annotator/score": "annotator's score",
+    "objective/scores": "reward r",
+    "scores/reward_model": "reward model",
+    "objective/kl": "KL",
+    "objective/entropy": "entropy",
+    "response_length": "tokens",
 }
 
 
@@ -65,9 +89,13 @@ def run_cell(row, seed, quick, folder):
     """Run a row's command lines to their end -> {"before", "after", "seconds", "minutes", "commands"}."""
     commands, begin, out = [], time.time(), None
     for i, (script, file, flags) in enumerate(ROWS[row][1], 1):
-        source = out / "preferences.json" if file is None else toyworld.path(seed, file)
+        files = (file,) if isinstance(file, str) else file
+        sources = [out / "preferences.json"] if file is None else [toyworld.path(seed, name) for name in files]
         out = folder / (f"{row}-{seed}" if i == len(ROWS[row][1]) else f"{row}-{seed}-data")
-        flags = [*flags, "--data", str(source), "--images", str(toyworld.world(seed) / "images"), "--seed", str(seed)]
+        flags = [written(flag, seed, folder) for flag in flags]
+        for source in sources:
+            flags += ["--data", str(source)]
+        flags += ["--images", str(toyworld.world(seed) / "images"), "--seed", str(seed)]
         if quick and i == len(ROWS[row][1]):
             flags += ["--steps", "3"]
         commands.append([script, *flags, "--out", str(out)])
@@ -77,17 +105,75 @@ def run_cell(row, seed, quick, folder):
         if done.returncode:
             raise training.BadInput(f"{row}, seed {seed} ended with status {done.returncode}; call again to go on from here.")
     summary = json.loads((out / "summary.json").read_text())
-    return summary | {"minutes": round((time.time() - begin) / 60, 2), "commands": commands}
+    return summary | {"minutes": round((time.time() - begin) / 60, 2), "commands": commands, "log": log_of(out)}
+
+
+def written(flag, seed, folder):
+    """A flag of ROWS as it is given: @row -> that row's run folder, a file of the toy world -> its path."""
+    if flag.startswith("@"):
+        found = folder / f"{flag[1:]}-{seed}"
+        if not (found / "summary.json").is_file():
+            raise training.BadInput(f"{found}: not there yet; --only {flag[1:]} makes it.")
+        return str(found)
+    return str(toyworld.path(seed, flag)) if flag.endswith(".jsonl") else flag
+
+
+def log_of(out):
+    """What a run's metrics.jsonl says of LOGGED: the mean of the first and of the last fifth of its steps."""
+    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    fifth = max(1, len(lines) // 5)
+    mean = lambda name, part: round(statistics.fmean(line[name] for line in part), 4)
+    return {name: [mean(name, lines[:fifth]), mean(name, lines[-fifth:])] for name in LOGGED if name in lines[0]}
+
+
+def spread(values, digits):
+    """Mean +- standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def policies(cells):
+    """Those of the cells whose row trains a policy."""
+    return {row: by_seed for row, by_seed in cells.items() if ROWS[row][1][-1][0] != "reward_model.py"}
+
+
+def reward_table(cells):
+    """Held-out figures of the reward models, a line for each and each data file; "" without any."""
+    columns = {"accuracy": "accuracy", "length_correlation": "score and tokens, correlation",
+               "longer_preferred": "longer is preferred", "longer_favoured": "longer is favoured"}  # fmt: skip
+    lines = []
+    for row, by_seed in cells.items():
+        if row in policies(cells):
+            continue
+        files = {}
+        for cell in by_seed.values():
+            for path, found in cell["after"]["reward"].items():
+                files.setdefault(Path(path).name, []).append(found)
+        for name, found in files.items():
+            shown = [spread([f[column] for f in found], 3) for column in columns]
+            minutes = statistics.mean(c["minutes"] for c in by_seed.values())
+            lines.append(f"| {ROWS[row][0]} | {len(found)} | {name} | " + " | ".join(shown) + f" | {minutes:.1f} |")
+    head = ["reward model", "seeds", "held-out pairs of", *columns.values(), "minutes"]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]) if lines else ""
+
+
+def log_table(cells):
+    """What the runs that sample logged: first fifth -> last fifth of the steps, means over seeds; "" without any."""
+    lines = []
+    for row, by_seed in policies(cells).items():
+        logs = [cell["log"] for cell in by_seed.values() if "response_length" in cell.get("log", {})]
+        if logs:
+            mean = lambda name, i: statistics.mean(log[name][i] for log in logs)
+            shown = [f"{mean(name, 0):.2f} → {mean(name, 1):.2f}" if name in logs[0] else "" for name in LOGGED]
+            lines.append(f"| {ROWS[row][0]} | " + " | ".join(shown) + " |")
+    head = ["method", *LOGGED.values()]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]) if lines else ""
 
 
 def table(cells):
     """Cells {row: {seed: summary}} -> Markdown: mean +- standard deviation over seeds, (mean paired difference to the base)."""
+    cells = policies(cells)
     lines = ["| method | seeds | " + " | ".join(FIGURES) + " | minutes |", "|---|---|" + "---|" * (len(FIGURES) + 1)]
-
-    def spread(values, digits):
-        mean = f"{statistics.mean(values):.{digits}f}"
-        return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
     bases = {seed: cell["before"] for row in cells.values() for seed, cell in row.items()}
     digits = {name: 1 if name == "words" else 3 for name in FIGURES}
     columns = [spread([figure(b, place) for b in bases.values()], digits[name]) for name, place in FIGURES.items()]
@@ -105,6 +191,7 @@ def table(cells):
 
 def chart(cells, path):
     """Draw the trade-off: hallucination against recall, and against adversarial accuracy; small dots are seeds, numbers means."""
+    cells = policies(cells)
     axes = ((("chair", "recall"), "object recall"), (("pope", "adversarial", "accuracy"), "POPE adversarial accuracy"))
     bases = {seed: cell["before"] for row in cells.values() for seed, cell in row.items()}
     shown = {"base": list(bases.values())} | {row: [c["after"] for c in by_seed.values()] for row, by_seed in cells.items()}
@@ -165,7 +252,7 @@ def main():
                 training.write_json(path, cells)
     if not cells:
         raise training.BadInput(f"{path}: no results yet.")
-    text = table(cells)
+    text = "\n\n".join(part for part in (table(cells), reward_table(cells), log_table(cells)) if part)
     if not args.quick:
         (folder / "table.md").write_text(text + "\n", encoding="utf-8")
         chart(cells, folder / "chart.png")

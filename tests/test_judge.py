@@ -10,18 +10,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
+import checkpoints
 import data
 import judge
-from model import BadInput
+from model import BadInput, last_tokens
 
 KEY = "sk-secret-0123456789"
 
 
 def flags(**changed):
     """The flags of judge.add_flags."""
-    given = dict(annotator="endpoint", judge_url=None, judge_model=None, judge_key_file=None, judge_workers=2)
+    given = dict(annotator="endpoint", judge_url=None, judge_model=None, judge_key_file=None, judge_workers=2, facts=None,
+                 missing_facts="refuse")  # fmt: skip
     return SimpleNamespace(**(given | changed))
 
 
@@ -177,6 +180,40 @@ def test_checkpoint_for_real(record, checkpoint):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judge, "QUESTION", short)
         assert score([record], [["a", "b"]]) == [[None, None]]
+
+
+def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
+    """Scores are the network's on each answer alone; equal texts score alike; facts are needed by one that reads them."""
+    base, processor = checkpoints.load(checkpoint)
+    base.prepare(llm=False, projector=False)
+    base.add_adapter("reward", 2)
+    base.add_head("reward")
+    for name, p in base.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    settings = {
+        "question": "Good?{facts}",
+        "facts": " Seen:",
+        "template": processor.template,
+        "image_aspect": processor.image_aspect,
+    }
+    checkpoints.save_reward(base, tmp_path / "run", checkpoint, settings)
+    (tmp_path / "facts.json").write_text(json.dumps({"0.png": ["a dog"]}))
+    given = flags(annotator=str(tmp_path / "run"), facts=str(tmp_path / "facts.json"))
+    other = replace(record, turns=("What is it?",))
+    texts = [["a cat", "a dog and a cat", "a cat"], ["", "two"]]
+    found = judge.make(given)([record, other], texts)
+    assert found[0][0] == found[0][2] != found[0][1]
+    for r, row, scores in zip((record, other), texts, found):
+        for text, score in zip(row, scores):
+            example = processor.rated(processor.encode(replace(r, answers=(text,))), "Good? Seen:\n- a dog")
+            batch = processor.collate([example])
+            with torch.no_grad(), base.use("reward"):
+                assert abs(base.values(batch, last_tokens(batch), "reward").item() - score) < 1e-5
+    with pytest.raises(BadInput, match="no caption of"):
+        judge.make(given)([replace(record, image=record.image.with_name("1.png"))], [["a"]])
+    with pytest.raises(BadInput, match="--facts FILE is needed"):
+        judge.make(flags(annotator=str(tmp_path / "run")))
 
 
 def test_flags_of_another_annotator():

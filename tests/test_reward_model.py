@@ -4,7 +4,7 @@ import json
 import math
 import random
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,14 +160,11 @@ def test_missing_facts_are_refused_or_counted(tmp_path, capsys):
     records = pairs(tmp_path)
     file = tmp_path / "image_to_caption.json"
     file.write_text(json.dumps({f"{i:012d}.jpg": CAPTIONS for i in (0, 2)}))
-    args = SimpleNamespace(facts=str(file), no_facts=False, missing_facts="refuse")
-    with pytest.raises(BadInput, match=r"row 2: .*no caption of .*000000000001.jpg \(2 of 6 pairs"):
-        reward_model.facts_for(records, args)
-    args.missing_facts = "count"
-    assert [len(f) for f in reward_model.facts_for(records, args)] == [3, 3, 0, 0, 3, 3]
-    assert "2 of 6 pairs are without facts" in capsys.readouterr().err
-    args.no_facts = True
-    assert reward_model.facts_for(records, args) == [[]] * 6
+    known = data.captions(file)
+    with pytest.raises(BadInput, match=r"row 2: .*no caption of .*000000000001.jpg \(2 of 6 rows"):
+        data.facts_for(records, known, "refuse")
+    assert [len(f) for f in data.facts_for(records, known, "count")] == [3, 3, 0, 0, 3, 3]
+    assert "2 of 6 rows are without facts" in capsys.readouterr().err
 
 
 # ---- held-out figures
@@ -175,12 +172,24 @@ def test_missing_facts_are_refused_or_counted(tmp_path, capsys):
 
 def test_no_picture_is_on_both_sides(tmp_path):
     records = pairs(tmp_path, 40)
-    train, held = reward_model.held_out_split(records, 5, 0)
+    ((train, held),) = reward_model.held_out_split([records], 5, 0)
     assert sorted(train + held) == list(range(40)) and len(held) == 6  # whole pictures
     assert not {records[i].image for i in train} & {records[i].image for i in held}
-    assert len(reward_model.held_out_split(records, 500, 0)[1]) == 8  # a fifth
+    assert len(reward_model.held_out_split([records], 500, 0)[0][1]) == 8  # a fifth
     with pytest.raises(BadInput, match="too few"):
-        reward_model.held_out_split(records[:2], 1, 0)
+        reward_model.held_out_split([records[:2]], 1, 0)
+
+
+def test_held_out_pictures_are_those_of_all_files(tmp_path):
+    records = pairs(tmp_path, 60)  # two a picture
+    one, other, test = records[:40], records[20:50], records[30:]
+    files = [one, other, test]
+    split = reward_model.held_out_split(files, 4, 0, tests=[2])
+    pictures = [[{rows[i].image for i in places} for places in found] for rows, found in zip(files, split)]
+    trained, held = pictures[0][0] | pictures[1][0], set.union(*(found[1] for found in pictures))
+    assert not trained & held and split[2][0] == [] and len(split[0][1]) >= 4 <= len(split[1][1])
+    assert {r.image for r in records[50:]} <= pictures[2][1]  # pictures of the test file alone
+    assert all(len(train + held) == len(rows) for rows, (train, held) in zip(files[:2], split))
 
 
 def test_figures_by_hand():
@@ -291,6 +300,10 @@ def test_learns_resumes_and_reports(command, checkpoint, monkeypatch, capsys):
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     assert [line["step"] for line in lines] == list(range(6)) and lines[-1]["loss"] < lines[0]["loss"]
     assert "rewards/accuracies" in lines[0]
+
+    Path("more.json").write_text(Path("povid.json").read_text())
+    other = command("t", "--steps", "1", "--no-facts", "--test-data", "more.json")
+    assert sorted(json.loads((other / "metrics.json").read_text())) == ["more.json", "povid.json"]
     with pytest.raises(BadInput, match="--facts FILE .* or --no-facts is needed"):
         command("c", "--steps", "1")
 
