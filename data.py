@@ -308,12 +308,12 @@ def facts_for(records, known, missing):
     return [facts or [] for facts in found]
 
 
-def evaluation(question, intro, facts, rng):
+def evaluation(question, intro, facts, rng, most=None):
     """The text of a reward model's evaluation turn: `{facts}` becomes the facts in random order, one bullet a line.
 
-    intro: what introduces them; without facts nothing takes the place of `{facts}`.
+    intro: what introduces them; without facts nothing takes the place of `{facts}`. most: how many are drawn, if not all.
     """
-    bullets = "".join(f"\n- {text}" for text in rng.sample(facts, len(facts)))
+    bullets = "".join(f"\n- {text}" for text in rng.sample(facts, min(len(facts), most or len(facts))))
     return question.replace("{facts}", intro + bullets if facts else "")
 
 

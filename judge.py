@@ -162,7 +162,8 @@ def reward_model(folder, facts=None, missing="refuse", device="cpu", dtype=torch
         for record, texts, captions in zip(records, different, read):
             tokens = [processor.encode(replace(record, answers=(text,))).answers[0] for text in texts]
             example = replace(processor.encode(replace(record, answers=())), answers=tokens)
-            turn = data.evaluation(settings["question"], settings["facts"], captions, random.Random(record.where))
+            rng = random.Random(record.where)
+            turn = data.evaluation(settings["question"], settings["facts"], captions, rng, settings["max_facts"])
             rated.append(processor.rated(example, turn))
         batch = processor.collate(rated).to(device)
         with model.use("reward"):

@@ -355,8 +355,8 @@ class Scorer:
 
     def rated(self, example, rng):
         """The example as the reward model reads it."""
-        facts = self.facts[example.record.where]
-        return self.processor.rated(example, data.evaluation(self.settings["question"], self.settings["facts"], facts, rng))
+        said, facts = self.settings, self.facts[example.record.where]
+        return self.processor.rated(example, data.evaluation(said["question"], said["facts"], facts, rng, said["max_facts"]))
 
     def reward(self, answered, texts, step):
         """The reward model's scores of the answers drawn, (M,)."""

@@ -58,8 +58,8 @@ import data
 import training
 from model import BadInput, last_tokens
 
-TOY = {"data": ["vlfeedback.jsonl"], "steps": 150, "batch_size": 16, "lr": 1e-3, "projector_lr": 0.0, "lora_rank": 16,
-       "held_out": 400, "save_every": 0}  # fmt: skip
+TOY = {"data": ["povid.json", "povid_seen.json"], "steps": 400, "batch_size": 16, "lr": 1e-3, "projector_lr": 0.0, "lora_rank": 64,
+       "held_out": 200, "max_facts": 1, "save_every": 0}  # fmt: skip
 QUESTION = "Rate this answer.\nIs all of it in the picture?{facts}\nIs it helpful?\nIs the language right?\nIs it too long?"
 FACTS = " The picture shows:"
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -76,6 +76,7 @@ def parse():
     group.add_argument("--no-facts", action="store_true", help="the plain reward model: an evaluation turn without captions")
     group.add_argument("--missing-facts", default="refuse", choices=("refuse", "count"),
                        help="a picture without captions stops the run, or is counted (default %(default)s)")  # fmt: skip
+    group.add_argument("--max-facts", type=int, metavar="N", help="captions read at a time, drawn anew each time (default: all)")
     group.add_argument("--held-out", type=int, default=500, metavar="N",
                        help="pairs of each file not trained on, whole pictures, at most a fifth (paper %(default)s)")  # fmt: skip
     group.add_argument("--test-data", action="append", default=[], metavar="FILE",
@@ -93,6 +94,8 @@ def parse():
     if not (args.lora_rank and args.lr) or args.projector_lr or args.merge:
         raise BadInput("a reward model is LoRA and a head beside a frozen base: --lora-rank and --lr above 0, "
                        "no --projector-lr, no --merge.")  # fmt: skip
+    if args.max_facts is not None and args.max_facts < 1:
+        raise BadInput(f"--max-facts is {args.max_facts}; 1 or more is accepted.")
     if args.held_out < 1 or not (math.isfinite(args.centre) and args.centre >= 0):
         raise BadInput(f"--held-out {args.held_out} must be 1 or more, --centre {args.centre} 0 or more.")
     return args
@@ -137,12 +140,17 @@ def held_out_split(files, count, seed, tests=()):
 class Reader:
     """Scores pairs: example i with its evaluation turn, in packed rows."""
 
-    def __init__(self, model, processor, examples, facts):
-        self.model, self.processor, self.examples, self.facts = model, processor, examples, facts
+    def __init__(self, model, processor, examples, facts, max_facts=None):
+        self.model, self.processor, self.examples = model, processor, examples
+        self.facts, self.max_facts = facts, max_facts
 
     def rated(self, i, rng):
         """Example i as the reward model reads it."""
-        return self.processor.rated(self.examples[i], data.evaluation(QUESTION, FACTS, self.facts[i], rng))
+        return self.processor.rated(self.examples[i], self.turn(i, rng))
+
+    def turn(self, i, rng):
+        """Its evaluation turn."""
+        return data.evaluation(QUESTION, FACTS, self.facts[i], rng, self.max_facts)
 
     def scores(self, places, rng):
         """r(x, y+), r(x, y-) of these examples, (B,) each. To be called inside `model.use("reward")`."""
@@ -238,12 +246,12 @@ def main():
         examples += found
     records = [e.record for e in examples]
     facts = [[] for _ in records] if args.no_facts else data.facts_for(records, data.captions(args.facts), args.missing_facts)
-    reader = Reader(model, processor, examples, facts)
+    reader = Reader(model, processor, examples, facts, args.max_facts)
     for i in range(len(examples)):
         reader.rated(i, random.Random(0))  # what does not fit into the context is refused now
     out = training.start(args, "reward_model", skipped)
     print(f"{len(train)} pairs to train on, {sum(map(len, held.values()))} held out", file=sys.stderr)
-    print(f"evaluation turn: {data.evaluation(QUESTION, FACTS, reader.facts[0], random.Random(0))!r}", file=sys.stderr)
+    print(f"evaluation turn: {reader.turn(0, random.Random(0))!r}", file=sys.stderr)
     base_name = args.model
 
     model.prepare(llm=False, projector=False)
@@ -290,7 +298,7 @@ def main():
     seconds["eval"] += time.time() - begin - sum(seconds.values())
     if args.resume:
         shutil.rmtree(out / "adapter", ignore_errors=True)  # a run stopped after its last step had written it
-    settings = {"question": QUESTION, "facts": None if args.no_facts else FACTS, "template": processor.template,
+    settings = {"question": QUESTION, "facts": None if args.no_facts else FACTS, "max_facts": args.max_facts, "template": processor.template,
                 "image_aspect": processor.image_aspect, "held_out": after}  # fmt: skip
     checkpoints.save_reward(model, out, base_name, settings)
     training.write_json(out / "metrics.json", after)

@@ -194,6 +194,7 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
     settings = {
         "question": "Good?{facts}",
         "facts": " Seen:",
+        "max_facts": None,
         "template": processor.template,
         "image_aspect": processor.image_aspect,
     }

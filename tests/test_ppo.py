@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import checkpoints
 import data
+import judge
 import ppo
 import reward_model
 import training
@@ -244,7 +245,7 @@ def test_terms_of_the_reward(llava):
     model.add_head("reward")
     record = Record("f.json, row 0", None, (CHOICE,), ("B",))
     example = processor.encode(data.replace(record, answers=("B", "A. cup")))
-    scorer = ppo.Scorer(model, processor, {"question": "Rate.{facts}", "facts": " See:",
+    scorer = ppo.Scorer(model, processor, {"question": "Rate.{facts}", "facts": " See:", "max_facts": None,
                                            "held_out": {"a": {"n": 2, "mean": 1.0, "std": 2.0}, "b": {"n": 2, "mean": 3.0, "std": 0.0}}},
                         {record.where: ["A dog."]}, settings(max_new_tokens=10))  # fmt: skip
     assert scorer.mean == 2 and scorer.std == pytest.approx(math.sqrt((4 + 1 + 9) / 2 - 4))
@@ -283,6 +284,7 @@ def command(checkpoint, tmp_path, monkeypatch):
     told = {
         "question": reward_model.QUESTION,
         "facts": reward_model.FACTS,
+        "max_facts": 1,
         "template": "vicuna_v1",
         "image_aspect": "pad",
         "held_out": held,
@@ -320,6 +322,18 @@ def test_run_and_resume(command, monkeypatch, advantage):
     assert all((again / name).read_bytes() == (out / name).read_bytes() for name in names)
     state = set(load_file(out / names[1]))
     assert ("model.heads.value.weight" in state) == (advantage == "gae") and not any("reward" in n for n in state)
+
+
+def test_the_oracle_rewards(command, monkeypatch):
+    """The toy world's truth in the place of a reward model: its scores are the term, the value network starts afresh."""
+    shown = []
+    score = lambda records, answers: shown.append((records, answers)) or [[0.5] * len(texts) for texts in answers]
+    monkeypatch.setattr(judge, "oracle", lambda: score)
+    out = command("o", "--reward-model", "oracle", "--steps", "1", "--length-weight", "0", facts=())
+    line = json.loads((out / "metrics.jsonl").read_text())
+    assert line["scores/reward_model"] == 0.5 and "val/loss" in line
+    records, answers = shown[0]
+    assert [r.turns for r in records] == [("Is there a dog?",)] * len(answers) and all(len(texts) == 2 for texts in answers)
 
 
 def test_refusals(command):
