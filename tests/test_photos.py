@@ -48,13 +48,21 @@ def test_the_layouts_agree_with_each_other_and_with_transformers(checkpoint):
             assert abs(rows.gather(-1, answer[:, None]).sum() - ours) <= 1e-5 * len(answer) * max(1, abs(ours) / len(answer))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_dpo_trains_on_each_layout_and_pope_scores_it(checkpoint, tmp_path, file):
-    def run(script, *flags):
-        command = [sys.executable, ROOT / script, "--model", checkpoint, *map(str, flags)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """A function that runs a script on the checkpoint, below tmp_path."""
 
+    def command(script, *flags):
+        line = [sys.executable, ROOT / script, "--model", checkpoint, *map(str, flags)]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return command
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_dpo_trains_on_each_layout_and_pope_scores_it(run, tmp_path, file):
     flags = ["--data", PHOTOS / file, "--images", PHOTOS / "images", "--steps", 2, "--batch-size", 2, "--lora-rank", 4, "--out", "run"]
     run("dpo.py", *flags)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
@@ -64,3 +72,22 @@ def test_dpo_trains_on_each_layout_and_pope_scores_it(checkpoint, tmp_path, file
         run("eval_pope.py", "--adapter", "run/adapter", *questions)
         scores = json.loads((tmp_path / "pope" / "metrics.json").read_text())
         assert scores["mean"]["n"] == len((PHOTOS / "pope_photos.json").read_text().split("\n{"))
+
+
+def test_reward_model_reads_the_captions_and_serves_online_dpo_and_ppo(run, tmp_path):
+    """The whole of Fact-RLHF on photographs: a reward model, an annotator, a reward."""
+    facts = PHOTOS / "image_to_caption.json"
+    lora = ["--images", PHOTOS / "images", "--steps", 2, "--batch-size", 2, "--lora-rank", 4]
+    rated = run("reward_model.py", "--data", PHOTOS / "llava_rlhf_preference.json", *lora, "--facts", facts, "--out", "reward")
+    assert any(repr(f"The picture shows:\n- {text}")[1:-1] in rated.stderr for texts in json.loads(facts.read_text()).values() for text in texts)
+    report = json.loads((tmp_path / "reward" / "metrics.json").read_text())
+    assert all(0 <= found["accuracy"] <= 1 and found["n"] for found in report.values())
+
+    sampled = ["--data", PHOTOS / "povid.json", *lora, "--facts", facts, "--max-new-tokens", 12]
+    run("online_dpo.py", *sampled, "--annotator", "reward", "--out", "online")
+    first, second = (json.loads(line) for line in open(tmp_path / "online" / "metrics.jsonl"))
+    assert first["annotator/pairs"] == 1 and first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["annotator/unreadable"] == 0
+
+    run("ppo.py", *sampled, "--reward-model", "reward", "--out", "ppo")
+    first, second = (json.loads(line) for line in open(tmp_path / "ppo" / "metrics.jsonl"))
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4) and first["seconds/score"] > 0
