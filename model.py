@@ -13,15 +13,13 @@ Three ideas make it fast; each is exact and has a test that compares it with the
 
 import contextlib
 import copy
+import functools
 import math
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -178,23 +176,30 @@ def attention_mask(segments, hidden=None):
     return see[:, None]
 
 
-def prefix_attention(module, query, key, value, attention_mask, prefix=0, **settings):
-    """transformers' SDPA attention, where the first `prefix` positions of every row are prompt and nothing of it is hidden.
+@functools.cache
+def prefix_attention():
+    """Register "prefix" with transformers: its SDPA attention, where the first `prefix` positions of every row are plain prompt.
 
     Their queries need no mask and none of the later keys: a causal kernel takes them, at half the work (and on a GPU without
-    leaving the flash kernels). (B, heads, Q, d), mask (B, 1, Q, keys) -> (B, Q, heads, d), None.
+    leaving the flash kernels). Returns the name for `set_attn_implementation`.
     """
-    if not prefix:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    first, rest = query.split([prefix, query.shape[2] - prefix], 2)
-    rest, _ = sdpa_attention_forward(module, rest, key, value, attention_mask[:, :, prefix:], **settings)
-    settings["is_causal"] = True
-    first, _ = sdpa_attention_forward(module, first, key[:, :, :prefix], value[:, :, :prefix], None, **settings)
-    return torch.cat([first, rest], 1), None
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+    from transformers.masking_utils import sdpa_mask
 
+    def attend(module, query, key, value, attention_mask, prefix=0, **settings):
+        """(B, heads, Q, d), mask (B, 1, Q, keys) -> (B, Q, heads, d), None."""
+        if not prefix:
+            return sdpa(module, query, key, value, attention_mask, **settings)
+        first, rest = query.split([prefix, query.shape[2] - prefix], 2)
+        rest, _ = sdpa(module, rest, key, value, attention_mask[:, :, prefix:], **settings)
+        settings["is_causal"] = True
+        first, _ = sdpa(module, first, key[:, :, :prefix], value[:, :, :prefix], None, **settings)
+        return torch.cat([first, rest], 1), None
 
-AttentionInterface.register("prefix", prefix_attention)
-AttentionMaskInterface.register("prefix", sdpa_mask)
+    AttentionInterface.register("prefix", attend)
+    AttentionMaskInterface.register("prefix", sdpa_mask)
+    return "prefix"
 
 
 # ---- LoRA
@@ -314,7 +319,7 @@ class MLLM(nn.Module):
             if getattr(llm.config, name, 1.0) not in (None, 1.0):
                 raise BadInput(f"{type(llm).__name__}: an LLM that scales its logits ({name}) is not supported; Llama-like ones are.")
         vision.set_attn_implementation("sdpa")
-        llm.set_attn_implementation("prefix")  # eager attention would add our boolean masks as 0 and 1
+        llm.set_attn_implementation(prefix_attention())  # eager attention would add our boolean masks as 0 and 1
         for module in self.modules():  # dropout would make policy and reference differ at step 0
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

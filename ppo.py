@@ -64,7 +64,7 @@ import checkpoints
 import data
 import judge
 import training
-from lab import report, toyworld
+from lab import report
 from model import BadInput, last_tokens
 
 TOY = {"data": ["povid.json"], "steps": 40, "batch_size": 16, "minibatches": 2, "samples": 2, "lr": 2e-4, "projector_lr": 0.0,
@@ -136,6 +136,8 @@ def parse():
 
 def toy_reward_model(seed):
     """The reward model of the toy base of the seed, trained by reward_model.py's own command line on first use, and cached."""
+    from lab import toyworld
+
     code = Path(__file__).parent
     sources = [code / f"{name}.py" for name in ("reward_model", "model", "data", "layouts", "lab/oracle")]
     weights = hashlib.sha256((toyworld.base(seed) / "model.safetensors").read_bytes()).hexdigest()
