@@ -36,8 +36,9 @@ And these are left out: the factor 10 on all rewards (whitening cancels it), the
 for each kind of prompt, the policy's own supervised start: pi_ref is --model. LoRA has alpha = 2 rank (there r 64, alpha 16).
 4. The reward model reads an answer that was cut off with an end token; that it was cut off is told by a term of its own.
 5. Log-probs of sampling serve as log pi_old in float32 (equal to 1e-5); in bfloat16 the answers are scored again.
-6. RLOO divides the reward model's score by its spread on held-out pairs, less the mean there (Amirloo et al.: normalised on the
-   alignment set). Theirs: --advantage rloo --samples 4 --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1.
+6. The reward model's score, less its mean on held-out pairs, is divided by its spread there (Amirloo et al. normalise theirs on
+   the alignment set; Sun et al. take it as it is), so that the other terms weigh the same beside any reward model.
+   Amirloo et al.'s RLOO: --advantage rloo --samples 4 --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1.
 7. One clip of the gradient norm (1) covers policy and value network.
 
 Metrics: `objective/scores` mean r, `scores/...` its terms; `objective/kl` mean over answers of the sum of k1 over tokens (may
@@ -379,7 +380,7 @@ class Scorer:
         correct = [correctness(e.record, text) for e, row in zip(answered, texts) for text in row]
         lengths = torch.tensor([len(tokens) for e in answered for tokens in e.answers], device=device)
         return {
-            "reward_model": (score - self.mean) / self.std if args.advantage == "rloo" else score,
+            "reward_model": (score - self.mean) / self.std,
             "correctness": args.correct_weight * torch.tensor(correct, device=device),
             "length": args.length_weight * lengths / args.max_new_tokens,
             "unfinished": args.unfinished_weight * (~torch.tensor(finished, device=device)).float(),

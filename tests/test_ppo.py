@@ -254,9 +254,8 @@ def test_terms_of_the_reward(llava):
         terms = scorer([answered], [True, False], 0)
         assert terms["correctness"].tolist() == [2, 0] and terms["unfinished"].tolist() == [0, -8]
         assert terms["length"].tolist() == pytest.approx([-len(a) for a in example.answers])
-        plain = terms["reward_model"]
-        scorer.args.advantage = "rloo"
-        assert torch.allclose(scorer([answered], [True, False], 0)["reward_model"], (plain - 2) / scorer.std)
+        score = scorer.reward([answered], None, 0)
+        assert torch.allclose(terms["reward_model"], (score - 2) / scorer.std) and score.unique().numel() == 2
     read = processor.tokenizer.decode(scorer.rated(answered, random.Random(0)).answers[0])
     assert "Rate. See:\n- A dog." in read and "A dog." not in processor.tokenizer.decode(answered.prompt)
 
