@@ -58,7 +58,7 @@ import data
 import training
 from model import BadInput, last_tokens
 
-TOY = {"data": ["povid.json", "povid_seen.json"], "steps": 400, "batch_size": 16, "lr": 1e-3, "projector_lr": 0.0, "lora_rank": 64,
+TOY = {"data": ["povid.json", "povid_seen.json"], "steps": 500, "batch_size": 16, "lr": 1e-3, "projector_lr": 0.0, "lora_rank": 16,
        "held_out": 200, "max_facts": 1, "save_every": 0}  # fmt: skip
 QUESTION = "Rate this answer.\nIs all of it in the picture?{facts}\nIs it helpful?\nIs the language right?\nIs it too long?"
 FACTS = " The picture shows:"
@@ -76,7 +76,9 @@ def parse():
     group.add_argument("--no-facts", action="store_true", help="the plain reward model: an evaluation turn without captions")
     group.add_argument("--missing-facts", default="refuse", choices=("refuse", "count"),
                        help="a picture without captions stops the run, or is counted (default %(default)s)")  # fmt: skip
-    group.add_argument("--max-facts", type=int, metavar="N", help="captions read at a time, drawn anew each time (default: all)")
+    group.add_argument(
+        "--max-facts", type=int, metavar="N", help="captions read at a time, drawn anew each time (default: all)"
+    )
     group.add_argument("--held-out", type=int, default=500, metavar="N",
                        help="pairs of each file not trained on, whole pictures, at most a fifth (paper %(default)s)")  # fmt: skip
     group.add_argument("--test-data", action="append", default=[], metavar="FILE",
@@ -299,7 +301,7 @@ def main():
     if args.resume:
         shutil.rmtree(out / "adapter", ignore_errors=True)  # a run stopped after its last step had written it
     settings = {"question": QUESTION, "facts": None if args.no_facts else FACTS, "max_facts": args.max_facts, "template": processor.template,
-                "image_aspect": processor.image_aspect, "held_out": after}  # fmt: skip
+                "image_aspect": processor.image_aspect, "held_out": {path: after[path] for path in args.data}}  # fmt: skip
     checkpoints.save_reward(model, out, base_name, settings)
     training.write_json(out / "metrics.json", after)
     seconds = {k: round(v, 1) for k, v in seconds.items()}

@@ -28,7 +28,8 @@ CORRECTED = ["--lr", "5e-5"]  # an annotator's corrections only take away; at th
 CONSTRUCTED = ("povid.json", "povid_seen.json")
 TEST = ["--test-data", "vlfeedback.jsonl"]  # own samples ranked by the oracle: nothing is trained on them
 MIX = ["--mix", "0.5"]
-RLOO = ["--advantage", "rloo"]
+BARE = ["--length-weight", "0"]
+RLOO = ["--advantage", "rloo", "--samples", "4", "--minibatches", "1"]  # as many answers an iteration as PPO
 ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the command before, further flags; @row: that row's run folder))
     "dpo": ("DPO, corrupted truth (default)", [("dpo.py", "povid.json", [])]),
     "dpo-seen": ("DPO, corrupted truth of SFT's pictures", [("dpo.py", "povid_seen.json", [])]),
@@ -45,15 +46,14 @@ ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the
     "povid": ("POVID: distortion + corrupted truth", [("bdhs.py", "povid.json", ["--online", "--povid", "--gamma", "0.5"])]),
     "reward": ("reads facts", [("reward_model.py", CONSTRUCTED, TEST)]),
     "reward-plain": ("plain", [("reward_model.py", CONSTRUCTED, ["--no-facts", *TEST])]),
-    "reward-ranked": ("plain, of ranked samples", [("reward_model.py", "vlfeedback.jsonl", ["--no-facts"])]),
     "online": ("Online DPO, the oracle annotates", [("online_dpo.py", "rlhf_v.jsonl", [])]),
     "online-povid": ("the same, prompts of corrupted truth", [("online_dpo.py", "povid.json", [])]),
     "mixed": ("Mixed-DPO, with corrupted truth", [("online_dpo.py", "povid.json", MIX)]),
     "mixed-corrected": ("Mixed-DPO, with corrected samples", [("online_dpo.py", "rlhf_v.jsonl", MIX)]),
     "online-reward": ("Online DPO, factual reward model annotates", [("online_dpo.py", "rlhf_v.jsonl", ["--annotator", "@reward"])]),
-    "online-plain": ("Online DPO, plain reward model annotates", [("online_dpo.py", "rlhf_v.jsonl", ["--annotator", "@reward-plain"])]),
     "ppo": ("PPO, factual reward model (Fact-RLHF)", [("ppo.py", "povid.json", ["--reward-model", "@reward"])]),
-    "ppo-plain": ("PPO, plain reward model", [("ppo.py", "povid.json", ["--reward-model", "@reward-plain"])]),
+    "ppo-plain": ("PPO, plain reward model, no length term", [("ppo.py", "povid.json", ["--reward-model", "@reward-plain", *BARE])]),
+    "ppo-plain-length": ("PPO, plain reward model", [("ppo.py", "povid.json", ["--reward-model", "@reward-plain"])]),
     "ppo-oracle": ("PPO, the oracle rewards", [("ppo.py", "povid.json", ["--reward-model", "oracle"])]),
     "rloo": ("RLOO, factual reward model", [("ppo.py", "povid.json", ["--reward-model", "@reward", *RLOO])]),
 }  # fmt: skip

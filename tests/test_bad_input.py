@@ -1,4 +1,5 @@
 """What a user can get wrong: one sentence on stderr that names file, row and key, no traceback, exit status 2."""
+
 import json
 import shutil
 import struct

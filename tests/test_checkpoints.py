@@ -1,4 +1,5 @@
 """checkpoints.py against transformers and PEFT: same logits, same tokens, every naming, every refusal."""
+
 import json
 import warnings
 from dataclasses import fields

@@ -1,4 +1,5 @@
 """data.py: every layout with its traps, prompts and tokens against strings by hand, pictures against transformers."""
+
 import io
 import json
 import shutil

@@ -147,9 +147,7 @@ def test_official_coco_files(split):
     assert (len(questions), labels.count("yes"), labels.count("no")) == (3000, 1500, 1500)
     assert len({q["image"] for q in questions}) == 500
     everything = eval_pope.score(labels, ["Yes"] * 3000)
-    assert everything == pytest.approx(
-        {"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": 2 / 3, "yes_ratio": 1, "n": 3000}
-    )
+    assert everything == pytest.approx({"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": 2 / 3, "yes_ratio": 1, "n": 3000})
 
 
 @official

@@ -1,4 +1,5 @@
 """LLaVA-NeXT against transformers: geometry, pixels, logits, greedy answers, every naming, adapters."""
+
 import json
 import sys
 import warnings

@@ -1,4 +1,5 @@
 """Real photographs in four public layouts (skipped where they are not): one set of log-probs, equal to transformers' own."""
+
 import json
 import os
 import subprocess
@@ -63,7 +64,20 @@ def run(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("file", FILES)
 def test_dpo_trains_on_each_layout_and_pope_scores_it(run, tmp_path, file):
-    flags = ["--data", PHOTOS / file, "--images", PHOTOS / "images", "--steps", 2, "--batch-size", 2, "--lora-rank", 4, "--out", "run"]
+    flags = [
+        "--data",
+        PHOTOS / file,
+        "--images",
+        PHOTOS / "images",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--lora-rank",
+        4,
+        "--out",
+        "run",
+    ]
     run("dpo.py", *flags)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["rewards/margins"] == pytest.approx(0, abs=1e-5)
@@ -79,14 +93,22 @@ def test_reward_model_reads_the_captions_and_serves_online_dpo_and_ppo(run, tmp_
     facts = PHOTOS / "image_to_caption.json"
     lora = ["--images", PHOTOS / "images", "--steps", 2, "--batch-size", 2, "--lora-rank", 4]
     rated = run("reward_model.py", "--data", PHOTOS / "llava_rlhf_preference.json", *lora, "--facts", facts, "--out", "reward")
-    assert any(repr(f"The picture shows:\n- {text}")[1:-1] in rated.stderr for texts in json.loads(facts.read_text()).values() for text in texts)
+    assert any(
+        repr(f"The picture shows:\n- {text}")[1:-1] in rated.stderr
+        for texts in json.loads(facts.read_text()).values()
+        for text in texts
+    )
     report = json.loads((tmp_path / "reward" / "metrics.json").read_text())
     assert all(0 <= found["accuracy"] <= 1 and found["n"] for found in report.values())
 
     sampled = ["--data", PHOTOS / "povid.json", *lora, "--facts", facts, "--max-new-tokens", 12]
     run("online_dpo.py", *sampled, "--annotator", "reward", "--out", "online")
     first, second = (json.loads(line) for line in open(tmp_path / "online" / "metrics.jsonl"))
-    assert first["annotator/pairs"] == 1 and first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["annotator/unreadable"] == 0
+    assert (
+        first["annotator/pairs"] == 1
+        and first["loss"] == pytest.approx(0.6931, abs=1e-4)
+        and first["annotator/unreadable"] == 0
+    )
 
     run("ppo.py", *sampled, "--reward-model", "reward", "--out", "ppo")
     first, second = (json.loads(line) for line in open(tmp_path / "ppo" / "metrics.jsonl"))

@@ -16,7 +16,12 @@ def summary(accuracy, chair_s):
 
 def test_table_by_hand(tmp_path):
     """Two seeds: means, sample standard deviations, mean paired differences."""
-    cells = {"dpo": {str(s): {"before": summary(0.8 + 0.1 * s, 0.6), "after": summary(0.9, 0.2 + 0.2 * s), "minutes": 2.0} for s in (0, 1)}}
+    cells = {
+        "dpo": {
+            str(s): {"before": summary(0.8 + 0.1 * s, 0.6), "after": summary(0.9, 0.2 + 0.2 * s), "minutes": 2.0}
+            for s in (0, 1)
+        }
+    }
     lines = reproduce.table(cells).splitlines()
     assert lines[2].startswith("| base | 2 | 0.850 ± 0.071 |") and "| 0.600 ± 0.000 |" in lines[2]
     assert lines[3].startswith("| DPO, corrupted truth (default) | 2 | 0.900 ± 0.000 (+0.050) |")

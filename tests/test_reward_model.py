@@ -304,6 +304,7 @@ def test_learns_resumes_and_reports(command, checkpoint, monkeypatch, capsys):
     Path("more.json").write_text(Path("povid.json").read_text())
     other = command("t", "--steps", "1", "--no-facts", "--test-data", "more.json")
     assert sorted(json.loads((other / "metrics.json").read_text())) == ["more.json", "povid.json"]
+    assert list(json.loads((other / "reward.json").read_text())["held_out"]) == ["povid.json"]
     with pytest.raises(BadInput, match="--facts FILE .* or --no-facts is needed"):
         command("c", "--steps", "1")
 
