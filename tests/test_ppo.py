@@ -4,7 +4,9 @@ import json
 import math
 import random
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -152,6 +154,29 @@ def test_clipped_tokens_have_no_gradient():
     losses, _ = ppo.policy_loss(new, torch.zeros(4), torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2)
     losses.sum().backward()
     assert [g != 0 for g in new.grad.tolist()] == [False, True, True, False]
+
+
+def test_trl_says_the_same_of_rloo():
+    """TRL's RLOOTrainer on the same log-probs and advantages: loss, share of clipped answers. (It has no PPO any more.)"""
+    trl = pytest.importorskip("trl")
+    torch.manual_seed(0)
+    new, lengths, advantages = torch.randn(8, 5) * 0.2, [5, 3, 1, 4, 2, 5, 5, 2], torch.randn(8)
+    old = new + torch.randn(8, 5) * 0.1
+    mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).float()
+    theirs = mock.MagicMock(
+        epsilon_low=0.2, epsilon_high=0.2, aux_loss_enabled=False, _metrics=defaultdict(lambda: defaultdict(list))
+    )
+    theirs._get_per_token_logps_and_entropies.return_value = new, torch.zeros(8, 5), None
+    theirs.accelerator.gather = theirs.accelerator.reduce = lambda x, reduction=None: x
+    tokens = {"prompt_ids": torch.zeros(8, 1), "prompt_mask": torch.ones(8, 1), "completion_ids": torch.zeros(8, 5)}
+    given = tokens | {"completion_mask": mask, "old_logps": (old * mask).sum(1), "advantages": advantages}
+    want = trl.RLOOTrainer._compute_loss(theirs, None, given)
+
+    row = lambda x: torch.cat([x[i, :n] for i, n in enumerate(lengths)])
+    losses, clipped = ppo.policy_loss(ppo.summed(row(new), lengths), ppo.summed(row(old), lengths), advantages, 0.2)
+    torch.testing.assert_close(losses.mean(), want)
+    (shares,) = (m["clip_ratio/region_mean"] for m in theirs._metrics.values())
+    assert float(clipped.float().mean()) == pytest.approx(shares[0]) and 0 < shares[0] < 1
 
 
 # ---- an iteration

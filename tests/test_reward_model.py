@@ -4,7 +4,9 @@ import json
 import math
 import random
 import sys
+from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -61,6 +63,20 @@ def test_loss_is_binary_cross_entropy_of_the_difference():
     want = torch.nn.functional.binary_cross_entropy_with_logits(r1 - r0, choice.float())  # as the original writes it
     chosen, rejected = torch.where(choice == 1, r1, r0), torch.where(choice == 1, r0, r1)
     assert torch.allclose(reward_model.reward_loss(chosen, rejected, 0.0)[0].mean(), want)
+
+
+def test_trl_says_the_same():
+    """TRL's RewardTrainer on the same scores; its centring term is another one (squares), so without."""
+    trl = pytest.importorskip("trl")
+    chosen, rejected = torch.randn(6), torch.randn(6)
+    theirs = mock.MagicMock(_metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0)
+    theirs.model.training, theirs.args.center_rewards_coefficient = False, None
+    theirs.accelerator.gather = theirs.accelerator.gather_for_metrics = lambda x: x
+    network = lambda **inputs: mock.MagicMock(logits=torch.cat([chosen, rejected])[:, None])
+    want = trl.RewardTrainer.compute_loss(theirs, network, {"attention_mask": torch.ones(12, 1)})
+    losses, centring = reward_model.reward_loss(chosen, rejected, 0.0)
+    torch.testing.assert_close(losses.mean(), want)
+    assert centring == 0 and theirs._metrics["eval"]["accuracy"] == [pytest.approx((chosen > rejected).float().mean().item())]
 
 
 # ---- what is read, and where
