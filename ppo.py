@@ -69,7 +69,7 @@ from lab import report
 from model import BadInput, last_tokens
 
 TOY = {"data": ["povid.json"], "steps": 40, "batch_size": 16, "minibatches": 2, "samples": 2, "lr": 3e-4, "projector_lr": 0.0,
-       "lora_rank": 16, "max_new_tokens": 96, "kl_coef": 0.05, "correct_weight": 0.0, "length_weight": 4.0, "save_every": 0}  # fmt: skip
+       "lora_rank": 16, "max_new_tokens": 96, "correct_weight": 0.0, "length_weight": 8.0, "save_every": 0}  # fmt: skip
 
 
 def parse():

@@ -189,6 +189,11 @@ def table(cells):
     return "\n".join(lines)
 
 
+def tables(cells):
+    """The three of them."""
+    return table(cells), reward_table(cells), log_table(cells)
+
+
 def chart(cells, path):
     """Draw the trade-off: hallucination against recall, and against adversarial accuracy; small dots are seeds, numbers means."""
     cells = policies(cells)
@@ -252,7 +257,7 @@ def main():
                 training.write_json(path, cells)
     if not cells:
         raise training.BadInput(f"{path}: no results yet.")
-    text = "\n\n".join(part for part in (table(cells), reward_table(cells), log_table(cells)) if part)
+    text = "\n\n".join(part for part in tables(cells) if part)
     if not args.quick:
         (folder / "table.md").write_text(text + "\n", encoding="utf-8")
         chart(cells, folder / "chart.png")

@@ -29,11 +29,31 @@ def test_table_by_hand(tmp_path):
     reproduce.chart(cells, tmp_path / "chart.png")
 
 
+def test_tables_of_what_samples_by_hand(tmp_path):
+    """Reward models have a table of their own; logs are means over seeds of the first and the last fifth of the steps."""
+    held = lambda accuracy: {"accuracy": accuracy, "length_correlation": -0.5, "longer_preferred": 0.25, "longer_favoured": 0.0}
+    rewards = {str(s): {"after": {"reward": {"a/povid.json": held(0.8 + 0.1 * s)}}, "minutes": 3.0} for s in (0, 1)}
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"objective/kl": k, "response_length": 20.0}) + "\n" for k in range(10))
+    )
+    log = reproduce.log_of(tmp_path)
+    assert log == {"objective/kl": [0.5, 8.5], "response_length": [20, 20]}
+    run = {"before": summary(0.8, 0.6), "after": summary(0.9, 0.2), "minutes": 2.0, "log": log}
+    other = run | {"log": {"objective/kl": [1.5, 9.5], "response_length": [20, 10]}}
+    first, second, third = reproduce.tables({"reward": rewards, "ppo": {"0": run, "1": other}})
+    assert "reads facts" not in first and "| PPO, factual" in first
+    assert (
+        second.splitlines()[2]
+        == "| reads facts | 2 | povid.json | 0.850 ± 0.071 | -0.500 ± 0.000 | 0.250 ± 0.000 | 0.000 ± 0.000 | 3.0 |"
+    )
+    assert "1.00 → 9.00" in third and "20.00 → 15.00" in third and len(third.splitlines()) == 3
+
+
 def test_readme_shows_the_results():
     cells = json.loads((ROOT / "results" / "results.json").read_text())
-    table = reproduce.table(cells)
-    assert table == (ROOT / "results" / "table.md").read_text().strip()
-    assert table in (ROOT / "README.md").read_text()
+    tables = [part for part in reproduce.tables(cells) if part]
+    assert "\n\n".join(tables) == (ROOT / "results" / "table.md").read_text().strip()
+    assert all(part in (ROOT / "README.md").read_text() for part in tables)
     first = cells["dpo"]["0"]
     assert report.table({"before": first["before"], "after": first["after"]}) in (ROOT / "README.md").read_text()
     for row, by_seed in cells.items():
