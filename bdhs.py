@@ -391,7 +391,9 @@ def offline(args, out, records, examples, drawer):
     report.negatives(out / "negatives.png", records, negatives, drawer.processor)
     images = out / "images" if (out / "images").is_dir() else args.images or Path(args.data[0]).parent
     print(f"picture: {out / 'negatives.png'}", file=sys.stderr)
-    print(f"train on it: python dpo.py --data {out / 'preferences.json'} --images {images} and the same --model", file=sys.stderr)
+    print(
+        f"train on it: python dpo.py --data {out / 'preferences.json'} --images {images} and the same --model", file=sys.stderr
+    )
 
 
 def image_name(image, args, out):

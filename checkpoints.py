@@ -701,14 +701,25 @@ def save_reward(model, folder, base_name, settings, name="reward"):
     training.write_json(folder / "reward.json", {"base_name": str(base_name), "base": base_hash(model)} | settings)
 
 
+def reward_settings(folder):
+    """reward.json of a run of reward_model.py, whole."""
+    settings = read_json(Path(folder) / "reward.json")
+    needed = ("base", "base_name", "question", "facts", "max_facts", "template", "image_aspect", "held_out")
+    missing = [name for name in needed if name not in settings]
+    if missing:
+        raise BadInput(
+            f"{folder}/reward.json: no {', '.join(missing)}; a run of this reward_model.py writes {', '.join(needed)}."
+        )
+    return settings
+
+
 @torch.no_grad()
 def load_reward(model, folder, name="reward"):
     """Stand a saved reward model on the base that it was trained on: adapter and head of this name, frozen -> reward.json."""
-    folder = Path(folder)
-    settings = read_json(folder / "reward.json")
-    if settings.get("base") != (found := base_hash(model)):
+    folder, settings = Path(folder), reward_settings(folder)
+    if settings["base"] != (found := base_hash(model)):
         raise BadInput(
-            f"{folder}: this reward model was trained on {settings.get('base_name')} (weights {settings.get('base')}); "
+            f"{folder}: this reward model was trained on {settings['base_name']} (weights {settings['base']}); "
             f"the model that is loaded is another (weights {found})."
         )
     load_adapter(model, folder / "adapter", name)

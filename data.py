@@ -294,7 +294,7 @@ def facts_of(record, known):
 def facts_for(records, known, missing):
     """The captions of each record's picture: a list a record, [] where there are none. known: {image name: [text, ...]}.
 
-    missing: "refuse" raises BadInput for a picture that is not known, "count" says how many there are.
+    missing: "refuse" raises BadInput for a picture that is not known, "count" prints how many there are.
     """
     found = [facts_of(r, known) for r in records]
     without = [r for r, facts in zip(records, found) if facts is None]
@@ -315,6 +315,11 @@ def evaluation(question, intro, facts, rng, most=None):
     """
     bullets = "".join(f"\n- {text}" for text in rng.sample(facts, min(len(facts), most or len(facts))))
     return question.replace("{facts}", intro + bullets if facts else "")
+
+
+def longest_facts(facts, most=None):
+    """Of the captions those that make the longest evaluation turn."""
+    return sorted(facts, key=len)[-(most or len(facts)) :]
 
 
 def generate(model, processor, records, max_new_tokens, temperature=0.0, k=1, batch_size=64, seed=0, label="generate"):

@@ -18,6 +18,7 @@ the same; there are 1.6 % more in all, because
    has a capital, so they never match; but "stove top oven" is one mention, not two (its compounds are of two words);
 3. sentences without a blank between them ("a dog.A cat") are taken apart.
 """
+
 import json
 import re
 from dataclasses import dataclass

@@ -18,6 +18,7 @@ What differs from the official script:
 3. a label other than yes and no is refused, not taken as yes;
 4. an answer ends after 16 tokens, which matters only if its "no" comes later than that.
 """
+
 import json
 import re
 from pathlib import Path

@@ -90,18 +90,30 @@ def add_flags(parser):
     )
 
 
-def make(args, device="cpu", dtype=torch.float32):
+def make(args, device="cpu", dtype=torch.float32, records=()):
     """The annotator that the flags name -> function (records, answers) -> scores.
 
-    records: `data.Record`s; answers: for each a list of texts. Raises BadInput, and NoAnswer when an endpoint does not work.
-    Sets args.judge_url where it came from the environment, so that a run folder tells it.
+    records: `data.Record`s, here all that will be asked about: facts that a reward model needs and that are missing are told now;
+    answers: for each a list of texts. Raises BadInput, and NoAnswer when an endpoint does not work.
+    Sets args.judge_url where it came from the environment, and args.facts where it is the toy world's, so that a run folder tells them.
     """
     if args.annotator != "endpoint":
         for flag in ("judge_url", "judge_model", "judge_key_file"):
             if getattr(args, flag):
                 raise BadInput(f"--{flag.replace('_', '-')} is for --annotator endpoint; the annotator is {args.annotator}.")
-        if (Path(args.annotator) / "reward.json").is_file():
-            return reward_model(args.annotator, args.facts, args.missing_facts, device, dtype)
+    settings = checkpoints.reward_settings(args.annotator) if (Path(args.annotator) / "reward.json").is_file() else None
+    if settings and settings["facts"] is not None:
+        if args.facts is None and args.toy_world:
+            args.facts = str(Path(args.toy_world) / "image_to_caption.json")
+        if args.facts is None:
+            raise BadInput(f"--annotator {args.annotator} was trained with facts; --facts FILE is needed.")
+        facts = data.facts_for(records, data.captions(args.facts), args.missing_facts)
+        return reward_model(args.annotator, {r.where: known for r, known in zip(records, facts)}, device, dtype)
+    if args.facts:
+        raise BadInput(f"--facts is for a reward model that reads them; the annotator is {args.annotator}.")
+    if settings:
+        return reward_model(args.annotator, {}, device, dtype)
+    if args.annotator != "endpoint":
         return oracle() if args.annotator == "oracle" else pairwise(checkpoint(args.annotator, device, dtype))
     args.judge_url = args.judge_url or os.environ.get("OPENAI_BASE_URL")
     if not args.judge_url or not args.judge_model:
@@ -131,7 +143,7 @@ def oracle():
             folder = record.image.resolve().parent.parent if isinstance(record.image, Path) else None
             if not (folder and (folder / "scenes.json").is_file()):
                 raise BadInput(
-                    f"{record.where}: --annotator oracle knows pictures of a toy world, with scenes.json beside their folder."
+                    f"{record.where}: the oracle knows pictures of a toy world, with scenes.json beside their folder."
                 )
             world, prompt = worlds(folder), record.turns[-1]
             describe = world.question(record.image, prompt)[0] == "describe"
@@ -146,31 +158,39 @@ def oracle():
 # ---- a reward model
 
 
-def reward_model(folder, facts=None, missing="refuse", device="cpu", dtype=torch.float32):
-    """Score by a run of reward_model.py. facts: image_to_caption.json, for one that reads them; the same answer always scores the same."""
-    settings = checkpoints.read_json(Path(folder) / "reward.json")
-    if settings["facts"] is not None and facts is None:
-        raise BadInput(f"--annotator {folder} was trained with facts; --facts FILE is needed.")
+def reward_model(folder, facts, device="cpu", dtype=torch.float32):
+    """Score by a run of reward_model.py. facts: {where of a record: the captions of its picture}, for one that reads them.
+
+    The same answer to the same row scores the same every time; one that does not fit into the context cannot be read.
+    """
+    settings = checkpoints.reward_settings(folder)
     model, processor = checkpoints.load(settings["base_name"], dtype, device, settings["template"], settings["image_aspect"])
     checkpoints.load_reward(model, folder)
-    known = data.captions(facts) if settings["facts"] is not None else None
+
+    def read(record, text, turn):
+        try:
+            return processor.rated(processor.encode(replace(record, answers=(text,))), turn).answers[0]
+        except BadInput:
+            return None
 
     @torch.no_grad()
     def score(records, answers):
-        read = [[] for _ in records] if known is None else data.facts_for(records, known, missing)
-        rated, different = [], [list(dict.fromkeys(texts)) for texts in answers]
-        for record, texts, captions in zip(records, different, read):
-            tokens = [processor.encode(replace(record, answers=(text,))).answers[0] for text in texts]
-            example = replace(processor.encode(replace(record, answers=())), answers=tokens)
-            rng = random.Random(record.where)
-            turn = data.evaluation(settings["question"], settings["facts"], captions, rng, settings["max_facts"])
-            rated.append(processor.rated(example, turn))
-        batch = processor.collate(rated).to(device)
-        with model.use("reward"):
-            scores = model.values(batch, last_tokens(batch), "reward").split([len(texts) for texts in different])
-        return [
-            [row[texts.index(t)].item() for t in given] for row, texts, given in zip(scores, different, answers, strict=True)
-        ]
+        rated, texts = [], []
+        for record, row in zip(records, answers, strict=True):
+            rng, known = random.Random(record.where), facts.get(record.where, [])
+            turn = data.evaluation(settings["question"], settings["facts"], known, rng, settings["max_facts"])
+            tokens = {text: read(record, text, turn) for text in row}
+            texts.append([text for text, ids in tokens.items() if ids is not None])
+            if texts[-1]:
+                rated.append(replace(processor.encode(replace(record, answers=())), answers=[tokens[t] for t in texts[-1]]))
+        found = iter(())
+        if rated:
+            scored = [[torch.ones(len(ids), dtype=torch.bool) for ids in e.answers] for e in rated]
+            batch = processor.collate([replace(e, scored=s) for e, s in zip(rated, scored)]).to(device)
+            with model.use("reward"):
+                found = iter(model.values(batch, last_tokens(batch), "reward").tolist())
+        scores = [{text: next(found) for text in row} for row in texts]
+        return [[by_text.get(text) for text in row] for by_text, row in zip(scores, answers)]
 
     return score
 

@@ -217,9 +217,12 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
 
     def add_to(self, y, x):
-        """y (..., out) += its share of x (..., in), in y's own memory: no tensor of that size is made beside it."""
-        low = self.scale * F.linear(x.to(y.dtype), self.lora_A.to(y.dtype))  # (..., rank)
-        return y.flatten(0, -2).addmm_(low.flatten(0, -2), self.lora_B.to(y.dtype).t()).view_as(y)
+        """y (n, out) += its share of x (n, in), in y's own memory: no tensor of that size is made beside it.
+
+        y must be no view: autograd would copy it whole in the backward pass.
+        """
+        low = self.scale * F.linear(x.to(y.dtype), self.lora_A.to(y.dtype))  # (n, rank)
+        return y.addmm_(low, self.lora_B.to(y.dtype).t())
 
 
 class LoRALinear(nn.Module):
@@ -233,10 +236,10 @@ class LoRALinear(nn.Module):
         self.base, self.adapters, self.active = base, nn.ModuleDict({name: LoRA(base, rank, alpha)}), "policy"
 
     def forward(self, x):
-        y = self.base(x)
-        if self.active in self.adapters:
-            y = self.adapters[self.active].add_to(y, x)
-        return y
+        if self.active not in self.adapters:
+            return self.base(x)
+        rows = x.flatten(0, -2)
+        return self.adapters[self.active].add_to(self.base(rows), rows).unflatten(0, x.shape[:-1])
 
 
 # ---- the model
@@ -317,9 +320,14 @@ class MLLM(nn.Module):
             )
         for name in ("logits_scaling", "logit_scale"):
             if getattr(llm.config, name, 1.0) not in (None, 1.0):
-                raise BadInput(f"{type(llm).__name__}: an LLM that scales its logits ({name}) is not supported; Llama-like ones are.")
-        vision.set_attn_implementation("sdpa")
-        llm.set_attn_implementation(prefix_attention())  # eager attention would add our boolean masks as 0 and 1
+                raise BadInput(
+                    f"{type(llm).__name__}: an LLM that scales its logits ({name}) is not supported; Llama-like ones are."
+                )
+        for part in (vision, llm):
+            part.set_attn_implementation(
+                "sdpa"
+            )  # eager attention would add our boolean masks as 0 and 1; raises where SDPA is wrong
+        llm.set_attn_implementation(prefix_attention())
         for module in self.modules():  # dropout would make policy and reference differ at step 0
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -362,7 +370,9 @@ class MLLM(nn.Module):
                         child.adapters[name] = LoRA(child.base, rank, alpha)
                     elif isinstance(child, nn.Linear):
                         if leaf not in LORA_TARGETS:
-                            raise BadInput(f"LoRA: no adapter is known for the layer {leaf}; known are {', '.join(LORA_TARGETS)}.")
+                            raise BadInput(
+                                f"LoRA: no adapter is known for the layer {leaf}; known are {', '.join(LORA_TARGETS)}."
+                            )
                         setattr(module, leaf, LoRALinear(child, rank, alpha, name))
 
     def add_head(self, name):
@@ -562,7 +572,9 @@ class MLLM(nn.Module):
                 break
             if live.sum() <= 0.75 * len(live):  # enough answers have ended to be worth the copy
                 keep = live.nonzero()[:, 0]
-                alive, live, token, start, visible, positions = (v[keep] for v in (alive, live, token, start, visible, positions))
+                alive, live, token, start, visible, positions = (
+                    v[keep] for v in (alive, live, token, start, visible, positions)
+                )
                 cache.take(keep, slots)
             visible[:, L + t], positions[:, L + t] = True, start + t
             seen = self.window(visible[:, None, None, : L + t + 1], (start + t)[:, None], positions[:, : L + t + 1])

@@ -35,7 +35,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +70,6 @@ def parse():
     group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default %(default)s)")
     judge.add_flags(parser)
     args = training.parse(parser, TOY)
-    if args.toy_world and args.facts is None:
-        args.facts = str(Path(args.toy_world) / "image_to_caption.json")
     args.beta = BETA[args.loss] if args.beta is None else args.beta
     for name, value, good, accepted in (
         ("beta", args.beta, args.beta > 0, "more than 0"),
@@ -124,7 +121,6 @@ def main():
     """Load, train on answers as they are drawn and judged, save, evaluate."""
     args, begin = parse(), time.time()
     device, dtype = training.device_and_dtype(args)
-    annotator = judge.make(args, device, dtype)
     skipped = [] if args.skip_bad_rows else None
     records = data.load(args.data, args.images, answers=2 if args.mix else 0, skipped=skipped)
     if not args.mix:  # pairs that share picture and prompt are one task here
@@ -132,6 +128,7 @@ def main():
         if len(unique) < len(records):
             print(f"{len(records) - len(unique)} rows repeat picture and prompt of another", file=sys.stderr)
         records = list(unique.values())
+    annotator = judge.make(args, device, dtype, records)
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
     examples = data.encode_all(processor, records, skipped)

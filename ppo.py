@@ -16,10 +16,12 @@ One iteration (`iterate`), for a batch of prompts:
 k - 1 other answers to the same prompt; the ratio is that of whole answers (REINFORCE in the first minibatch).
 
     python ppo.py                                          # toy world, CPU, minutes; trains its reward model first
+    python ppo.py --reward-model oracle                    # the toy world's truth in its place
     python ppo.py --model LLAVA-RLHF-SFT --data llava_ppo50k.json --images DIR --reward-model DIR --facts image_to_caption.json
 
 One frozen base carries three adapters: policy, reward, value; without an adapter it is pi_ref. The value network starts from
-the reward model's adapter, its head at 0; it reads the policy's prompt, never the facts, and V_t before token t is known.
+the reward model's adapter (from the base, where there is none), its head at 0; it reads the policy's prompt, never the facts, and
+V_t before token t is known.
 
     correctness  2 c. Multiple choice: c = 1 for the right letter, else 0. Right answer "No": c = .5 for "No", -.5 for "Yes".
     length       -10 tokens / --max-new-tokens              unfinished  -8 for an answer that was cut off
@@ -40,6 +42,9 @@ for each kind of prompt, the policy's own supervised start: pi_ref is --model. L
    the alignment set; Sun et al. take it as it is), so that the other terms weigh the same beside any reward model.
    Amirloo et al.'s RLOO: --advantage rloo --samples 4 --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1.
 7. One clip of the gradient norm (1) covers policy and value network.
+8. Toy settings: half of the toy questions have the answer "Yes", for which the symbolic term gives nothing whatever is said, so
+   at the weight 2 the policy learns to say "No"; the weight is 0. And the toy reward model punishes errors far more than omissions:
+   long answers are paid for (+8 tokens / --max-new-tokens; r is in units of the reward model's spread), not fined.
 
 Metrics: `objective/scores` mean r, `scores/...` its terms; `objective/kl` mean over answers of the sum of k1 over tokens (may
 be negative in one batch); `objective/entropy` of the next token, nats; `policy/loss`, `policy/approxkl` = .5 mean (log ratio)^2;
@@ -140,7 +145,7 @@ def toy_reward_model(seed):
     from lab import toyworld
 
     code = Path(__file__).parent
-    sources = [code / f"{name}.py" for name in ("reward_model", "model", "data", "layouts", "lab/oracle")]
+    sources = [code / f"{name}.py" for name in ("reward_model", "model", "data", "files", "layouts")]
     weights = hashlib.sha256((toyworld.base(seed) / "model.safetensors").read_bytes()).hexdigest()
     folder = Path(".cache") / f"reward-{toyworld.made_of(*sources, toyworld.world(seed).name, weights)}"
     if not folder.exists():
@@ -361,6 +366,17 @@ class Scorer:
         said, facts = self.settings, self.facts[example.record.where]
         return self.processor.rated(example, data.evaluation(said["question"], said["facts"], facts, rng, said["max_facts"]))
 
+    def check(self, examples):
+        """Refuse now what the reward model cannot read later: an answer and captions that do not fit, a picture of another world."""
+        if self.settings is None:
+            self.oracle([e.record for e in examples], [[""] for _ in examples])
+            return
+        said, answer = self.settings, torch.zeros(self.args.max_new_tokens, dtype=torch.long)
+        for e in examples:
+            facts = data.longest_facts(self.facts[e.record.where], said["max_facts"])
+            turn = data.evaluation(said["question"], said["facts"], facts, random.Random(0))
+            self.processor.rated(replace(e, answers=[answer]), turn)
+
     def reward(self, answered, texts, step):
         """The reward model's scores of the answers drawn, (M,)."""
         if self.settings is None:
@@ -430,9 +446,7 @@ def main():
             raise BadInput(f"--reward-model {args.reward_model} was trained with facts; --facts FILE is needed.")
         facts = data.facts_for(records, data.captions(args.facts), args.missing_facts)
     scorer = Scorer(model, processor, settings, {r.where: known for r, known in zip(records, facts)}, args)
-    longest = torch.zeros(args.max_new_tokens, dtype=torch.long)
-    for e in examples if settings else ():
-        scorer.rated(replace(e, answers=[longest]), random.Random(0))  # what does not fit into the context is refused now
+    scorer.check(examples)
     out = training.start(args, "ppo", skipped)
     report.show_start(processor, examples)
     seconds = {"setup": time.time() - begin}

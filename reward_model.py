@@ -80,9 +80,9 @@ def parse():
         "--max-facts", type=int, metavar="N", help="captions read at a time, drawn anew each time (default: all)"
     )
     group.add_argument("--held-out", type=int, default=500, metavar="N",
-                       help="pairs of each file not trained on, whole pictures, at most a fifth (paper %(default)s)")  # fmt: skip
+                       help="pairs of each file not trained on, whole pictures, until it is N or a fifth (paper %(default)s)")  # fmt: skip
     group.add_argument("--test-data", action="append", default=[], metavar="FILE",
-                       help="pairs to report on and never to train on; may be repeated")  # fmt: skip
+                       help="pairs to report on, those whose pictures are not trained on; may be repeated")  # fmt: skip
     group.add_argument(
         "--centre", type=float, default=1e-3, help="weight of the term that keeps rewards near 0 (paper %(default)s)"
     )
@@ -96,6 +96,8 @@ def parse():
     if not (args.lora_rank and args.lr) or args.projector_lr or args.merge:
         raise BadInput("a reward model is LoRA and a head beside a frozen base: --lora-rank and --lr above 0, "
                        "no --projector-lr, no --merge.")  # fmt: skip
+    if args.no_facts:
+        args.max_facts = None
     if args.max_facts is not None and args.max_facts < 1:
         raise BadInput(f"--max-facts is {args.max_facts}; 1 or more is accepted.")
     if args.held_out < 1 or not (math.isfinite(args.centre) and args.centre >= 0):
@@ -115,28 +117,39 @@ def reward_loss(chosen, rejected, centre):
 # ---- what it reads
 
 
-def held_out_split(files, count, seed, tests=()):
+def picture_of(record):
+    """What pairs are held out by. Pictures inside parquet and tsv files count as different ones, row by row."""
+    return record.image if record.image is not None else record.turns
+
+
+def held_out_split(files, count, seed):
     """Lists of records, one a data file -> for each the places of (training pairs, held-out pairs).
 
-    Whole pictures are held out, the same in all files, until each has `count` pairs or a fifth of its own. Of the files whose
-    numbers are in `tests` nothing is trained on; of their pairs those with a held-out picture, or one that no other file has, remain.
+    Whole pictures are held out, the same in all files, until each file has `count` such pairs or a fifth of its own.
     """
     pictures = {}  # picture -> [(file, place)]
     for number, records in enumerate(files):
         for place, r in enumerate(records):
-            pictures.setdefault(r.image if r.image is not None else r.turns, []).append((number, place))
+            pictures.setdefault(picture_of(r), []).append((number, place))
     order, split = list(pictures.values()), [([], []) for _ in files]
     random.Random(f"{seed}/held out").shuffle(order)
     for rows in order:
-        seen = {number for number, _ in rows}
-        wanted = seen <= set(tests) or any(len(split[n][1]) < min(count, len(files[n]) // 5) for n in seen - set(tests))
+        wanted = any(len(split[n][1]) < min(count, len(files[n]) // 5) for n, _ in rows)
         for number, place in rows:
-            if wanted or number not in tests:
-                split[number][wanted].append(place)
-    for number, (train, held) in enumerate(split):
-        if not held or not (train or number in tests):
-            raise BadInput(f"{files[number][0].where}: {len(files[number])} pairs are too few to hold pictures out.")
+            split[number][wanted].append(place)
+    for records, (train, held) in zip(files, split):
+        if not held or not train:
+            raise BadInput(f"{records[0].where}: {len(records)} pairs are too few to hold pictures out.")
     return [(sorted(train), sorted(held)) for train, held in split]
+
+
+def not_trained_on(records, trained):
+    """Places of the test records whose pictures are in none of the training records."""
+    known = {picture_of(r) for r in trained}
+    places = [i for i, r in enumerate(records) if picture_of(r) not in known]
+    if not places:
+        raise BadInput(f"{records[0].where}: --test-data has only pictures that are trained on.")
+    return places
 
 
 class Reader:
@@ -149,6 +162,11 @@ class Reader:
     def rated(self, i, rng):
         """Example i as the reward model reads it."""
         return self.processor.rated(self.examples[i], self.turn(i, rng))
+
+    def longest(self, i):
+        """The same with its longest captions."""
+        facts = data.longest_facts(self.facts[i], self.max_facts)
+        return self.processor.rated(self.examples[i], data.evaluation(QUESTION, FACTS, facts, random.Random(0)))
 
     def turn(self, i, rng):
         """Its evaluation turn."""
@@ -235,23 +253,27 @@ def main():
     skipped = [] if args.skip_bad_rows else None
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    paths, files = args.data + args.test_data, []
-    for path in paths:
-        records = data.load([path], args.images, answers=2, skipped=skipped)
-        files.append(data.encode_all(processor, records, skipped))
-    tests = range(len(args.data), len(paths))
-    split = held_out_split([[e.record for e in found] for found in files], args.held_out, args.seed, tests)
+    read = lambda path: data.encode_all(processor, data.load([path], args.images, answers=2, skipped=skipped), skipped)
+    files = [read(path) for path in args.data]
+    split = held_out_split([[e.record for e in found] for found in files], args.held_out, args.seed)
     examples, train, held = [], [], {}
-    for path, found, (mine, others) in zip(paths, files, split):
+    for path, found, (mine, others) in zip(args.data, files, split):
         train += [len(examples) + i for i in mine]
         held[path] = [len(examples) + i for i in others]
         examples += found
+    trained = [examples[i].record for i in train]
+    for path in args.test_data:
+        found = read(path)
+        unseen = not_trained_on([e.record for e in found], trained)
+        print(f"{path}: {len(unseen)} of {len(found)} pairs have pictures that are not trained on", file=sys.stderr)
+        held[path] = [len(examples) + i for i in range(len(unseen))]
+        examples += [found[i] for i in unseen]
     records = [e.record for e in examples]
     facts = [[] for _ in records] if args.no_facts else data.facts_for(records, data.captions(args.facts), args.missing_facts)
     reader = Reader(model, processor, examples, facts, args.max_facts)
     for i in range(len(examples)):
-        reader.rated(i, random.Random(0))  # what does not fit into the context is refused now
-    out = training.start(args, "reward_model", skipped)
+        reader.longest(i)  # what does not fit into the context is refused now
+    out = training.start(args, "reward_model", skipped, args.test_data)
     print(f"{len(train)} pairs to train on, {sum(map(len, held.values()))} held out", file=sys.stderr)
     print(f"evaluation turn: {reader.turn(0, random.Random(0))!r}", file=sys.stderr)
     base_name = args.model

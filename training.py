@@ -196,10 +196,10 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def start(args, script, skipped=None):
+def start(args, script, skipped=None, more=()):
     """Create (or, with --resume, check) the run folder and seed everything -> Path. args.json holds every resolved flag.
 
-    skipped: the rows that --skip-bad-rows left out, for skipped.json.
+    skipped: the rows that --skip-bad-rows left out, for skipped.json. more: data files besides those of --data.
     """
     import torch
 
@@ -207,7 +207,7 @@ def start(args, script, skipped=None):
     flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "pillow", "numpy", "safetensors")}
     record = {"script": script, "flags": flags, "versions": versions, "data": {}}
-    for path in args.data:
+    for path in [*args.data, *more]:
         if not Path(path).is_file():
             raise BadInput(f"--data {path}: no such file.")
         record["data"][path] = file_hash(path)

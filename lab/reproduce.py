@@ -86,7 +86,7 @@ def figure(result, place):
 
 
 def run_cell(row, seed, quick, folder):
-    """Run a row's command lines to their end -> {"before", "after", "seconds", "minutes", "commands"}."""
+    """Run a row's command lines to their end -> summary.json's and "minutes", "commands", "log"."""
     commands, begin, out = [], time.time(), None
     for i, (script, file, flags) in enumerate(ROWS[row][1], 1):
         files = (file,) if isinstance(file, str) else file
@@ -171,8 +171,10 @@ def log_table(cells):
 
 
 def table(cells):
-    """Cells {row: {seed: summary}} -> Markdown: mean +- standard deviation over seeds, (mean paired difference to the base)."""
+    """Cells {row: {seed: summary}} -> Markdown: mean +- standard deviation over seeds, (mean paired difference to the base); "" without any."""
     cells = policies(cells)
+    if not cells:
+        return ""
     lines = ["| method | seeds | " + " | ".join(FIGURES) + " | minutes |", "|---|---|" + "---|" * (len(FIGURES) + 1)]
     bases = {seed: cell["before"] for row in cells.values() for seed, cell in row.items()}
     digits = {name: 1 if name == "words" else 3 for name in FIGURES}
@@ -197,11 +199,13 @@ def tables(cells):
 def chart(cells, path):
     """Draw the trade-off: hallucination against recall, and against adversarial accuracy; small dots are seeds, numbers means."""
     cells = policies(cells)
+    if not cells:
+        return
     axes = ((("chair", "recall"), "object recall"), (("pope", "adversarial", "accuracy"), "POPE adversarial accuracy"))
     bases = {seed: cell["before"] for row in cells.values() for seed, cell in row.items()}
     shown = {"base": list(bases.values())} | {row: [c["after"] for c in by_seed.values()] for row, by_seed in cells.items()}
     width, height, left, top = 520, 460, 70, 50
-    sheet = Image.new("RGB", (2 * width + 290, height), "white")
+    sheet = Image.new("RGB", (2 * width + 290, max(height, top + 24 * len(shown) + 10)), "white")
     draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
     draw.text((left, 14), "CHAIR_s (down is better) against what is kept (right is better)", "black", font)
     colours = [f"hsl({360 * i // len(shown)}, 75%, 42%)" for i in range(len(shown))]
@@ -244,13 +248,14 @@ def main():
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
     folder = Path(args.out)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    runs = folder / ("quick-runs" if args.quick else "runs")
+    runs.mkdir(parents=True, exist_ok=True)
     path = folder / ("quick.json" if args.quick else "results.json")
     cells = json.loads(path.read_text()) if path.exists() else {}
     for seed in [] if args.table else range(args.seeds):
-        for row in args.only or ROWS:
+        for row in (r for r in ROWS if not args.only or r in args.only):
             if str(seed) not in cells.get(row, {}):
-                cell = run_cell(row, seed, args.quick, folder / "runs")
+                cell = run_cell(row, seed, args.quick, runs)
                 cells = json.loads(path.read_text()) if path.exists() else {}  # again: another process may have added to it
                 cells.setdefault(row, {})[str(seed)] = cell
                 cells = {r: dict(sorted(cells[r].items())) for r in ROWS if r in cells}

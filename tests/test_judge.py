@@ -24,7 +24,7 @@ KEY = "sk-secret-0123456789"
 def flags(**changed):
     """The flags of judge.add_flags."""
     given = dict(annotator="endpoint", judge_url=None, judge_model=None, judge_key_file=None, judge_workers=2, facts=None,
-                 missing_facts="refuse")  # fmt: skip
+                 missing_facts="refuse", toy_world=None)  # fmt: skip
     return SimpleNamespace(**(given | changed))
 
 
@@ -76,9 +76,9 @@ def test_oracle_of_a_question(scene):
 
 def test_oracle_knows_toy_pictures_only(record):
     score = judge.make(flags(annotator="oracle"))
-    with pytest.raises(BadInput, match="row 0: --annotator oracle knows pictures of a toy world"):
+    with pytest.raises(BadInput, match="row 0: the oracle knows pictures of a toy world"):
         score([record], [["a", "b"]])
-    with pytest.raises(BadInput, match="row 0: --annotator oracle"):
+    with pytest.raises(BadInput, match="row 0: the oracle knows"):
         score([data.Record("row 0", None, ("Hello",))], [["a", "b"]])
 
 
@@ -192,6 +192,7 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
     settings = {
+        "held_out": {},
         "question": "Good?{facts}",
         "facts": " Seen:",
         "max_facts": None,
@@ -201,9 +202,9 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
     checkpoints.save_reward(base, tmp_path / "run", checkpoint, settings)
     (tmp_path / "facts.json").write_text(json.dumps({"0.png": ["a dog"]}))
     given = flags(annotator=str(tmp_path / "run"), facts=str(tmp_path / "facts.json"))
-    other = replace(record, turns=("What is it?",))
+    other = replace(record, turns=("What is it?",), where="row 1")
     texts = [["a cat", "a dog and a cat", "a cat"], ["", "two"]]
-    found = judge.make(given)([record, other], texts)
+    found = judge.make(given, records=[record, other])([record, other], texts)
     assert found[0][0] == found[0][2] != found[0][1]
     for r, row, scores in zip((record, other), texts, found):
         for text, score in zip(row, scores):
@@ -211,10 +212,20 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
             batch = processor.collate([example])
             with torch.no_grad(), base.use("reward"):
                 assert abs(base.values(batch, last_tokens(batch), "reward").item() - score) < 1e-5
-    with pytest.raises(BadInput, match="no caption of"):
-        judge.make(given)([replace(record, image=record.image.with_name("1.png"))], [["a"]])
+    assert judge.make(given, records=[record])([record], [["a cat", "cat " * 3000, "a dog"]])[0][1] is None, (
+        "too long to be read"
+    )
+    strange = replace(record, image=record.image.with_name("1.png"), where="row 2")
+    with pytest.raises(BadInput, match=r"no caption of .*1.png \(1 of 2 rows"):
+        judge.make(given, records=[record, strange])
     with pytest.raises(BadInput, match="--facts FILE is needed"):
         judge.make(flags(annotator=str(tmp_path / "run")))
+    with pytest.raises(BadInput, match="--facts is for a reward model that reads them; the annotator is oracle"):
+        judge.make(flags(annotator="oracle", facts="facts.json"))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "reward.json").write_text('{"question": "Good?"}')
+    with pytest.raises(BadInput, match="old/reward.json: no base, base_name, facts, "):
+        judge.make(flags(annotator=str(tmp_path / "old")))
 
 
 def test_flags_of_another_annotator():

@@ -297,6 +297,37 @@ def test_four_answers_and_gradient_checkpointing(build, kind, more):
     assert len(calls) == 2, "nothing was computed again"
 
 
+def test_how_long_the_prefix_is(build):
+    """The shortest prompt of the rows; none where something is hidden or a window slides; never the whole row."""
+    batch = pack([ids(11), ids(4), ids(14)], [[ids(2)], [ids(3), ids(1)], [ids(1)]])
+    model = build("llama", torch.float32)
+    see, prefix = model.visible(batch)
+    assert prefix == 4 and torch.equal(see, attention_mask(batch.segments))
+    hidden = torch.zeros_like(batch.segments, dtype=torch.bool)
+    assert model.visible(batch, hidden)[1] == 4
+    hidden[0, 1] = True
+    assert model.visible(batch, hidden)[1] == 0
+    assert model.visible(pack([ids(5), ids(5)], [[], []]))[1] == 4
+    assert build("mistral", torch.float32, sliding_window=3).visible(batch)[1] == 0
+
+
+def test_lora_in_bfloat16_is_that_of_float32(build):
+    """With B away from 0, under autocast: within bfloat16's rounding, gradients float32."""
+    model = build("llama", torch.float32).prepare(lora_rank=3)
+    perturb(model)
+    layer = model.llm.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 5, layer.base.in_features)
+    want = layer(x)
+    plain = layer.base(x)
+    layer.base.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (x, x.bfloat16()):
+            got = layer(given)
+            assert got.dtype == torch.bfloat16 and (got - want).norm() < 0.01 * want.norm() < 0.1 * (want - plain).norm() / 0.01
+    got.float().sum().backward()
+    assert layer.adapters["policy"].lora_A.grad.dtype == torch.float32 and layer.adapters["policy"].lora_A.grad.abs().sum() > 0
+
+
 def test_packed_pair_in_float32(build):
     """In the precision in which it is used: the rest is rounding."""
     model = build().prepare(lora_rank=3)

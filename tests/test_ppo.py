@@ -356,7 +356,8 @@ def test_the_oracle_rewards(command, monkeypatch):
     out = command("o", "--reward-model", "oracle", "--steps", "1", "--length-weight", "0", facts=())
     line = json.loads((out / "metrics.jsonl").read_text())
     assert line["scores/reward_model"] == 0.5 and "val/loss" in line
-    records, answers = shown[0]
+    assert len(shown[0][0]) == 8, "what it does not know is refused at the start"
+    records, answers = shown[1]
     assert [r.turns for r in records] == [("Is there a dog?",)] * len(answers) and all(len(texts) == 2 for texts in answers)
 
 

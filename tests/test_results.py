@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from lab import report, reproduce
+from model import BadInput
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +50,26 @@ def test_tables_of_what_samples_by_hand(tmp_path):
         == "| reads facts | 2 | povid.json | 0.850 ± 0.071 | -0.500 ± 0.000 | 0.250 ± 0.000 | 0.000 ± 0.000 | 3.0 |"
     )
     assert "1.00 → 9.00" in third and "20.00 → 15.00" in third and len(third.splitlines()) == 3
+
+
+def test_only_reward_models_have_no_table_of_policies(tmp_path):
+    held = {"accuracy": 0.9, "length_correlation": 0.0, "longer_preferred": 0.5, "longer_favoured": 0.5}
+    cells = {"reward": {"0": {"after": {"reward": {"a.json": held}}, "minutes": 1.0}}}
+    first, second, third = reproduce.tables(cells)
+    assert first == third == "" and "a.json" in second
+    reproduce.chart(cells, tmp_path / "chart.png")
+    assert not (tmp_path / "chart.png").exists()
+
+
+def test_another_rows_folder(tmp_path):
+    with pytest.raises(BadInput, match="reward-1: not there yet; --only reward makes it"):
+        reproduce.written("@reward", 1, tmp_path)
+    (tmp_path / "reward-1").mkdir()
+    (tmp_path / "reward-1" / "summary.json").write_text("{}")
+    assert (
+        reproduce.written("@reward", 1, tmp_path) == str(tmp_path / "reward-1")
+        and reproduce.written("--mix", 1, tmp_path) == "--mix"
+    )
 
 
 def test_readme_shows_the_results():

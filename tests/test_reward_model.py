@@ -99,6 +99,10 @@ def test_facts_stand_behind_the_answer_and_in_no_prompt(llava, tmp_path):
         turn = processor.tokenizer.decode(long[len(short) :])
         assert turn.startswith("USER: Rate") and turn.endswith("ASSISTANT:") and all(c in turn for c in CAPTIONS)
     assert not any(c in processor.tokenizer.decode(example.prompt) for c in CAPTIONS)
+    some = [data.evaluation("{facts}", "", CAPTIONS, random.Random(i), most=1) for i in range(30)]
+    assert {text.count("- ") for text in some} == {1} and len(set(some)) == len(CAPTIONS)
+    assert data.evaluation("{facts}", "", CAPTIONS, random.Random(0), most=9).count("- ") == len(CAPTIONS)
+    assert data.longest_facts(["bb", "a", "ccc"], 2) == ["bb", "ccc"] and len(data.longest_facts(CAPTIONS)) == len(CAPTIONS)
     orders = {data.evaluation("{facts}", "", CAPTIONS, random.Random(i)) for i in range(30)}
     assert len(orders) == 6, "captions are not shuffled"
     plain = data.evaluation(reward_model.QUESTION, reward_model.FACTS, [], random.Random(0))
@@ -198,14 +202,20 @@ def test_no_picture_is_on_both_sides(tmp_path):
 
 def test_held_out_pictures_are_those_of_all_files(tmp_path):
     records = pairs(tmp_path, 60)  # two a picture
-    one, other, test = records[:40], records[20:50], records[30:]
-    files = [one, other, test]
-    split = reward_model.held_out_split(files, 4, 0, tests=[2])
+    files = one, other = records[:40], records[20:50]
+    split = reward_model.held_out_split(files, 4, 0)
     pictures = [[{rows[i].image for i in places} for places in found] for rows, found in zip(files, split)]
-    trained, held = pictures[0][0] | pictures[1][0], set.union(*(found[1] for found in pictures))
-    assert not trained & held and split[2][0] == [] and len(split[0][1]) >= 4 <= len(split[1][1])
-    assert {r.image for r in records[50:]} <= pictures[2][1]  # pictures of the test file alone
-    assert all(len(train + held) == len(rows) for rows, (train, held) in zip(files[:2], split))
+    trained, held = pictures[0][0] | pictures[1][0], pictures[0][1] | pictures[1][1]
+    assert not trained & held and min(len(found) for _, found in split) >= 4
+    assert all(len(train + held) == len(rows) for rows, (train, held) in zip(files, split))
+
+    test = records[30:]
+    places = reward_model.not_trained_on(test, [one[i] for i in split[0][0]] + [other[i] for i in split[1][0]])
+    assert {test[i].image for i in places} == {r.image for r in test} - trained and {r.image for r in records[50:]} < {
+        test[i].image for i in places
+    }
+    with pytest.raises(BadInput, match="--test-data has only pictures that are trained on"):
+        reward_model.not_trained_on(one[:2], one)
 
 
 def test_figures_by_hand():
@@ -233,6 +243,9 @@ def test_figures_by_hand():
 # ---- files
 
 
+SETTINGS = {"question": "Q", "facts": "F", "max_facts": None, "template": "plain", "image_aspect": "pad", "held_out": {}}
+
+
 def test_round_trip_and_another_base(llava, parts, tmp_path):
     model, processor = llava
     ready(model)
@@ -240,7 +253,7 @@ def test_round_trip_and_another_base(llava, parts, tmp_path):
     scores = lambda m: torch.stack(list(reward_model.Reader(m, processor, examples, [[]] * 4).scores([0, 3], random.Random(0))))
     with torch.no_grad(), model.use("reward"):
         want = scores(model)
-    checkpoints.save_reward(model, tmp_path, "BASE", {"facts": "F"})
+    checkpoints.save_reward(model, tmp_path, "BASE", SETTINGS)
     other = checkpoints.compose(parts / "vision", parts / "llm")[0].prepare(2, projector=False)
     assert checkpoints.load_reward(other, tmp_path)["facts"] == "F"
     checkpoints.load_reward(other, tmp_path, "value")
@@ -321,6 +334,8 @@ def test_learns_resumes_and_reports(command, checkpoint, monkeypatch, capsys):
     other = command("t", "--steps", "1", "--no-facts", "--test-data", "more.json")
     assert sorted(json.loads((other / "metrics.json").read_text())) == ["more.json", "povid.json"]
     assert list(json.loads((other / "reward.json").read_text())["held_out"]) == ["povid.json"]
+    with pytest.raises(BadInput, match="--max-facts is 0; 1 or more"):
+        command("c", "--facts", "facts.json", "--max-facts", "0")
     with pytest.raises(BadInput, match="--facts FILE .* or --no-facts is needed"):
         command("c", "--steps", "1")
 
