@@ -1,7 +1,7 @@
 """Answers -> scores: which of a prompt's answers are better. Knows no algorithm.
 
-    score = judge.make(args, device, dtype)        # the flags of `add_flags`
-    score(records, answers)                        # [[float | None, ...], ...]: a list a record, a number an answer
+    score = judge.make(args, device, dtype, records)        # the flags of `add_flags`; records: all that will be asked about
+    score(records, answers)                                 # [[float | None, ...], ...]: a list a record, a number an answer
 
 Higher is better, equal numbers are a tie (equal texts always are), None is a verdict that could not be read. Nothing is
 guessed: who asks counts ties and None, and makes no pair of them. Four annotators:
@@ -161,7 +161,7 @@ def oracle():
 def reward_model(folder, facts, device="cpu", dtype=torch.float32):
     """Score by a run of reward_model.py. facts: {where of a record: the captions of its picture}, for one that reads them.
 
-    The same answer to the same row scores the same every time; one that does not fit into the context cannot be read.
+    The same answer to the same prompt scores the same every time; one that does not fit into the context cannot be read.
     """
     settings = checkpoints.reward_settings(folder)
     model, processor = checkpoints.load(settings["base_name"], dtype, device, settings["template"], settings["image_aspect"])
@@ -177,7 +177,7 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
     def score(records, answers):
         rated, texts = [], []
         for record, row in zip(records, answers, strict=True):
-            rng, known = random.Random(record.where), facts.get(record.where, [])
+            rng, known = random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}"), facts.get(record.where, [])
             turn = data.evaluation(settings["question"], settings["facts"], known, rng, settings["max_facts"])
             tokens = {text: read(record, text, turn) for text in row}
             texts.append([text for text, ids in tokens.items() if ids is not None])
