@@ -452,7 +452,7 @@ def main():
     seconds = {"setup": time.time() - begin}
     before = report.evaluate(model, processor, args, out / "before")
     seconds["eval"] = time.time() - begin - seconds["setup"]
-    seconds["reference"] = 0.0  # the reference scores each iteration's answers in that iteration
+    seconds |= {"reference": 0.0, "sample": 0.0, "score": 0.0}  # the reference scores each iteration's answers in that iteration
 
     model.prepare(args.lora_rank, projector=False)
     if args.advantage == "gae":
@@ -478,6 +478,8 @@ def main():
         factor = min(1.0, (step + 1) / 5) * training.schedule(step, steps, warmup=0)  # cosine, 5 iterations of warm-up
         metrics = iterate(model, processor, prompts, scorer, optimizer, factor, args, step)
         metrics["lr"], metrics["step_seconds"] = args.lr * factor, time.time() - step_begin
+        seconds["sample"] += metrics["seconds/sample"]
+        seconds["score"] += metrics["seconds/score"]
         log(step, ["objective/scores", "objective/kl", "response_length"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
             training.save_checkpoint(out, step + 1, model, optimizer)

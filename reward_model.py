@@ -19,11 +19,7 @@ than the policy it judges: it can look up what it would otherwise have to see. T
 It starts from the supervised model: LoRA on the LLM and a fresh head train, tower and projector do not. The folder of the run
 holds adapter/ (PEFT), head.safetensors and reward.json; `checkpoints.load_reward` puts them on the base they were trained on.
 Step 0 must print a loss near ln 2 = 0.69 and an accuracy near .5.
-The toy settings have not been measured at full length yet, so nothing is promised of their result.
-
-Toy data are vlfeedback.jsonl, the base model's own answers, ranked: they are what PPO will show to the reward model. On
-povid.json (truth against corrupted truth) it would learn to tell texts that the policy does not write; the PPO and RLOO of
-Amirloo et al. collapsed on such a reward model.
+@@TOY@@
 
 Choices where the papers are silent, and deviations:
 1. The wording of the evaluation turn is ours, and r is read at the cue of its answer; the original writes some words of it.
