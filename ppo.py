@@ -16,7 +16,7 @@ One iteration (`iterate`), for a batch of prompts:
 k - 1 other answers to the same prompt; the ratio is that of whole answers (REINFORCE in the first minibatch).
 
     python ppo.py                                          # toy world, CPU, minutes; trains its reward model first
-    python ppo.py --reward-model oracle                    # the toy world's truth in its place
+    python ppo.py --reward-model oracle --length-weight 0  # the toy world's truth in its place
     python ppo.py --model LLAVA-RLHF-SFT --data llava_ppo50k.json --images DIR --reward-model DIR --facts image_to_caption.json
 
 One frozen base carries three adapters: policy, reward, value; without an adapter it is pi_ref. The value network starts from

@@ -54,7 +54,7 @@ ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the
     "ppo": ("PPO, factual reward model (Fact-RLHF)", [("ppo.py", "povid.json", ["--reward-model", "@reward"])]),
     "ppo-plain": ("PPO, plain reward model, no length term", [("ppo.py", "povid.json", ["--reward-model", "@reward-plain", *BARE])]),
     "ppo-plain-length": ("PPO, plain reward model", [("ppo.py", "povid.json", ["--reward-model", "@reward-plain"])]),
-    "ppo-oracle": ("PPO, the oracle rewards", [("ppo.py", "povid.json", ["--reward-model", "oracle"])]),
+    "ppo-oracle": ("PPO, the oracle rewards, no length term", [("ppo.py", "povid.json", ["--reward-model", "oracle", *BARE])]),
     "rloo": ("RLOO, factual reward model", [("ppo.py", "povid.json", ["--reward-model", "@reward", *RLOO])]),
 }  # fmt: skip
 FIGURES = {  # column: where it is in {"pope":, "chair":}
