@@ -19,7 +19,11 @@ than the policy it judges: it can look up what it would otherwise have to see. T
 It starts from the supervised model: LoRA on the LLM and a fresh head train, tower and projector do not. The folder of the run
 holds adapter/ (PEFT), head.safetensors and reward.json; `checkpoints.load_reward` puts them on the base they were trained on.
 Step 0 must print a loss near ln 2 = 0.69 and an accuracy near .5.
-@@TOY@@
+Toy data are truth against corrupted truth (povid.json, povid_seen.json), and one caption is read at a time. Over three seeds the
+held-out accuracy there is .81 and .78, and .71 on ranked samples of the base, which it never saw (.84, .85 and .73 with --no-facts):
+here facts do not help, for the base sees what the captions tell, and the longer row takes longer to learn. Trained on the ranked
+samples themselves, in a trial of 150 steps, it learned little more than that short answers are better. Seeds differ by whether 500
+steps were enough to learn when "Yes" and "No" are wrong. In no pair an omission loses, so omissions are not punished.
 
 Choices where the papers are silent, and deviations:
 1. The wording of the evaluation turn is ours, and r is read at the cue of its answer; the original writes some words of it.
@@ -27,7 +31,8 @@ Choices where the papers are silent, and deviations:
 3. LoRA has alpha = 2 rank, here as everywhere in this project; the original has rank 64, alpha 16.
 4. The mean of the centring term is over the pairs of a forward pass, as there over those of a device.
 5. AdamW without weight decay, clipping at 1 (there paged, .3). One epoch; the original was stopped at step 200: --steps.
-6. Of multiple-choice questions the facts are their rationales (`aok_<file>`) where the file has them, else the captions.
+6. --max-facts reads some of the captions, drawn anew each time; the original reads all five.
+7. Of multiple-choice questions the facts are their rationales (`aok_<file>`) where the file has them, else the captions.
 
 Metrics: `loss`; `rewards/chosen`, `rewards/rejected` = r(x, y+), r(x, y-); `rewards/margins` their difference;
 `rewards/accuracies` share of pairs with a positive one; `grad_norm` before clipping; `step_seconds`.
