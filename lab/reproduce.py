@@ -1,4 +1,4 @@
-"""The laboratory: every method x seed in the toy world, by the user's own command lines -> results/: results.json, tables, a chart.
+"""The laboratory: every method x seed in the toy world, by the user's own command lines -> results.json, tables, a chart in results/.
 
     python -m lab.reproduce                    # all rows, seeds 0 1 2
     python -m lab.reproduce --only ipo --seeds 1
@@ -11,6 +11,7 @@ results comes from it.
 """
 
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -30,7 +31,8 @@ TEST = ["--test-data", "vlfeedback.jsonl"]  # own samples ranked by the oracle: 
 MIX = ["--mix", "0.5"]
 BARE = ["--length-weight", "0"]
 RLOO = ["--advantage", "rloo", "--samples", "4", "--minibatches", "1"]  # as many answers an iteration as PPO
-ROWS = {  # row: (what it is, commands: (script, data of the toy world or of the command before, further flags; @row: that row's run folder))
+# row: (what it is, commands: (script, data of the toy world or of the command before, further flags; @row: that row's run folder))
+ROWS = {
     "dpo": ("DPO, corrupted truth (default)", [("dpo.py", "povid.json", [])]),
     "dpo-seen": ("DPO, corrupted truth of SFT's pictures", [("dpo.py", "povid_seen.json", [])]),
     "dpo-corrected": ("DPO, corrected samples", [("dpo.py", "rlhf_v.jsonl", CORRECTED)]),
@@ -171,7 +173,10 @@ def log_table(cells):
 
 
 def table(cells):
-    """Cells {row: {seed: summary}} -> Markdown: mean +- standard deviation over seeds, (mean paired difference to the base); "" without any."""
+    """Cells {row: {seed: summary}} -> Markdown: mean +- standard deviation over seeds, (mean paired difference to the base).
+
+    "" without a row that trains a policy.
+    """
     cells = policies(cells)
     if not cells:
         return ""
@@ -197,20 +202,22 @@ def tables(cells):
 
 
 def chart(cells, path):
-    """Draw the trade-off: hallucination against recall, and against adversarial accuracy; small dots are seeds, numbers means."""
+    """Draw hallucination against recall and against adversarial accuracy. Small dots are seeds, numbers means (of log CHAIR_s)."""
     cells = policies(cells)
     if not cells:
         return
     axes = ((("chair", "recall"), "object recall"), (("pope", "adversarial", "accuracy"), "POPE adversarial accuracy"))
     bases = {seed: cell["before"] for row in cells.values() for seed, cell in row.items()}
     shown = {"base": list(bases.values())} | {row: [c["after"] for c in by_seed.values()] for row, by_seed in cells.items()}
-    width, height, left, top = 520, 460, 70, 50
-    sheet = Image.new("RGB", (2 * width + 290, max(height, top + 24 * len(shown) + 10)), "white")
+    width, left, top = 520, 70, 50
+    height = max(460, top + 24 * len(shown) + 10)
+    sheet = Image.new("RGB", (2 * width + 290, height), "white")
     draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
-    draw.text((left, 14), "CHAIR_s (down is better) against what is kept (right is better)", "black", font)
+    draw.text((left, 14), "CHAIR_s (down is better; a logarithmic scale) against what is kept (right is better)", "black", font)
     colours = [f"hsl({360 * i // len(shown)}, 75%, 42%)" for i in range(len(shown))]
     for panel, (place, label) in enumerate(axes):
-        points = [[(figure(r, place), figure(r, ("chair", "chair_s"))) for r in results] for results in shown.values()]
+        height_of = lambda r: math.log10(max(0.01, figure(r, ("chair", "chair_s"))))
+        points = [[(figure(r, place), height_of(r)) for r in results] for results in shown.values()]
         every = sum(points, [])
         (x0, x1), (y0, y1) = ((min(v) - 0.01, max(v) + 0.01) for v in zip(*every))
         at = lambda x, y: (panel * width + left + (x - x0) / (x1 - x0) * (width - left - 20),
@@ -219,7 +226,7 @@ def chart(cells, path):
         for i in range(5):
             x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
             draw.text((at(x, y0)[0] - 14, height - 46), f"{x:.2f}", "gray", small)
-            draw.text((panel * width + left - 36, at(x0, y)[1] - 7), f"{y:.2f}", "gray", small)
+            draw.text((panel * width + left - 36, at(x0, y)[1] - 7), f"{10**y:.2f}", "gray", small)
         draw.text((panel * width + left, height - 26), label, "black", font)
         for seeds, colour in zip(points, colours):
             for x, y in (at(*point) for point in seeds):
