@@ -323,10 +323,8 @@ class MLLM(nn.Module):
                 raise BadInput(
                     f"{type(llm).__name__}: an LLM that scales its logits ({name}) is not supported; Llama-like ones are."
                 )
-        for part in (vision, llm):
-            part.set_attn_implementation(
-                "sdpa"
-            )  # eager attention would add our boolean masks as 0 and 1; raises where SDPA is wrong
+        for part in (vision, llm):  # eager attention would add our boolean masks as 0 and 1
+            part.set_attn_implementation("sdpa")  # raises for an architecture that it would compute wrongly
         llm.set_attn_implementation(prefix_attention())
         for module in self.modules():  # dropout would make policy and reference differ at step 0
             if isinstance(module, nn.Dropout):
