@@ -168,6 +168,7 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
     checkpoints.load_reward(model, folder)
 
     def read(record, text, turn):
+        """The tokens of an answer and its evaluation turn; None where they do not fit."""
         try:
             return processor.rated(processor.encode(replace(record, answers=(text,))), turn).answers[0]
         except BadInput:
@@ -175,6 +176,7 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
 
     @torch.no_grad()
     def score(records, answers):
+        """One packed row a prompt, each different text once."""
         rated, texts = [], []
         for record, row in zip(records, answers, strict=True):
             rng, known = random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}"), facts.get(record.where, [])
