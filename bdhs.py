@@ -435,7 +435,7 @@ def with_negatives(examples, negatives, processor):
 def distorted(model, batch, pixels):
     """POVID's y-: at every scored position of `batch` the token that is most likely behind the true prefix and these pixels, (N,)."""
     with torch.no_grad():
-        h = model.hidden(replace(batch, pixel_values=pixels)).flatten(0, 1)[batch.index]
+        h = model.hidden(replace(batch, pixel_values=pixels), rows=batch.index)
         logits = h.to(model.dtype) @ model.llm.get_output_embeddings().weight.to(model.dtype).t()
         logits[:, model.image_token_id] = -torch.inf
         return logits.argmax(-1)
@@ -443,7 +443,7 @@ def distorted(model, batch, pixels):
 
 def distorted_log_probs(model, batch, wrong, k):
     """As `answer_log_probs` of rows of k answers, (k + 1, B): y+, its distorted tokens behind the same true prefix, the rest."""
-    h = model.hidden(batch).flatten(0, 1)[batch.index].to(model.dtype)
+    h = model.hidden(batch, rows=batch.index).to(model.dtype)
     weight, sums = model.llm.get_output_embeddings().weight.to(model.dtype), []
     for targets in (batch.targets, wrong):
         log_p, _ = fused_log_probs(h, weight, targets)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import BadInput, FusedLogProb, LoRALinear, attention_mask, fused_log_probs, pack
+from model import BadInput, FusedLogProb, LastBlock, LoRALinear, attention_mask, fused_log_probs, pack
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # layer 0 full, layer 1 sliding
 LLMS = [("llama", {}), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": 6}), ("qwen2", {}),
@@ -297,6 +297,26 @@ def test_four_answers_and_gradient_checkpointing(build, kind, more):
     assert len(calls) == 2, "nothing was computed again"
 
 
+@pytest.mark.parametrize("kind, more", LLMS)
+@pytest.mark.parametrize("known", [True, False])
+def test_last_block_computes_wanted_rows_alone(build, monkeypatch, kind, more, known):
+    """The same states and gradients as of all rows; an LLM whose blocks are not known computes them all, and gives the same."""
+    if not known:
+        monkeypatch.setattr(LastBlock, "KNOWN", ())
+    model = build(kind, torch.float64, **more).prepare(lora_rank=3)
+    perturb(model.double())
+    assert isinstance(model.llm.model.layers[-1], LastBlock) == known and not isinstance(model.llm.model.layers[0], LastBlock)
+    batch = pack(prompts(), [[ids(3), ids(1)], [ids(2), ids(5)], [ids(1), ids(6)]], pixel_values=pixels().double())
+    L, seen = batch.input_ids.shape[1], []
+    model.llm.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    rows = batch.index[torch.randperm(len(batch.index))]  # in any order; the first tokens' position comes twice
+    got = gradients(model, model.hidden(batch, rows=rows).sin().sum(-1))
+    assert seen == [len(rows) if known else 3 * L]
+    assert_same(got, gradients(model, model.hidden(batch).flatten(0, 1)[rows].sin().sum(-1)), 1e-6)
+    early = torch.tensor([2, 2 * L + 20])  # a row of the prompt's
+    assert torch.allclose(model.hidden(batch, rows=early), model.hidden(batch).flatten(0, 1)[early], atol=1e-12)
+
+
 def test_how_long_the_prefix_is(build):
     """The shortest prompt of the rows; none where something is hidden or a window slides; never the whole row."""
     batch = pack([ids(11), ids(4), ids(14)], [[ids(2)], [ids(3), ids(1)], [ids(1)]])
@@ -307,6 +327,8 @@ def test_how_long_the_prefix_is(build):
     assert model.visible(batch, hidden)[1] == 4
     hidden[0, 1] = True
     assert model.visible(batch, hidden)[1] == 0
+    assert model.visible(batch, rows=batch.index)[1] == 3, "the prompt's last position predicts the first answer token"
+    assert model.visible(batch, rows=torch.tensor([2 * batch.input_ids.shape[1] + 1, 9]))[1] == 1
     assert model.visible(pack([ids(5), ids(5)], [[], []]))[1] == 4
     assert build("mistral", torch.float32, sliding_window=3).visible(batch)[1] == 0
 
@@ -477,7 +499,7 @@ def test_hidden_pictures(build):
         assert torch.equal(hidden.log_probs[b][0], other.log_probs[b][0])
     shown = run(images)
     assert not torch.allclose(shown.log_probs[0][0], hidden.log_probs[0][0], atol=1e-3)
-    assert torch.equal(shown.log_probs[1][0], hidden.log_probs[1][0]), "a row without a picture changed"
+    assert torch.allclose(shown.log_probs[1][0], hidden.log_probs[1][0], atol=1e-6), "a row without a picture changed"
 
 
 @pytest.mark.parametrize("kind, more", [LLMS[0], LLMS[2], LLMS[5]])
