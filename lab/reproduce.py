@@ -28,6 +28,7 @@ BDHS = ["--lr", "3e-4"]  # as bdhs.py --online
 CORRECTED = ["--lr", "5e-5"]  # an annotator's corrections only take away; at the default rate the model would learn to say less
 CONSTRUCTED = ("povid.json", "povid_seen.json")
 TEST = ["--test-data", "vlfeedback.jsonl"]  # own samples ranked by the oracle: nothing is trained on them
+LONG = ["--steps", "1500"]  # three times the default
 MIX = ["--mix", "0.5"]
 BARE = ["--length-weight", "0"]
 RLOO = ["--advantage", "rloo", "--samples", "4", "--minibatches", "1"]  # as many answers an iteration as PPO
@@ -48,6 +49,8 @@ ROWS = {
     "povid": ("POVID: distortion + corrupted truth", [("bdhs.py", "povid.json", ["--online", "--povid", "--gamma", "0.5"])]),
     "reward": ("reads facts", [("reward_model.py", CONSTRUCTED, TEST)]),
     "reward-plain": ("plain", [("reward_model.py", CONSTRUCTED, ["--no-facts", *TEST])]),
+    "reward-long": ("reads facts, 1500 steps", [("reward_model.py", CONSTRUCTED, [*LONG, *TEST])]),
+    "reward-plain-long": ("plain, 1500 steps", [("reward_model.py", CONSTRUCTED, ["--no-facts", *LONG, *TEST])]),
     "online": ("Online DPO, the oracle annotates", [("online_dpo.py", "rlhf_v.jsonl", [])]),
     "online-povid": ("the same, prompts of corrupted truth", [("online_dpo.py", "povid.json", [])]),
     "mixed": ("Mixed-DPO, with corrupted truth", [("online_dpo.py", "povid.json", MIX)]),
