@@ -99,9 +99,9 @@ class FusedLogProb(torch.autograd.Function):
 def fused_log_probs(h, weight, targets, chunk=None):
     """Log-probability of `targets` and entropy of each row: (N, D), (V, D), (N,) -> (N,), (N,); entropy carries no gradient.
 
-    `chunk` rows pass through the head at a time; the default keeps a chunk's logits near 64 MB in float32.
+    `chunk` rows pass through the head at a time; the default keeps a chunk's logits near 32 MB in float32.
     """
-    return FusedLogProb.apply(h, weight, targets, chunk or max(16, 2**24 // weight.shape[0]))
+    return FusedLogProb.apply(h, weight, targets, chunk or max(16, 2**23 // weight.shape[0]))
 
 
 # ---- rows that share a prompt
@@ -188,7 +188,7 @@ def prefix_attention():
     from transformers.masking_utils import sdpa_mask
 
     def attend(module, query, key, value, attention_mask, prefix=0, rows=None, **settings):
-        """(B, heads, Q, d), mask (B, 1, Q, keys) -> (B, Q, heads, d), None. rows: none of the prefix is needed of the last block."""
+        """(B, heads, Q, d), mask (B, 1, Q, keys) -> (B, Q, heads, d), None. With `rows` nobody reads the last block's prefix."""
         if not prefix:
             return sdpa(module, query, key, value, attention_mask, **settings)
         first, rest = query.split([prefix, query.shape[2] - prefix], 2)
@@ -205,9 +205,10 @@ def prefix_attention():
 
 
 class LastBlock:
-    """Mixed into the class of an LLM's last block: with `rows` it computes them alone, behind its attention.
+    """Mixed into the class of an LLM's last block: behind the attention it computes the wanted rows alone; nothing reads the others.
 
-    No later block reads the others. In a 32-block LLM that saves 2 % of a DPO step, in the toy model a fifth.
+    A reward model, which wants one row an answer, takes a fifth less time a step in the toy model of 3 blocks (measured); by count
+    of multiplications a DPO step of lab/bench.py's takes 5 % less with its 8 blocks, and 2 % with the 32 of a 7 B model.
     """
 
     KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")  # all built the same way
