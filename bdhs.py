@@ -540,12 +540,11 @@ def main():
     blind = [r for r in records if r.image is None]
     if blind and skipped is None:
         raise BadInput(f"{blind[0].where}: no picture, which BDHS would hide; {len(blind)} such rows, --skip-bad-rows goes on.")
-    for record in blind:
-        file, row = record.where.rsplit(", row ", 1)
-        skipped.append({"file": file, "row": row, "why": "no picture, which BDHS would hide"})
+    if blind:
+        skipped += [data.skipped_row(r, "no picture, which BDHS would hide") for r in blind]
     records = [r for r in records if r.image is not None]
     if not args.gamma:  # pairs that share a chosen answer are one task here
-        unique = {(str(r.image), r.turns, r.answers): r for r in records}
+        unique = {(*r.asked, r.answers): r for r in records}
         if len(unique) < len(records):
             print(f"{len(records) - len(unique)} rows repeat picture, prompt and chosen answer of another", file=sys.stderr)
         records = list(unique.values())

@@ -247,6 +247,10 @@ class Processor:
             )
         return replace(example, answers=answers, scored=[torch.ones(len(a), dtype=torch.bool) for a in answers])
 
+    def length(self, text):
+        """Tokens of a text that stands by itself."""
+        return len(self._tokenise(text))
+
     def text(self, ids):
         """Token ids of an answer -> its text, without the end token."""
         return self.tokenizer.decode(ids[~torch.isin(ids, torch.tensor(self.stop_ids))], skip_special_tokens=False).strip()
@@ -317,9 +321,9 @@ def evaluation(question, intro, facts, rng, most=None):
     return question.replace("{facts}", intro + bullets if facts else "")
 
 
-def longest_facts(facts, most=None):
-    """Of the captions those that make the longest evaluation turn."""
-    return sorted(facts, key=len)[-(most or len(facts)) :]
+def longest_facts(processor, facts, most=None):
+    """Of the captions those that make the longest evaluation turn, in tokens."""
+    return sorted(facts, key=processor.length)[-(most or len(facts)) :]
 
 
 def generate(model, processor, records, max_new_tokens, temperature=0.0, k=1, batch_size=64, seed=0, label="generate"):
@@ -340,6 +344,12 @@ def generate(model, processor, records, max_new_tokens, temperature=0.0, k=1, ba
     return texts
 
 
+def skipped_row(record, why):
+    """A record that a run leaves out, as skipped.json lists it: {"file":, "row":, "why":}."""
+    file, row, part = re.fullmatch(r"(.*?), row (\d+)(.*)", record.where, re.DOTALL).groups()
+    return {"file": file, "row": int(row), "why": f"{part.strip(', ')}: {why}" if part else why}
+
+
 def encode_each(processor, records, every_turn=False):
     """Records -> (examples of those that can be encoded, [{"file":, "row":, "why":}] of the others)."""
     examples, refused = [], []
@@ -347,9 +357,7 @@ def encode_each(processor, records, every_turn=False):
         try:
             examples.append(processor.encode(record, every_turn))
         except BadInput as error:
-            file, row, part = re.fullmatch(r"(.*?), row (\d+)(.*)", record.where, re.DOTALL).groups()
-            why = str(error).removeprefix(f"{record.where}: ")
-            refused.append({"file": file, "row": int(row), "why": f"{part.strip(', ')}: {why}" if part else why})
+            refused.append(skipped_row(record, str(error).removeprefix(f"{record.where}: ")))
     return examples, refused
 
 
@@ -363,6 +371,21 @@ def encode_all(processor, records, skipped=None, every_turn=False):
         print(f"{len(refused)} of {len(records)} rows are skipped at encoding, first: {refused[0]['why']}", file=sys.stderr)
         skipped += refused
     return examples
+
+
+def with_room(processor, examples, max_new_tokens, skipped=None):
+    """Those of the examples whose prompt leaves room for an answer. One without stops the run, or joins the list `skipped`."""
+    room = lambda e: len(e.prompt) + max_new_tokens <= processor.max_length
+    short, long = [e for e in examples if room(e)], [e for e in examples if not room(e)]
+    if long and (skipped is None or not short):
+        raise BadInput(
+            f"{long[0].record.where}: a prompt of {len(long[0].prompt)} tokens leaves no room for --max-new-tokens "
+            f"{max_new_tokens}; the limit is {processor.max_length} ({len(long)} of {len(examples)} prompts)."
+        )
+    if long:
+        print(f"{len(long)} of {len(examples)} prompts leave no room for --max-new-tokens and are skipped", file=sys.stderr)
+        skipped += [skipped_row(e.record, "the prompt leaves no room for --max-new-tokens") for e in long]
+    return short
 
 
 def main():

@@ -3,8 +3,8 @@
     score = judge.make(args, device, dtype, records)        # the flags of `add_flags`; records: all that will be asked about
     score(records, answers)                                 # [[float | None, ...], ...]: a list a record, a number an answer
 
-Higher is better, equal numbers are a tie (equal texts always are), None is a verdict that could not be read. Nothing is
-guessed: who asks counts ties and None, and makes no pair of them. Four annotators:
+Higher is better, equal numbers are a tie (equal texts always are), None is a verdict that could not be read, or that changed
+when the answers changed places. Nothing is guessed: who asks counts ties and None, and makes no pair of them. Four annotators:
 
     oracle              the toy world's truth, scenes.json beside the folder of pictures: fewest errors, then most true objects
     DIR with reward.json     a reward model, the run folder of reward_model.py; loaded with a base of its own
@@ -108,7 +108,7 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
         if args.facts is None:
             raise BadInput(f"--annotator {args.annotator} was trained with facts; --facts FILE is needed.")
         facts = data.facts_for(records, data.captions(args.facts), args.missing_facts)
-        return reward_model(args.annotator, {r.where: known for r, known in zip(records, facts)}, device, dtype)
+        return reward_model(args.annotator, {r.asked: known for r, known in zip(records, facts)}, device, dtype)
     if args.facts:
         raise BadInput(f"--facts is for a reward model that reads them; the annotator is {args.annotator}.")
     if settings:
@@ -159,7 +159,7 @@ def oracle():
 
 
 def reward_model(folder, facts, device="cpu", dtype=torch.float32):
-    """Score by a run of reward_model.py. facts: {where of a record: the captions of its picture}, for one that reads them.
+    """Score by a run of reward_model.py. facts: {`Record.asked`: the captions of its picture}, for one that reads them.
 
     The same answer to the same prompt scores the same every time; one that does not fit into the context cannot be read.
     """
@@ -179,7 +179,7 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
         """One packed row a prompt, each different text once."""
         rated, texts = [], []
         for record, row in zip(records, answers, strict=True):
-            rng, known = random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}"), facts.get(record.where, [])
+            rng, known = random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}"), facts.get(record.asked, [])
             turn = data.evaluation(settings["question"], settings["facts"], known, rng, settings["max_facts"])
             tokens = {text: read(record, text, turn) for text in row}
             texts.append([text for text, ids in tokens.items() if ids is not None])
@@ -202,7 +202,7 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
 
 def pairwise(ask):
     """Make a scorer of `ask`: [(record, question)] -> [reply or None]."""
-    told = []
+    told = set()
 
     def score(records, answers):
         different = [list(dict.fromkeys(texts)) for texts in answers]  # the same text twice is a tie, unasked
@@ -215,12 +215,15 @@ def pairwise(ask):
         points = [[[] for _ in texts] for texts in different]
         for n, (i, a, b) in enumerate(duels):
             one, other = (verdict(reply) for reply in replies[2 * n : 2 * n + 2])
-            if None in (one, other) and not told:
-                told.append(f"annotator: a verdict that cannot be read, counted: {replies[2 * n + (one is not None)]!r:.200}")
-                print(told[0], file=sys.stderr)
-            if one is not None and other is not None and one == -other:  # the same answer won in both orders, or none in either
+            if None not in (one, other) and one == -other:  # the same answer won in both orders, or none in either
                 points[i][a].append(one)
                 points[i][b].append(other)
+                continue
+            kind = "cannot be read" if None in (one, other) else "changes when the answers change places"
+            if kind not in told:
+                told.add(kind)
+                reply = replies[2 * n + (one is not None)]
+                print(f"annotator: a verdict that {kind}, counted as unreadable: {reply!r:.200}", file=sys.stderr)
         totals = [[float(sum(p)) if p or len(rows) == 1 else None for p in rows] for rows in points]
         return [[total[texts.index(t)] for t in given] for total, texts, given in zip(totals, different, answers, strict=True)]
 

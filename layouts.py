@@ -48,6 +48,11 @@ class Record:
     answers: tuple = ()
     quality: float | None = None  # of the only answer, in a layout that rates answers one by one
 
+    @property
+    def asked(self):
+        """Picture and dialogue: equal in rows that ask the same, whatever file they stand in."""
+        return str(self.image), self.turns
+
 
 def captions(path):
     """image_to_caption.json of LLaVA-RLHF, facts about pictures for a reward model -> {image file name: [text, ...]}."""

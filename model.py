@@ -494,6 +494,7 @@ class MLLM(nn.Module):
         prefix: the length up to which the mask is the plain causal one (see `prefix_attention`).
         rows: flat positions (N,) whose states are wanted, none of them in the prefix -> (N, D).
         """
+        x = x.to(self.dtype)  # embeddings that train are float32; so would the residual stream be, and unlike the reference's
         with self.autocast():
             out = self.llm.base_model(inputs_embeds=x, attention_mask=see, position_ids=position_ids, past_key_values=cache,
                                       use_cache=cache is not None, prefix=prefix, rows=rows)  # fmt: skip

@@ -13,11 +13,11 @@
 pi is the policy of this very step, so y~- is a mistake that the model makes now; one that it no longer makes costs nothing
 more. Of the data only pictures and prompts are used, with --mix also its pairs. pi_ref scores each step's answers in that step.
 Step 0 must print rewards 0 and loss ln 2 times the share of prompts with a pair, `annotator/pairs`: in the toy world about .4.
-There, over three seeds, CHAIR_s goes from .64 to .09 and recall loses .008 (offline, dpo.py: .08 at .025); half of the time is sampling.
+There, over three seeds, CHAIR_s goes from .64 to .09 and recall loses .007 (offline, dpo.py: .08 at .025); half of the time is sampling.
 
 Choices where the paper is silent, and deviations:
 1. Temperature 1, the policy itself (not given); two answers; --k draws more and takes the best against the worst.
-2. A prompt without a pair (tie, verdict that cannot be read, equal answers) adds no gradient but counts in the batch's mean, so
+2. A prompt without a pair (tie, verdict that cannot be read or changes with the order, equal answers) adds no gradient but counts in the batch's mean, so
    that its share does not change the weight of the others. The paper does not speak of ties. How answers are judged: judge.py.
 3. alpha is drawn for each example; P = .5 in the paper, 0 here: Online-DPO.
 4. An answer cut off at --max-new-tokens has no end token, and is judged and trained as it stands.
@@ -100,10 +100,9 @@ def sample(model, processor, examples, args, seed):
     generator = torch.Generator(model.device).manual_seed(random.Random(seed).getrandbits(62))
     pixel_values, image_sizes = processor.images(examples)
     prompts = [e.prompt for e in examples]
-    room = processor.max_length - max(map(len, prompts))
     model.eval()  # gradient checkpointing would switch off the cache
-    samples = model.sample(prompts, pixel_values, args.k, max(1, min(args.max_new_tokens, room)), args.temperature,
-                           processor.stop_ids, generator=generator, image_sizes=image_sizes)  # fmt: skip
+    samples = model.sample(prompts, pixel_values, args.k, args.max_new_tokens, args.temperature, processor.stop_ids,
+                           generator=generator, image_sizes=image_sizes)  # fmt: skip
     model.train(args.gradient_checkpointing)
     return samples.tokens
 
@@ -124,14 +123,14 @@ def main():
     skipped = [] if args.skip_bad_rows else None
     records = data.load(args.data, args.images, answers=2 if args.mix else 0, skipped=skipped)
     if not args.mix:  # pairs that share picture and prompt are one task here
-        unique = {(str(r.image), r.turns): r for r in records}
+        unique = {r.asked: r for r in records}
         if len(unique) < len(records):
             print(f"{len(records) - len(unique)} rows repeat picture and prompt of another", file=sys.stderr)
         records = list(unique.values())
     annotator = judge.make(args, device, dtype, records)
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    examples = data.encode_all(processor, records, skipped)
+    examples = data.with_room(processor, data.encode_all(processor, records, skipped), args.max_new_tokens, skipped)
     out = training.start(args, "online_dpo", skipped)
     report.show_start(processor, examples)
     seconds = {"setup": time.time() - begin}

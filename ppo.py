@@ -136,8 +136,6 @@ def parse():
         raise BadInput("--model needs --reward-model: the folder of a run of reward_model.py on the same model.")
     if args.reward_model is None:
         args.reward_model = str(toy_reward_model(args.seed))
-    if args.toy_world and args.facts is None:
-        args.facts = str(Path(args.toy_world) / "image_to_caption.json")
     return args
 
 
@@ -146,7 +144,7 @@ def toy_reward_model(seed):
     from lab import toyworld
 
     code = Path(__file__).parent
-    sources = [code / f"{name}.py" for name in ("reward_model", "model", "data", "files", "layouts")]
+    sources = [code / f"{name}.py" for name in ("reward_model", "training", "checkpoints", "model", "data", "files", "layouts")]
     weights = hashlib.sha256((toyworld.base(seed) / "model.safetensors").read_bytes()).hexdigest()
     folder = Path(".cache") / f"reward-{toyworld.made_of(*sources, toyworld.world(seed).name, weights)}"
     if not folder.exists():
@@ -360,11 +358,11 @@ class Scorer:
         held = settings["held_out"].values()  # its scores on held-out pairs: mean and standard deviation
         n = sum(f["n"] for f in held)
         self.mean = sum(f["mean"] * f["n"] for f in held) / n
-        self.std = max(1e-6, math.sqrt(sum((f["std"] ** 2 + f["mean"] ** 2) * f["n"] for f in held) / n - self.mean**2))
+        self.std = math.sqrt(max(1e-12, sum((f["std"] ** 2 + f["mean"] ** 2) * f["n"] for f in held) / n - self.mean**2))
 
     def rated(self, example, rng):
         """The example as the reward model reads it."""
-        said, facts = self.settings, self.facts[example.record.where]
+        said, facts = self.settings, self.facts[example.record.asked]
         return self.processor.rated(example, data.evaluation(said["question"], said["facts"], facts, rng, said["max_facts"]))
 
     def check(self, examples):
@@ -374,7 +372,7 @@ class Scorer:
             return
         said, answer = self.settings, torch.zeros(self.args.max_new_tokens, dtype=torch.long)
         for e in examples:
-            facts = data.longest_facts(self.facts[e.record.where], said["max_facts"])
+            facts = data.longest_facts(self.processor, self.facts[e.record.asked], said["max_facts"])
             turn = data.evaluation(said["question"], said["facts"], facts, random.Random(0))
             self.processor.rated(replace(e, answers=[answer]), turn)
 
@@ -408,20 +406,15 @@ class Scorer:
 
 
 def prompts_of(processor, records, args, skipped):
-    """Records -> Examples without answers, their gold answers kept in the record. One too long stops the run, or is skipped."""
-    examples = data.encode_all(processor, [replace(r, answers=()) for r in records], skipped)
-    gold = {r.where: r.answers for r in records}
-    short = [e for e in examples if len(e.prompt) + args.max_new_tokens <= processor.max_length]
-    long = [e for e in examples if len(e.prompt) + args.max_new_tokens > processor.max_length]
-    if long and skipped is None or not short:
-        raise BadInput(
-            f"{long[0].record.where}: a prompt of {len(long[0].prompt)} tokens leaves no room for --max-new-tokens "
-            f"{args.max_new_tokens}; the limit is {processor.max_length} ({len(long)} of {len(examples)} prompts)."
-        )
-    for e in long:
-        file, row = e.record.where.rsplit(", row ", 1)
-        skipped.append({"file": file, "row": row, "why": "the prompt leaves no room for --max-new-tokens"})
-    return [replace(e, record=replace(e.record, answers=gold[e.record.where])) for e in short]
+    """Records -> Examples without answers, each once, their gold answers kept in the record."""
+    unique = {}
+    for r in records:
+        unique.setdefault(r.asked, r)
+    if len(unique) < len(records):
+        print(f"{len(records) - len(unique)} rows repeat picture and prompt of another", file=sys.stderr)
+    examples = data.encode_all(processor, [replace(r, answers=()) for r in unique.values()], skipped)
+    examples = data.with_room(processor, examples, args.max_new_tokens, skipped)
+    return [replace(e, record=unique[e.record.asked]) for e in examples]
 
 
 def main():
@@ -432,8 +425,6 @@ def main():
     records = data.load(args.data, args.images, answers=1, skipped=skipped)
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    unique = {(str(r.image), r.turns): r for r in reversed(records)}  # of pairs that share a prompt one is enough
-    records = [r for r in reversed(unique.values())]
     examples = prompts_of(processor, records, args, skipped)
 
     settings = None if args.reward_model == "oracle" else checkpoints.load_reward(model, args.reward_model)
@@ -443,17 +434,25 @@ def main():
                            f"and this run has {getattr(processor, name)}.")  # fmt: skip
     records, facts = [e.record for e in examples], [[] for _ in examples]
     if settings and settings["facts"] is not None:
+        if args.facts is None and args.toy_world:
+            args.facts = str(Path(args.toy_world) / "image_to_caption.json")
         if args.facts is None:
             raise BadInput(f"--reward-model {args.reward_model} was trained with facts; --facts FILE is needed.")
         facts = data.facts_for(records, data.captions(args.facts), args.missing_facts)
-    scorer = Scorer(model, processor, settings, {r.where: known for r, known in zip(records, facts)}, args)
+    elif args.facts:
+        raise BadInput(f"--facts is for a reward model that reads them; --reward-model is {args.reward_model}.")
+    scorer = Scorer(model, processor, settings, {r.asked: known for r, known in zip(records, facts)}, args)
     scorer.check(examples)
     out = training.start(args, "ppo", skipped)
     report.show_start(processor, examples)
     seconds = {"setup": time.time() - begin}
     before = report.evaluate(model, processor, args, out / "before")
     seconds["eval"] = time.time() - begin - seconds["setup"]
-    seconds |= {"reference": 0.0, "sample": 0.0, "score": 0.0}  # the reference scores each iteration's answers in that iteration
+    seconds |= {
+        "reference": 0.0,
+        "sample": 0.0,
+        "score": 0.0,
+    }  # the reference scores each iteration's answers in that iteration
 
     model.prepare(args.lora_rank, projector=False)
     if args.advantage == "gae":

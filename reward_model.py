@@ -166,7 +166,7 @@ class Reader:
 
     def longest(self, i):
         """The same with its longest captions."""
-        facts = data.longest_facts(self.facts[i], self.max_facts)
+        facts = data.longest_facts(self.processor, self.facts[i], self.max_facts)
         return self.processor.rated(self.examples[i], data.evaluation(QUESTION, FACTS, facts, random.Random(0)))
 
     def turn(self, i, rng):

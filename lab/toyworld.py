@@ -490,7 +490,7 @@ def base(seed):
     if seed == 0 and shipped.is_dir():
         return shipped
     code = Path(__file__).parents[1]
-    sources = [code / f"{name}.py" for name in ("sft", "model", "files", "layouts", "data")]
+    sources = [code / f"{name}.py" for name in ("sft", "training", "checkpoints", "model", "files", "layouts", "data")]
     folder = Path(".cache") / f"base-{made_of(*sources, world(seed).name)}"
     if not folder.exists():
         print(f"building the toy base of seed {seed}, once", file=sys.stderr)

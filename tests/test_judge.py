@@ -141,7 +141,8 @@ def test_equal_texts_are_a_tie_unasked(record):
 def test_a_verdict_that_depends_on_the_place_is_none(record, capsys):
     for reply in ("Better: 1", "Better: 2", "no idea", None):
         assert judge.pairwise(lambda questions, reply=reply: [reply] * len(questions))([record], [["a", "b"]]) == [[None, None]]
-    assert capsys.readouterr().err.count("cannot be read") == 2  # two could be read, and disagreed
+    told = capsys.readouterr().err
+    assert told.count("cannot be read") == 2 and told.count("changes when the answers change places") == 2
     half = lambda a, b: "Better: equal" if a == "a" else "Better: 1"
     assert judge.pairwise(asker(half)[0])([record], [["a", "b"]]) == [[None, None]]
 
@@ -215,6 +216,9 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
     assert judge.make(given, records=[record])([record], [["a cat", "cat " * 3000, "a dog"]])[0][1] is None, (
         "too long to be read"
     )
+    both = [replace(record, where="row 0"), replace(record, image=record.image.with_name("2.png"), where="row 0")]
+    (tmp_path / "facts.json").write_text(json.dumps({"0.png": ["a dog"], "2.png": ["a cat"]}))
+    assert judge.make(given, records=both)(both[:1], [["a dog"]]) == judge.make(given, records=both[:1])(both[:1], [["a dog"]])
     strange = replace(record, image=record.image.with_name("1.png"), where="row 2")
     with pytest.raises(BadInput, match=r"no caption of .*1.png \(1 of 2 rows"):
         judge.make(given, records=[record, strange])

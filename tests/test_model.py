@@ -567,6 +567,15 @@ def test_reference_is_the_start(build):
     assert all(torch.equal(weights[n], p) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_reference_in_bfloat16_is_the_policy_at_step_0(build, lora_rank):
+    """The whole LLM trains in float32 and is computed in bfloat16; its frozen copy is bfloat16. Both round alike."""
+    model = build("llama", torch.bfloat16).prepare(lora_rank, keep_reference=True)
+    policy = some_log_probs(model)
+    with model.reference() as reference:
+        assert torch.equal(some_log_probs(reference), policy)
+
+
 def test_no_reference_when_the_llm_trains(build):
     with pytest.raises(BadInput, match="--lora-rank 0"), build().prepare().reference():
         pass

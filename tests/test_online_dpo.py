@@ -180,8 +180,21 @@ def test_sampling_is_seeded_and_leaves_the_generators_alone(llava, files):
     draw = lambda seed: [[t.tolist() for t in row] for row in online_dpo.sample(model, processor, examples, args, seed)]
     assert draw("0/1/0") == draw("0/1/0") != draw("0/2/0")
     assert torch.equal(state, torch.get_rng_state())
-    processor.max_length = len(examples[0].prompt) + 3
-    assert max(len(t) for row in draw("0") for t in row) == 3  # an answer ends where the context ends
+
+
+def test_prompts_without_room_for_an_answer(run, llava, capsys):
+    """Refused before the run, or skipped and listed: no answer is cut shorter than --max-new-tokens says."""
+    lines, err = run("room", "--steps", 1, "--max-new-tokens", 5000, annotator=by(len), status=2)
+    assert "leaves no room for --max-new-tokens 5000" in err and not lines
+    _, processor = llava
+    ask = lambda i, text: processor.encode(data.Record(f"f.json, row {i}, completions 1 > 2", None, (text,)))
+    examples, skipped = [ask(0, "Why?"), ask(1, "Why? " * 20), ask(2, "Why?")], []
+    processor.max_length = len(examples[0].prompt) + 6
+    assert data.with_room(processor, examples, 6, skipped) == [examples[0], examples[2]]
+    assert skipped == [{"file": "f.json", "row": 1, "why": "completions 1 > 2: the prompt leaves no room for --max-new-tokens"}]
+    assert "1 of 3 prompts" in capsys.readouterr().err
+    with pytest.raises(data.BadInput, match=r"f.json, row 0, .* leaves no room for --max-new-tokens 7; .*\(3 of 3 prompts"):
+        data.with_room(processor, examples, 7, skipped)
 
 
 def test_resumed_is_uninterrupted(run, files):

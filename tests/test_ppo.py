@@ -272,7 +272,7 @@ def test_terms_of_the_reward(llava):
     example = processor.encode(data.replace(record, answers=("B", "A. cup")))
     scorer = ppo.Scorer(model, processor, {"question": "Rate.{facts}", "facts": " See:", "max_facts": None,
                                            "held_out": {"a": {"n": 2, "mean": 1.0, "std": 2.0}, "b": {"n": 2, "mean": 3.0, "std": 0.0}}},
-                        {record.where: ["A dog."]}, settings(max_new_tokens=10))  # fmt: skip
+                        {record.asked: ["A dog."]}, settings(max_new_tokens=10))  # fmt: skip
     assert scorer.mean == 2 and scorer.std == pytest.approx(math.sqrt((4 + 1 + 9) / 2 - 4))
     answered = data.replace(example, record=record)
     with torch.no_grad():
@@ -283,6 +283,25 @@ def test_terms_of_the_reward(llava):
         assert torch.allclose(terms["reward_model"], (score - 2) / scorer.std) and score.unique().numel() == 2
     read = processor.tokenizer.decode(scorer.rated(answered, random.Random(0)).answers[0])
     assert "Rate. See:\n- A dog." in read and "A dog." not in processor.tokenizer.decode(answered.prompt)
+
+
+def test_scores_that_never_differ(llava):
+    """Rounding may put E[x^2] - E[x]^2 below 0."""
+    held = {"a": {"n": 3, "mean": 0.1, "std": 0.0}, "b": {"n": 4, "mean": 0.1, "std": 0.0}}
+    for mean in torch.rand(300).tolist():
+        for f in held.values():
+            f["mean"] = round(mean, 4)
+        assert 0 < ppo.Scorer(None, None, {"held_out": held}, {}, None).std < 1e-5
+
+
+def test_files_of_one_name_keep_their_answers(llava, capsys):
+    """Rows of a/train.json and b/train.json have the same `where`; of rows that ask the same the first counts, and it is told."""
+    _, processor, _ = actor(llava, 1e-3, value=False)
+    ask = lambda question, gold: Record("train.json, row 0", None, (question,), (gold,))
+    records = [ask("Is there a dog?", "No"), ask("Is there a cup?", "Yes"), ask("Is there a dog?", "Yes")]
+    found = ppo.prompts_of(processor, records, settings(max_new_tokens=4), None)
+    assert [(e.record.turns[0][-4:], e.record.answers) for e in found] == [("dog?", ("No",)), ("cup?", ("Yes",))]
+    assert "1 rows repeat picture and prompt" in capsys.readouterr().err
 
 
 # ---- the script

@@ -102,7 +102,10 @@ def test_facts_stand_behind_the_answer_and_in_no_prompt(llava, tmp_path):
     some = [data.evaluation("{facts}", "", CAPTIONS, random.Random(i), most=1) for i in range(30)]
     assert {text.count("- ") for text in some} == {1} and len(set(some)) == len(CAPTIONS)
     assert data.evaluation("{facts}", "", CAPTIONS, random.Random(0), most=9).count("- ") == len(CAPTIONS)
-    assert data.longest_facts(["bb", "a", "ccc"], 2) == ["bb", "ccc"] and len(data.longest_facts(CAPTIONS)) == len(CAPTIONS)
+    length = processor.length
+    assert length("a a a") > length("a")
+    assert data.longest_facts(processor, ["a", "a a a", "a a"], 2) == ["a a", "a a a"]
+    assert len(data.longest_facts(processor, CAPTIONS)) == len(CAPTIONS)
     orders = {data.evaluation("{facts}", "", CAPTIONS, random.Random(i)) for i in range(30)}
     assert len(orders) == 6, "captions are not shuffled"
     plain = data.evaluation(reward_model.QUESTION, reward_model.FACTS, [], random.Random(0))
