@@ -81,3 +81,13 @@ def test_readme_shows_the_results():
     assert report.table({"before": first["before"], "after": first["after"]}) in (ROOT / "README.md").read_text()
     for row, by_seed in cells.items():
         assert row in reproduce.ROWS and sorted(by_seed) == ["0", "1", "2"]
+
+
+def test_readme_shows_the_benchmark():
+    step, readme = json.loads((ROOT / "results" / "bench.json").read_text())["step"], (ROOT / "README.md").read_text()
+    assert step.keys() == {"ours", "naive", "trl", "trl-default"}
+    for name, row in step.items():
+        shown = lambda figure, digits: "{median:.{d}f} ({min:.{d}f} - {max:.{d}f})".format(**row[figure], d=digits)
+        ratios = [] if name == "ours" else [shown("seconds_ratio", 1), shown("seconds_3_epochs_ratio", 1)]
+        for cell in (shown("seconds", 1), shown("seconds_3_epochs", 1), shown("peak_mib", 0), *ratios):
+            assert f"| {cell} |" in readme, f"{name}: {cell}"
