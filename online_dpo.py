@@ -17,8 +17,9 @@ There, over three seeds, CHAIR_s goes from .64 to .09 and recall loses .007 (off
 
 Choices where the paper is silent, and deviations:
 1. Temperature 1, the policy itself (not given); two answers; --k draws more and takes the best against the worst.
-2. A prompt without a pair (tie, verdict that cannot be read or changes with the order, equal answers) adds no gradient but counts in the batch's mean, so
-   that its share does not change the weight of the others. The paper does not speak of ties. How answers are judged: judge.py.
+2. A prompt without a pair (tie, verdict that cannot be read or changes with the order, equal answers) adds no gradient but counts
+   in the batch's mean, so that its share does not change the weight of the others. The paper does not speak of ties. How answers
+   are judged: judge.py.
 3. alpha is drawn for each example; P = .5 in the paper, 0 here: Online-DPO.
 4. An answer cut off at --max-new-tokens has no end token, and is judged and trained as it stands.
 5. Grid, schedule, optimizer and pairs in one row as in dpo.py.
