@@ -283,8 +283,8 @@ def share_prompt(examples):
 def facts_of(record, known):
     """The captions of a record's picture, `known` being {image name: [text, ...]}; None if there are none.
 
-    A record without picture has []. Names are those of LLaVA-RLHF: the file's, COCO's without what stands before its number, and aok_<file> for the
-    rationales of a multiple-choice question.
+    A record without picture has []. Names are those of LLaVA-RLHF: the file's, COCO's without what stands before its number, and
+    aok_<file> for the rationales of a multiple-choice question.
     """
     if record.image is None:
         return []

@@ -94,8 +94,8 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
     """The annotator that the flags name -> function (records, answers) -> scores.
 
     records: `data.Record`s, here all that will be asked about: facts that a reward model needs and that are missing are told now;
-    answers: for each a list of texts. Raises BadInput, and NoAnswer when an endpoint does not work.
-    Sets args.judge_url where it came from the environment, and args.facts where it is the toy world's, so that a run folder tells them.
+    answers: for each a list of texts. Raises BadInput, and NoAnswer when an endpoint does not work. Sets args.judge_url where it
+    came from the environment, and args.facts where it is the toy world's, so that a run folder tells them.
     """
     if args.annotator != "endpoint":
         for flag in ("judge_url", "judge_model", "judge_key_file"):

@@ -188,7 +188,7 @@ def prefix_attention():
     from transformers.masking_utils import sdpa_mask
 
     def attend(module, query, key, value, attention_mask, prefix=0, rows=None, **settings):
-        """(B, heads, Q, d), mask (B, 1, Q, keys) -> (B, Q, heads, d), None. With `rows` nobody reads the last block's prefix."""
+        """(B, heads, Q, d), mask (B, 1, Q, keys) -> (B, Q, heads, d), None. With rows, nobody reads the last block's prefix."""
         if not prefix:
             return sdpa(module, query, key, value, attention_mask, **settings)
         first, rest = query.split([prefix, query.shape[2] - prefix], 2)
@@ -205,10 +205,10 @@ def prefix_attention():
 
 
 class LastBlock:
-    """Mixed into the class of an LLM's last block: behind the attention it computes the wanted rows alone; nothing reads the others.
+    """Mixed into the class of an LLM's last block: behind the attention only the wanted rows, for nothing reads the others.
 
-    A reward model, which wants one row an answer, takes a fifth less time a step in the toy model of 3 blocks (measured); by count
-    of multiplications a DPO step of lab/bench.py's takes 5 % less with its 8 blocks, and 2 % with the 32 of a 7 B model.
+    A reward model, which wants one row an answer, takes a fifth less time a step in the toy model of 3 blocks (measured); by
+    count of multiplications lab/bench.py's DPO step takes 5 % less with its 8 blocks, and 2 % with the 32 of a 7 B model.
     """
 
     KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")  # all built the same way
