@@ -27,8 +27,9 @@ V_t before token t is known.
     length       -10 tokens / --max-new-tokens              unfinished  -8 for an answer that was cut off
 
 The prompts are those of --data in any layout; its answers (the first of a pair) are taken as the right ones.
-In the toy world, over three seeds, CHAIR_s goes from .64 to .06 and recall loses .016; RLOO does the same. With a plain reward model
-and no length term PPO learns to say less: recall loses .087, a quarter of the words go.
+In the toy world, over three seeds, CHAIR_s goes from .64 to .06 and recall loses .016 (a reward model trained on another number of
+threads is another one: once .28); RLOO does the same. With a plain reward model and no length term PPO learns to say less: recall
+loses .087, a quarter of the words go.
 
 Choices where the papers are silent, and deviations. Sun et al.'s code has these, and here they are mended:
 1. The terminal reward stands at the last real token, there at the last padded slot. Padding enters no mean, whitening or loss.
