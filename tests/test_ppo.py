@@ -385,5 +385,7 @@ def test_refusals(command):
         command("a", "--steps", "1", facts=())
     with pytest.raises(BadInput, match="--samples is 1; 2 or more with rloo"):
         command("b", "--advantage", "rloo", "--samples", "1")
+    with pytest.raises(BadInput, match="--facts is for a reward model that reads them; --reward-model is oracle"):
+        command("e", "--reward-model", "oracle")
     with pytest.raises(BadInput, match="leaves no room for --max-new-tokens 500"):
         command("c", "--max-new-tokens", "500")
