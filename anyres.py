@@ -30,6 +30,7 @@ class AnyRes:
         h, w = size
 
         def merit(pinpoint):
+            """Pixels of the picture that this size keeps, then least padding."""
             scale = min(pinpoint[1] / w, pinpoint[0] / h)
             kept = min(int(w * scale) * int(h * scale), w * h)
             return kept, kept - pinpoint[0] * pinpoint[1]

@@ -236,6 +236,7 @@ def load_embedder(name):
 
     @torch.no_grad()
     def embed(texts):
+        """Mean of the token states of each text."""
         inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         weight = inputs["attention_mask"][:, :, None].float()
         pooled = (model(**inputs).last_hidden_state * weight).sum(1) / weight.sum(1)

@@ -138,6 +138,7 @@ def oracle():
     worlds = functools.lru_cache(Oracle)
 
     def score(records, answers):
+        """By the scenes of the pictures."""
         found = []
         for record, texts in zip(records, answers, strict=True):
             folder = record.image.resolve().parent.parent if isinstance(record.image, Path) else None
@@ -205,6 +206,7 @@ def pairwise(ask):
     told = set()
 
     def score(records, answers):
+        """Wins less losses over the pairs of different answers."""
         different = [list(dict.fromkeys(texts)) for texts in answers]  # the same text twice is a tie, unasked
         duels = [(i, a, b) for i, texts in enumerate(different) for b in range(len(texts)) for a in range(b)]
         questions = []
@@ -249,6 +251,7 @@ def checkpoint(name, device="cpu", dtype=torch.float32):
     processor.max_length -= VERDICT_TOKENS
 
     def ask(questions):
+        """A reply a question; None where it does not fit."""
         replies, fits = [None] * len(questions), {}
         for i, (record, text) in enumerate(questions):
             query = data.Record(record.where, record.image, (text,))
@@ -288,6 +291,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect is an error: urllib would send the key along, to any host."""
 
     def redirect_request(self, *_):
+        """Follow none: it would carry the key to another host."""
         return None
 
 
@@ -305,6 +309,7 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
     options = {"temperature": 0}
 
     def clean(text):
+        """The server's words, short and without the key."""
         text = " ".join(str(text).split())
         return (text.replace(key, "***") if key else text)[:200]
 
@@ -343,6 +348,7 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
         return (reply if isinstance(reply, str) else ""), "", 0  # null: the model declined
 
     def patient(item):
+        """One question, asked again after a wait where that may help."""
         record, text = item
         content = [{"type": "text", "text": text}]
         if record.image is not None:
@@ -357,6 +363,7 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
         raise NoAnswer(f"--judge-url {url}: no answer after {tries} tries, at last {why}; --resume goes on from here.")
 
     def ask(questions):
+        """A reply a question, `workers` at a time."""
         stop.clear()
         with ThreadPoolExecutor(workers) as pool:
             try:

@@ -164,6 +164,7 @@ def naive(folder):
             setattr(module, name, adapters[-1])
 
     def log_probs(enabled, labels, **inputs):
+        """Of the answers of a batch, (B, 2), with the adapters or without."""
         for m in adapters:
             m.active = "policy" if enabled else None
         logits = model(**inputs, use_cache=False).logits[:, :-1]  # (2B, L - 1, V)
@@ -171,6 +172,7 @@ def naive(folder):
         return (log_p * (labels[:, 1:] >= 0)).sum(-1).view(2, -1).T  # (B, 2)
 
     def score(step):
+        """Policy and reference on both answers of a batch."""
         pairs = [(e.prompt, e.answers[k]) for k in (0, 1) for e in batches[step]]
         labels = pad_sequence([torch.cat([torch.full_like(p, -1), a]) for p, a in pairs], batch_first=True, padding_value=-1)
         ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True, padding_value=-1)

@@ -96,6 +96,7 @@ class Pen:
 
 
 def person(p: Pen, c, rng):
+    """Skin, shirt and swing of the arms differ."""
     skin = rng.choice(((245, 205, 170), (225, 170, 125), (150, 100, 65)))
     shirt = rng.choice(((30, 150, 160), (235, 120, 130), (110, 120, 200)))
     swing = rng.uniform(0.5, 0.56)
