@@ -51,7 +51,9 @@ class AnyRes:
 
     def tokens(self, size):
         """How many features a picture of this size becomes."""
-        rows, columns = (n * self.patches - 2 * cut for n, cut in zip(self.grid(size), self.margin(size)))
+        rows, columns = (
+            n * self.patches - 2 * cut for n, cut in zip(self.grid(size), self.margin(size))
+        )
         return self.patches**2 + rows * (columns + 1)
 
     def tiles(self, picture):
@@ -63,7 +65,9 @@ class AnyRes:
         else:
             w, h = min(math.ceil(picture.width * scale_h), width), height
         canvas, side = Image.new("RGB", (width, height)), self.tile
-        canvas.paste(picture.resize((w, h), Image.Resampling.BICUBIC), ((width - w) // 2, (height - h) // 2))
+        canvas.paste(
+            picture.resize((w, h), Image.Resampling.BICUBIC), ((width - w) // 2, (height - h) // 2)
+        )
         corners = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
         cut = [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
         return [picture.resize((side, side), Image.Resampling.BICUBIC), *cut]
@@ -71,7 +75,9 @@ class AnyRes:
     def join(self, features, size, newline):
         """Features of overview and tiles (1 + tiles, patches^2, D), newline (D,) -> those of the picture (tokens, D)."""
         (top, left), p = self.margin(size), self.patches
-        x = features[1:].unflatten(0, self.grid(size)).unflatten(2, (p, p))  # (rows, columns, p, p, D)
+        x = (
+            features[1:].unflatten(0, self.grid(size)).unflatten(2, (p, p))
+        )  # (rows, columns, p, p, D)
         x = x.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows p, columns p, D)
         x = x[top : len(x) - top, left : x.shape[1] - left]
         x = torch.cat([x, newline.expand(len(x), 1, -1)], 1)

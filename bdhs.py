@@ -67,8 +67,16 @@ import training
 from lab import report
 from model import BadInput, fused_log_probs
 
-TOY = {"data": ["povid.json"], "steps": 230, "batch_size": 16, "lr": 3e-4, "beta": 0.5, "projector_lr": 0.0, "lora_rank": 16,
-       "save_every": 0}  # fmt: skip
+TOY = {
+    "data": ["povid.json"],
+    "steps": 230,
+    "batch_size": 16,
+    "lr": 3e-4,
+    "beta": 0.5,
+    "projector_lr": 0.0,
+    "lora_rank": 16,
+    "save_every": 0,
+}
 SENTENCE = re.compile(r"(?:\d+\.\s+)?\S.*?(?:[.!?]+(?=\s|$)|(?=\n)|$)")
 END = re.compile(r"[.!?\n]")
 YES_NO = re.compile(r"(Yes|yes|No|no)\b")
@@ -78,28 +86,78 @@ SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
 def parse():
     """The command line."""
     parser = training.Parser(__doc__)
-    training.add_training_flags(parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32)
+    training.add_training_flags(
+        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32
+    )
     group = parser.add_argument_group("bias-driven hallucination sampling")
-    group.add_argument("--online", action="store_true", help="train, with negatives of the current policy at every step")
-    group.add_argument("--rho", type=float, help="rho_th, share of image tokens to hide (default 1 - max(.01, 5.76 / tokens))")
-    group.add_argument("--no-guidance", action="store_true", help="answer freely instead of completing the sentences of y+")
     group.add_argument(
-        "--noise-steps", type=int, metavar="N", help="diffuse the pixels N of 1000 steps (default 0; --povid 500)"
+        "--online",
+        action="store_true",
+        help="train, with negatives of the current policy at every step",
     )
     group.add_argument(
-        "--tries", type=int, default=5, metavar="N", help="N_BDHS, the last one without guidance (default %(default)s)"
+        "--rho",
+        type=float,
+        help="rho_th, share of image tokens to hide (default 1 - max(.01, 5.76 / tokens))",
     )
     group.add_argument(
-        "--threshold", type=float, default=0.97, help="eps_s: as similar as this is too similar (default %(default)s)"
+        "--no-guidance",
+        action="store_true",
+        help="answer freely instead of completing the sentences of y+",
     )
-    group.add_argument("--embedder", metavar="DIR_OR_HUB_ID", help="sentence model for the similarity (paper: sentence-transformers/"
-                       "all-mpnet-base-v2; default: cosine of word counts)")  # fmt: skip
-    group.add_argument("--temperature", type=float, default=1.0, help="of drawing (default %(default)s)")
-    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest completion (default %(default)s)")
-    group.add_argument("--povid", action="store_true", help="with --online: POVID's image distortion instead of sampling")
-    group.add_argument("--gamma", type=float, default=0.0, help="with --online: weight of the given rejected answer, Avg-DPO "
-                       "(paper .5; default 0: it is not used)")  # fmt: skip
-    group.add_argument("--beta", type=float, default=0.1, help="strength of the pull to the reference (default %(default)s)")
+    group.add_argument(
+        "--noise-steps",
+        type=int,
+        metavar="N",
+        help="diffuse the pixels N of 1000 steps (default 0; --povid 500)",
+    )
+    group.add_argument(
+        "--tries",
+        type=int,
+        default=5,
+        metavar="N",
+        help="N_BDHS, the last one without guidance (default %(default)s)",
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        default=0.97,
+        help="eps_s: as similar as this is too similar (default %(default)s)",
+    )
+    group.add_argument(
+        "--embedder",
+        metavar="DIR_OR_HUB_ID",
+        help="sentence model for the similarity (paper: sentence-transformers/"
+        "all-mpnet-base-v2; default: cosine of word counts)",
+    )
+    group.add_argument(
+        "--temperature", type=float, default=1.0, help="of drawing (default %(default)s)"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="longest completion (default %(default)s)",
+    )
+    group.add_argument(
+        "--povid",
+        action="store_true",
+        help="with --online: POVID's image distortion instead of sampling",
+    )
+    group.add_argument(
+        "--gamma",
+        type=float,
+        default=0.0,
+        help="with --online: weight of the given rejected answer, Avg-DPO "
+        "(paper .5; default 0: it is not used)",
+    )
+    group.add_argument(
+        "--beta",
+        type=float,
+        default=0.1,
+        help="strength of the pull to the reference (default %(default)s)",
+    )
     args = training.parse(parser, TOY)
     if args.noise_steps is None:
         args.noise_steps = 500 if args.povid else 0
@@ -165,7 +223,9 @@ def cut_sentences(example, processor, rng):
         if yes_no and rng.random() >= 0.5:
             text = answer[:start] + SWAP[yes_no[0]] + answer[start + len(yes_no[0]) : end]
             tokens = processor.encode(replace(example.record, answers=(text,))).answers[0][:-1]
-            places = {c: n for c, n in word_starts(tokens, text, processor.tokenizer).items() if c > start}
+            places = {
+                c: n for c, n in word_starts(tokens, text, processor.tokenizer).items() if c > start
+            }
             cut, kept = rng.choice([*places.items(), (len(text), len(tokens))])
             plan.append(Sentence(text, start, cut, True, tokens, kept))
         else:
@@ -180,7 +240,9 @@ def join(plan, answer):
     """The sentences with their new ends, between them the white space of y+."""
     text, at = "", 0
     for s, (start, end) in zip(plan, split_sentences(answer)):
-        said = s.text[s.start : s.cut] + (s.completion if s.cut > s.start else s.completion.lstrip())
+        said = s.text[s.start : s.cut] + (
+            s.completion if s.cut > s.start else s.completion.lstrip()
+        )
         text += (answer[at:start] if text else "") + said
         at = end
     return text.strip()
@@ -232,7 +294,9 @@ def load_embedder(name):
 
     folder = checkpoints.find(name)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    model = AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True).eval()
+    model = AutoModel.from_pretrained(
+        str(folder), local_files_only=True, use_safetensors=True
+    ).eval()
 
     @torch.no_grad()
     def embed(texts):
@@ -268,7 +332,9 @@ class Drawer:
     def __init__(self, model, processor, args):
         self.model, self.processor, self.args = model, processor, args
         rows = model.llm.get_input_embeddings().num_embeddings
-        texts = processor.tokenizer.batch_decode([[i] for i in range(min(rows, len(processor.tokenizer)))])
+        texts = processor.tokenizer.batch_decode(
+            [[i] for i in range(min(rows, len(processor.tokenizer)))]
+        )
         self.sentence_ends = [i for i, text in enumerate(texts) if END.search(text)]
         embedder = load_embedder(args.embedder) if args.embedder else None
         self.similarity = embedder or (lambda a, b: [word_cosine(x, y) for x, y in zip(a, b)])
@@ -276,8 +342,13 @@ class Drawer:
     def hallucinate(self, examples, seed):
         """y- for the first answer of each example (Algorithm 1), as a list of `Negative`. The same seed gives the same."""
         args, processor = self.args, self.processor
-        rng, generator = random.Random(seed), torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
-        device_generator = torch.Generator(self.model.device).manual_seed(random.Random(f"{seed}/tokens").getrandbits(62))
+        rng, generator = (
+            random.Random(seed),
+            torch.Generator().manual_seed(random.Random(seed).getrandbits(62)),
+        )
+        device_generator = torch.Generator(self.model.device).manual_seed(
+            random.Random(f"{seed}/tokens").getrandbits(62)
+        )
         pictures = [processor.images([e]) for e in examples]
         found, left = [None] * len(examples), list(range(len(examples)))
         for i in range(1, args.tries + 1):
@@ -285,15 +356,23 @@ class Drawer:
             prompts = [examples[j].prompt for j in left]
             tokens = max(int((p == processor.image_token_id).sum()) for p in prompts)
             hidden = image_mask(
-                prompts, processor.image_token_id, default_rho(tokens) if args.rho is None else args.rho, generator
+                prompts,
+                processor.image_token_id,
+                default_rho(tokens) if args.rho is None else args.rho,
+                generator,
             )
             pixels = torch.cat([pictures[j][0] for j in left])
             sizes = torch.cat([pictures[j][1] for j in left]) if processor.anyres else None
-            pixels = diffuse(pixels, args.noise_steps, processor.image_mean, processor.image_std, generator)
+            pixels = diffuse(
+                pixels, args.noise_steps, processor.image_mean, processor.image_std, generator
+            )
             plans = [cut_sentences(examples[j], processor, rng) if guided else [] for j in left]
             texts = self.complete(plans, prompts, (pixels, sizes), hidden, device_generator)
             answers = [examples[j].record.answers[0] for j in left]
-            texts = [join(plan, answer) if guided else text for text, plan, answer in zip(texts, plans, answers)]
+            texts = [
+                join(plan, answer) if guided else text
+                for text, plan, answer in zip(texts, plans, answers)
+            ]
             alike, again = self.similarity(texts, answers), []
             for j, text, phi, plan, hide, prompt in zip(left, texts, alike, plans, hidden, prompts):
                 places = hide[: len(prompt)][prompt == processor.image_token_id]
@@ -311,29 +390,49 @@ class Drawer:
     def complete(self, plans, prompts, images, hidden, generator):
         """Draw the ends of all planned sentences, prompt and image prefilled once -> texts of the prompts without a plan."""
         guided, tokenizer = any(plans), self.processor.tokenizer
-        given, drawn = [], []  # of each prompt: (tokens, cuts), and the sentences that these cuts belong to
+        given, drawn = (
+            [],
+            [],
+        )  # of each prompt: (tokens, cuts), and the sentences that these cuts belong to
         for plan in plans:
             shared = {}  # sentences that were not swapped are cuts of one and the same y+
             for s in plan:
-                if s.cut < len(s.text) or not END.search(s.text[-1]):  # a sentence kept whole, with its mark, is complete
+                if s.cut < len(s.text) or not END.search(
+                    s.text[-1]
+                ):  # a sentence kept whole, with its mark, is complete
                     shared.setdefault(tuple(s.given.tolist()), []).append(s)
             longest = {ids: max(s.kept for s in group) for ids, group in shared.items()}
             given.append(
-                [(torch.tensor(ids[: longest[ids]], dtype=torch.long), [s.kept for s in g]) for ids, g in shared.items()]
+                [
+                    (torch.tensor(ids[: longest[ids]], dtype=torch.long), [s.kept for s in g])
+                    for ids, g in shared.items()
+                ]
             )
             drawn.append(sum(shared.values(), []))
         if guided and not any(given):
             return [""] * len(plans)
         stop = [*self.processor.stop_ids, *(self.sentence_ends if guided else ())]
-        samples = self.model.sample(prompts, images[0], 1, self.args.max_new_tokens, self.args.temperature, stop, hidden,
-                                    given if guided else None, generator, images[1])  # fmt: skip
+        samples = self.model.sample(
+            prompts,
+            images[0],
+            1,
+            self.args.max_new_tokens,
+            self.args.temperature,
+            stop,
+            hidden,
+            given if guided else None,
+            generator,
+            images[1],
+        )
         if not guided:
             return [self.processor.text(tokens) for (tokens,) in samples.tokens]
         for sentences, answers in zip(drawn, samples.tokens):
             for s, new in zip(sentences, answers):
                 new = new[~torch.isin(new, torch.tensor(self.processor.stop_ids))]
                 begun = tokenizer.decode(s.given[: s.kept], skip_special_tokens=False)
-                text = tokenizer.decode(torch.cat([s.given[: s.kept], new]), skip_special_tokens=False)[len(begun) :]
+                text = tokenizer.decode(
+                    torch.cat([s.given[: s.kept], new]), skip_special_tokens=False
+                )[len(begun) :]
                 end = END.search(text, len(text) - len(text.lstrip()))
                 s.completion = text[: end.end()].rstrip("\n") if end else text
         return [""] * len(plans)
@@ -347,13 +446,23 @@ def offline(args, out, records, examples, drawer):
     path, size = out / "negatives.jsonl", args.batch_size
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     lines = [line for line in lines if line.endswith("\n")]
-    lines = lines[: len(lines) // size * size] if len(lines) < len(examples) else lines  # whole batches
+    lines = (
+        lines[: len(lines) // size * size] if len(lines) < len(examples) else lines
+    )  # whole batches
     training.write_text(path, "".join(lines))
-    progress, begin, first = training.Progress("negatives", len(examples), len(lines)), time.time(), len(lines)
+    progress, begin, first = (
+        training.Progress("negatives", len(examples), len(lines)),
+        time.time(),
+        len(lines),
+    )
     with open(path, "a", encoding="utf-8") as file:
         for at in range(first, len(examples), size):
             negatives = drawer.hallucinate(examples[at : at + size], f"{args.seed}/{at}")
-            file.write("".join(json.dumps({"row": at + i} | asdict(n)) + "\n" for i, n in enumerate(negatives)))
+            file.write(
+                "".join(
+                    json.dumps({"row": at + i} | asdict(n)) + "\n" for i, n in enumerate(negatives)
+                )
+            )
             file.flush()
             progress(at + len(negatives))
     seconds = time.time() - begin
@@ -365,12 +474,19 @@ def offline(args, out, records, examples, drawer):
             continue
         row = {"id": str(negative["row"]), "image": image_name(record.image, args, out)}
         human = ["<image>\n" * (i == 0) + turn for i, turn in enumerate(record.turns)]
-        for key, answer in (("conversations", record.answers[0]), ("rejected_conversations", negative["text"])):
+        for key, answer in (
+            ("conversations", record.answers[0]),
+            ("rejected_conversations", negative["text"]),
+        ):
             said = [*human, answer]
-            row[key] = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(said)]
+            row[key] = [
+                {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(said)
+            ]
         rows.append(row)
     if not rows:
-        raise BadInput("no answer came out different from y+; hide more (--rho), or cut more (--tries).")
+        raise BadInput(
+            "no answer came out different from y+; hide more (--rho), or cut more (--tries)."
+        )
     training.write_json(out / "preferences.json", rows)
     words = lambda texts: round(statistics.mean(len(text.split()) for text in texts), 1)
     found = {
@@ -380,7 +496,10 @@ def offline(args, out, records, examples, drawer):
         "tries": dict(sorted(Counter(n["tries"] for n in negatives).items())),
         "unguided": round(sum(not n["guided"] for n in negatives) / len(negatives), 4),
         "swapped": round(sum(n["swaps"] > 0 for n in negatives) / len(negatives), 4),
-        "similarity": {f"{d / 10:.1f}": sum(int(n["similarity"] * 10 + 1e-6) == d for n in negatives) for d in range(11)},
+        "similarity": {
+            f"{d / 10:.1f}": sum(int(n["similarity"] * 10 + 1e-6) == d for n in negatives)
+            for d in range(11)
+        },
         "visible image tokens": round(statistics.mean(n["visible"] for n in negatives), 2),
         "words of y+": words(r.answers[0] for r in records),
         "words of y-": words(n["text"] for n in negatives),
@@ -390,10 +509,13 @@ def offline(args, out, records, examples, drawer):
     training.write_json(out / "statistics.json", found)
     print("\n".join(f"{key:<32}{value}" for key, value in found.items()))
     report.negatives(out / "negatives.png", records, negatives, drawer.processor)
-    images = out / "images" if (out / "images").is_dir() else args.images or Path(args.data[0]).parent
+    images = (
+        out / "images" if (out / "images").is_dir() else args.images or Path(args.data[0]).parent
+    )
     print(f"picture: {out / 'negatives.png'}", file=sys.stderr)
     print(
-        f"train on it: python dpo.py --data {out / 'preferences.json'} --images {images} and the same --model", file=sys.stderr
+        f"train on it: python dpo.py --data {out / 'preferences.json'} --images {images} and the same --model",
+        file=sys.stderr,
     )
 
 
@@ -406,7 +528,9 @@ def image_name(image, args, out):
         return name
     folder = args.images or Path(args.data[0]).parent
     if not image.is_relative_to(folder):
-        raise BadInput(f"{image} is not below {folder}; give the folder of all pictures as --images.")
+        raise BadInput(
+            f"{image} is not below {folder}; give the folder of all pictures as --images."
+        )
     return image.relative_to(folder).as_posix()
 
 
@@ -417,7 +541,11 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta):
     """Loss of each pair from its four summed log-probs, all (B,) -> losses (B,), rewards of chosen and rejected (B,)."""
     h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
     losses = -F.logsigmoid(beta * h)  # eq. 3
-    return losses, beta * (logp_chosen - ref_chosen).detach(), beta * (logp_rejected - ref_rejected).detach()
+    return (
+        losses,
+        beta * (logp_chosen - ref_chosen).detach(),
+        beta * (logp_rejected - ref_rejected).detach(),
+    )
 
 
 def with_negatives(examples, negatives, processor):
@@ -448,7 +576,9 @@ def distorted_log_probs(model, batch, wrong, k):
     weight, sums = model.llm.get_output_embeddings().weight.to(model.dtype), []
     for targets in (batch.targets, wrong):
         log_p, _ = fused_log_probs(h, weight, targets)
-        sums.append(log_p.new_zeros(batch.answers).index_add(0, batch.owner, log_p).view(-1, k).T)  # (k, B)
+        sums.append(
+            log_p.new_zeros(batch.answers).index_add(0, batch.owner, log_p).view(-1, k).T
+        )  # (k, B)
     return torch.cat([sums[0][:1], sums[1][:1], sums[0][1:]])
 
 
@@ -459,7 +589,9 @@ def online(args, begin, device, model, processor, examples, out):
     seconds["eval"] = time.time() - begin - seconds["setup"]
     seconds["reference"] = 0.0  # the reference scores each step's negatives in that step
 
-    model.prepare(args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0, keep_reference=True)
+    model.prepare(
+        args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0, keep_reference=True
+    )
     model.train(args.gradient_checkpointing)
     if args.gradient_checkpointing:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
@@ -476,10 +608,19 @@ def online(args, begin, device, model, processor, examples, out):
             chosen_examples = [examples[i] for i in micro]
             rows += [e.record.where for e in chosen_examples]
             if args.povid:
-                batch, k = processor.collate(chosen_examples).to(device), len(chosen_examples[0].answers)
-                generator = torch.Generator().manual_seed(random.Random(f"{args.seed}/{step}/{number}").getrandbits(62))
+                batch, k = (
+                    processor.collate(chosen_examples).to(device),
+                    len(chosen_examples[0].answers),
+                )
+                generator = torch.Generator().manual_seed(
+                    random.Random(f"{args.seed}/{step}/{number}").getrandbits(62)
+                )
                 noisy = diffuse(
-                    batch.pixel_values.cpu(), args.noise_steps, processor.image_mean, processor.image_std, generator
+                    batch.pixel_values.cpu(),
+                    args.noise_steps,
+                    processor.image_mean,
+                    processor.image_std,
+                    generator,
                 )
                 wrong = distorted(model, batch, noisy.to(device))
                 score = lambda: distorted_log_probs(model, batch, wrong, k)
@@ -502,7 +643,9 @@ def online(args, begin, device, model, processor, examples, out):
             with torch.no_grad(), model.reference():
                 ref_chosen, ref_rejected, *ref_given = score()  # (B,) each
             chosen, rejected, *given = score()
-            losses, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
+            losses, reward_chosen, reward_rejected = dpo_loss(
+                chosen, rejected, ref_chosen, ref_rejected, args.beta
+            )
             if args.gamma:
                 given_losses, *_ = dpo_loss(chosen, given[0], ref_chosen, ref_given[0], args.beta)
                 losses = args.gamma * given_losses + (1 - args.gamma) * losses  # eq. 5
@@ -540,14 +683,19 @@ def main():
     records = data.load(args.data, args.images, answers=2 if args.gamma else 1, skipped=skipped)
     blind = [r for r in records if r.image is None]
     if blind and skipped is None:
-        raise BadInput(f"{blind[0].where}: no picture, which BDHS would hide; {len(blind)} such rows, --skip-bad-rows goes on.")
+        raise BadInput(
+            f"{blind[0].where}: no picture, which BDHS would hide; {len(blind)} such rows, --skip-bad-rows goes on."
+        )
     if blind:
         skipped += [data.skipped_row(r, "no picture, which BDHS would hide") for r in blind]
     records = [r for r in records if r.image is not None]
     if not args.gamma:  # pairs that share a chosen answer are one task here
         unique = {(*r.asked, r.answers): r for r in records}
         if len(unique) < len(records):
-            print(f"{len(records) - len(unique)} rows repeat picture, prompt and chosen answer of another", file=sys.stderr)
+            print(
+                f"{len(records) - len(unique)} rows repeat picture, prompt and chosen answer of another",
+                file=sys.stderr,
+            )
         records = list(unique.values())
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)

@@ -33,7 +33,14 @@ from model import BadInput, LoRALinear, MLLM, Projector
 SHARD_SIZE = "5GB"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt")  # neither pickles nor code
+HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+)  # neither pickles nor code
 
 
 # ---- names
@@ -41,9 +48,17 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "voc
 
 def hub_name(name):
     """The hub's name of a tensor in any naming of transformers or LLaVA; an unknown name comes back as it is."""
-    name = re.sub(r"^model\.(?=(vision_tower|multi_modal_projector|language_model|mm_projector)\.|image_newline$)", "", name)
+    name = re.sub(
+        r"^model\.(?=(vision_tower|multi_modal_projector|language_model|mm_projector)\.|image_newline$)",
+        "",
+        name,
+    )
     name = re.sub(r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model.", name)
-    name = re.sub(r"^mm_projector\.(0|2)\.", lambda m: f"multi_modal_projector.linear_{int(m[1]) // 2 + 1}.", name)
+    name = re.sub(
+        r"^mm_projector\.(0|2)\.",
+        lambda m: f"multi_modal_projector.linear_{int(m[1]) // 2 + 1}.",
+        name,
+    )
     name = re.sub(r"^vision_tower\.vision_tower\.", "vision_tower.", name)
     name = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
     name = re.sub(r"^language_model\.(?!model\.|lm_head\.)", "language_model.model.", name)
@@ -55,7 +70,11 @@ def our_hub_name(name):
     if name == "image_newline":
         return name
     part, rest = name.split(".", 1)
-    hub = {"vision": "vision_tower.vision_model", "projector": "multi_modal_projector", "llm": "language_model"}
+    hub = {
+        "vision": "vision_tower.vision_model",
+        "projector": "multi_modal_projector",
+        "llm": "language_model",
+    }
     return f"{hub[part]}.{rest}"
 
 
@@ -70,8 +89,12 @@ def find(name, files=HUB_FILES):
         raise BadInput(f"{name}: no such folder; a folder or a hub id (owner/name) is accepted.")
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(files)))
-    except Exception as error:  # the client passes on its own errors, its HTTP library's and the system's
-        raise BadInput(f"{name}: no such folder, and not received from the hub ({one_line(error)}).") from None
+    except (
+        Exception
+    ) as error:  # the client passes on its own errors, its HTTP library's and the system's
+        raise BadInput(
+            f"{name}: no such folder, and not received from the hub ({one_line(error)})."
+        ) from None
 
 
 def one_line(error):
@@ -98,9 +121,13 @@ def tensor_index(folder, stem="model"):
     Left out are buffers that old versions stored and that are computed today.
     """
     index, files = folder / f"{stem}.safetensors.index.json", [folder / f"{stem}.safetensors"]
-    shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))  # of pickles that were converted one by one
+    shards = sorted(
+        folder.glob(f"{stem}-*-of-*.safetensors")
+    )  # of pickles that were converted one by one
     if index.exists() and not files[0].exists():
-        files = [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        files = [
+            folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))
+        ]
     elif shards and not files[0].exists():
         files = shards
     elif not files[0].exists():
@@ -114,8 +141,12 @@ def tensor_index(folder, stem="model"):
     for file in files:
         try:
             with safe_open(file, "pt") as f:
-                found |= {name: (file, name, tuple(f.get_slice(name).get_shape())) for name in f.keys()}
-        except Exception as error:  # safetensors has an error class of its own, derived from Exception
+                found |= {
+                    name: (file, name, tuple(f.get_slice(name).get_shape())) for name in f.keys()
+                }
+        except (
+            Exception
+        ) as error:  # safetensors has an error class of its own, derived from Exception
             raise BadInput(f"{file}: not readable as safetensors ({one_line(error)}).") from None
     return {k: v for k, v in found.items() if not k.endswith((".inv_freq", ".position_ids"))}
 
@@ -123,9 +154,13 @@ def tensor_index(folder, stem="model"):
 def weights(folder, stem="model"):
     """`tensor_index` under the hub's names."""
     files = tensor_index(folder, stem)
-    found = {hub_name(re.sub(r"^base_model\.(model\.(?=model\.))?", "", k)): v for k, v in files.items()}
+    found = {
+        hub_name(re.sub(r"^base_model\.(model\.(?=model\.))?", "", k)): v for k, v in files.items()
+    }
     if len(found) < len(files):
-        raise BadInput(f"{folder}: {len(files) - len(found)} weights are there twice, under two names.")
+        raise BadInput(
+            f"{folder}: {len(files) - len(found)} weights are there twice, under two names."
+        )
     return found
 
 
@@ -134,14 +169,21 @@ def fill(slots, found, folder, tied=()):
 
     tied: names in `slots` that share the memory of another; they may be missing, and must be equal to it if not.
     """
-    wrong = {"missing": slots.keys() - found.keys() - set(tied), "unexpected": found.keys() - slots.keys()}
+    wrong = {
+        "missing": slots.keys() - found.keys() - set(tied),
+        "unexpected": found.keys() - slots.keys(),
+    }
     if any(wrong.values()):
-        few = lambda names: ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        few = lambda names: (
+            ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        )
         text = "; ".join(f"{what}: {few(names)}" for what, names in wrong.items() if names)
         raise BadInput(f"{folder}: the weights are not those that its config asks for; {text}.")
     for name, (file, _, shape) in found.items():
         if shape != tuple(slots[name].shape):
-            raise BadInput(f"{file}: {name} has the shape {shape}, but the config asks for {tuple(slots[name].shape)}.")
+            raise BadInput(
+                f"{file}: {name} has the shape {shape}, but the config asks for {tuple(slots[name].shape)}."
+            )
     for file in sorted({file for file, _, _ in found.values()}):
         with safe_open(file, "pt") as f:
             for name in (n for n in found if found[n][0] == file and n not in tied):
@@ -149,7 +191,9 @@ def fill(slots, found, folder, tied=()):
     for name in (n for n in tied if n in found):
         with safe_open(found[name][0], "pt") as f:
             if not torch.equal(f.get_tensor(found[name][1]).to(slots[name]), slots[name]):
-                raise BadInput(f"{folder}: the config ties {name} to the embeddings; the files hold another matrix.")
+                raise BadInput(
+                    f"{folder}: the config ties {name} to the embeddings; the files hold another matrix."
+                )
 
 
 # ---- parts
@@ -172,9 +216,13 @@ def empty_llm(config, embeddings, dtype, device):
     try:
         llm = empty(transformers.AutoModelForCausalLM.from_config, config, dtype, device)
     except Exception as error:  # not a causal LM, or sizes that do not go together
-        raise BadInput(f"no LLM can be built of a {config.model_type!r} config ({one_line(error)}).") from None
+        raise BadInput(
+            f"no LLM can be built of a {config.model_type!r} config ({one_line(error)})."
+        ) from None
     if llm.base_model_prefix != "model" or not hasattr(llm.base_model, "layers"):
-        raise BadInput(f"an LLM of type {config.model_type!r} is not accepted; llama, mistral, qwen2 and the like are.")
+        raise BadInput(
+            f"an LLM of type {config.model_type!r} is not accepted; llama, mistral, qwen2 and the like are."
+        )
     return llm
 
 
@@ -185,15 +233,26 @@ def is_tied(llm):
 
 def tower_weights(folder):
     """`tensor_index` of a CLIP's vision tower, or of that of a whole CLIP, under the names of CLIPVisionModel."""
-    rest = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of a whole CLIP
-    return {k.removeprefix("vision_model."): v for k, v in tensor_index(folder).items() if not k.startswith(rest)}
+    rest = (
+        "text_model.",
+        "text_projection.",
+        "visual_projection.",
+        "logit_scale",
+    )  # of a whole CLIP
+    return {
+        k.removeprefix("vision_model."): v
+        for k, v in tensor_index(folder).items()
+        if not k.startswith(rest)
+    }
 
 
 def tower_config(folder):
     """CLIPVisionConfig of a CLIP's folder."""
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
-        raise BadInput(f"{folder}/config.json: model_type is {kind!r}; accepted is 'clip' or 'clip_vision_model'.")
+        raise BadInput(
+            f"{folder}/config.json: model_type is {kind!r}; accepted is 'clip' or 'clip_vision_model'."
+        )
     try:
         return transformers.CLIPVisionConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # type checks of transformers and of huggingface_hub
@@ -206,18 +265,26 @@ def read_tokenizer(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except Exception as error:  # each kind of tokenizer file fails in its own way
         if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-            raise BadInput(f"{folder}: reading tokenizer.model needs the packages sentencepiece and protobuf; "
-                           "tokenizer.json of another copy of the same LLM is accepted in its place.") from None  # fmt: skip
+            raise BadInput(
+                f"{folder}: reading tokenizer.model needs the packages sentencepiece and protobuf; "
+                "tokenizer.json of another copy of the same LLM is accepted in its place."
+            ) from None
         raise BadInput(f"{folder}: no usable tokenizer ({one_line(error)}).") from None
     if not tokenizer.is_fast:
-        raise BadInput(f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; one of tokenizer.json is accepted.")
+        raise BadInput(
+            f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; one of tokenizer.json is accepted."
+        )
     return tokenizer
 
 
 def pinpoints(value):
     """A list of pairs, also spelled as a string, as tuples; anything else as it is."""
     try:
-        value = json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else value
+        value = (
+            json.loads(value.replace("(", "[").replace(")", "]"))
+            if isinstance(value, str)
+            else value
+        )
         return tuple((int(a), int(b)) for a, b in value)
     except (TypeError, ValueError):
         return value
@@ -231,10 +298,16 @@ def make_processor(folder, tokenizer, model, template, image_aspect):
     for key in ("size", "crop_size"):
         size = given.get(key, vision.image_size)
         if set(size.values() if isinstance(size, dict) else [size]) != {vision.image_size}:
-            raise BadInput(f"{folder}: {key} of the image processor is {size}; the tower takes {vision.image_size}.")
+            raise BadInput(
+                f"{folder}: {key} of the image processor is {size}; the tower takes {vision.image_size}."
+            )
     anyres = model.anyres
-    if anyres and anyres.pinpoints != (other := pinpoints(given.get("image_grid_pinpoints", anyres.pinpoints))):
-        raise BadInput(f"{folder}: image_grid_pinpoints are {other} for the processor and {anyres.pinpoints} for the model.")
+    if anyres and anyres.pinpoints != (
+        other := pinpoints(given.get("image_grid_pinpoints", anyres.pinpoints))
+    ):
+        raise BadInput(
+            f"{folder}: image_grid_pinpoints are {other} for the processor and {anyres.pinpoints} for the model."
+        )
     return Processor(
         tokenizer=tokenizer,
         image_token_id=model.image_token_id,
@@ -252,7 +325,9 @@ def make_processor(folder, tokenizer, model, template, image_aspect):
 def add_image_token(tokenizer):
     """Add `<image>`, and `<pad>` if there is no padding token. Nothing happens if they are there."""
     for token in ("<image>",) if tokenizer.pad_token else ("<image>", "<pad>"):
-        tokenizer.add_tokens(transformers.AddedToken(token, special=True, normalized=False), special_tokens=True)
+        tokenizer.add_tokens(
+            transformers.AddedToken(token, special=True, normalized=False), special_tokens=True
+        )
     tokenizer.pad_token = tokenizer.pad_token or "<pad>"
 
 
@@ -270,21 +345,47 @@ def add_rows(llm, rows):
 
 def translated(raw, path, tower):
     """LLaVA's own flat config.json in the hub's terms. tower: the vision_config. What would change the model is checked."""
-    kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+    kinds = {
+        "llava": "llama",
+        "llava_llama": "llama",
+        "llava_mistral": "mistral",
+        "llava_qwen": "qwen2",
+    }
     ratio, select = raw.get("image_aspect_ratio"), raw.get("mm_vision_select_feature", "patch")
-    merge, points = "spatial_unpad" if ratio == "anyres" else "flat", pinpoints(raw.get("image_grid_pinpoints"))
+    merge, points = (
+        "spatial_unpad" if ratio == "anyres" else "flat",
+        pinpoints(raw.get("image_grid_pinpoints")),
+    )
     for key, good, accepted in (
         ("model_type", raw.get("model_type") in kinds, ", ".join(kinds)),
-        ("mm_projector_type", raw.get("mm_projector_type") == "mlp2x_gelu", "'mlp2x_gelu', as 1.5 and 1.6 have it"),
+        (
+            "mm_projector_type",
+            raw.get("mm_projector_type") == "mlp2x_gelu",
+            "'mlp2x_gelu', as 1.5 and 1.6 have it",
+        ),
         ("mm_vision_select_feature", select in ("patch", "cls_patch"), "'patch' or 'cls_patch'"),
-        ("image_aspect_ratio", ratio in (None, "square", "pad", "anyres"), "'pad' or 'square' (1.5) or 'anyres' (1.6)"),
+        (
+            "image_aspect_ratio",
+            ratio in (None, "square", "pad", "anyres"),
+            "'pad' or 'square' (1.5) or 'anyres' (1.6)",
+        ),
         ("mm_patch_merge_type", raw.get("mm_patch_merge_type", "flat") == merge, repr(merge)),
-        ("image_grid_pinpoints", ratio != "anyres" or isinstance(points, tuple), "pairs of width and height"),
+        (
+            "image_grid_pinpoints",
+            ratio != "anyres" or isinstance(points, tuple),
+            "pairs of width and height",
+        ),
         ("mm_use_im_start_end", not raw.get("mm_use_im_start_end"), "false"),
     ):
         if not good:
-            raise BadInput(f"{path}: {key} of the original LLaVA is {raw.get(key)!r}; accepted is {accepted}.")
-    text = {k: v for k, v in raw.items() if "mm_" not in k and not k.startswith(("image_", "tokenizer_", "architectures"))}
+            raise BadInput(
+                f"{path}: {key} of the original LLaVA is {raw.get(key)!r}; accepted is {accepted}."
+            )
+    text = {
+        k: v
+        for k, v in raw.items()
+        if "mm_" not in k and not k.startswith(("image_", "tokenizer_", "architectures"))
+    }
     config = {
         "model_type": "llava_next" if ratio == "anyres" else "llava",
         "text_config": text | {"model_type": kinds[raw["model_type"]]},
@@ -294,7 +395,9 @@ def translated(raw, path, tower):
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
     }
     if ratio == "anyres":
-        config["image_grid_pinpoints"] = [[height, width] for width, height in points]  # the original has width first
+        config["image_grid_pinpoints"] = [
+            [height, width] for width, height in points
+        ]  # the original has width first
     return config
 
 
@@ -315,11 +418,15 @@ def original_parts(folder, raw):
         trained = weights(folder, stem)
         name = read_json(path).get(key)
         if not name:
-            raise BadInput(f"{path}: {key} is {name!r}; the folder or hub id of the model below this {stem} is needed.")
+            raise BadInput(
+                f"{path}: {key} is {name!r}; the folder or hub id of the model below this {stem} is needed."
+            )
         base = find(name)
         found = weights(base) | trained
     own = any(name.startswith("vision_tower.") for name in found)
-    tower = find(raw["mm_vision_tower"], ("config.json", "preprocessor_config.json") if own else HUB_FILES)
+    tower = find(
+        raw["mm_vision_tower"], ("config.json", "preprocessor_config.json") if own else HUB_FILES
+    )
     if not own:
         found |= {f"vision_tower.vision_model.{k}": v for k, v in tower_weights(tower).items()}
     words = folder if any(folder.glob("tokenizer*")) else base
@@ -336,13 +443,26 @@ def read_config(raw, path):
     if kind not in classes:
         raise BadInput(f"{path}: the model type is {kind!r}; accepted is 'llava' or 'llava_next'.")
     tower = (raw.get("vision_config") or {}).get("model_type", "clip_vision_model")
-    layer, select = raw.get("vision_feature_layer", -2), raw.get("vision_feature_select_strategy", "default")
+    layer, select = (
+        raw.get("vision_feature_layer", -2),
+        raw.get("vision_feature_select_strategy", "default"),
+    )
     activation = raw.get("projector_hidden_act", "gelu")
     for key, value, good, accepted in (
         ("vision_config.model_type", tower, tower == "clip_vision_model", "'clip_vision_model'"),
         ("vision_feature_layer", layer, type(layer) is int, "one integer"),
-        ("vision_feature_select_strategy", select, select in ("default", "full"), "'default' or 'full'"),
-        ("vision_feature_select_strategy", select, kind == "llava" or select == "default", "'default' for LLaVA-NeXT"),
+        (
+            "vision_feature_select_strategy",
+            select,
+            select in ("default", "full"),
+            "'default' or 'full'",
+        ),
+        (
+            "vision_feature_select_strategy",
+            select,
+            kind == "llava" or select == "default",
+            "'default' for LLaVA-NeXT",
+        ),
         ("projector_hidden_act", activation, activation == "gelu", "'gelu'"),
     ):
         if not good:
@@ -353,10 +473,16 @@ def read_config(raw, path):
         raise BadInput(f"{path}: not a usable config ({one_line(error)}).") from None
     states = config.vision_config.num_hidden_layers + 1
     if not -states <= layer < states:
-        raise BadInput(f"{path}: vision_feature_layer is {layer}; the tower has {states} hidden states.")
+        raise BadInput(
+            f"{path}: vision_feature_layer is {layer}; the tower has {states} hidden states."
+        )
     if kind == "llava_next":
         points, side = pinpoints(config.image_grid_pinpoints), config.vision_config.image_size
-        if not isinstance(points, tuple) or not points or any(n <= 0 or n % side for point in points for n in point):
+        if (
+            not isinstance(points, tuple)
+            or not points
+            or any(n <= 0 or n % side for point in points for n in point)
+        ):
             raise BadInput(
                 f"{path}: image_grid_pinpoints is {points!r}; accepted are pairs of multiples of {side}, the tower's input."
             )
@@ -387,7 +513,9 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
         add_image_token(tokenizer)
         config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
     config.text_config.tie_word_embeddings = config.tie_word_embeddings
-    llm = empty_llm(config.text_config, found.get("language_model.model.embed_tokens.weight"), dtype, device)
+    llm = empty_llm(
+        config.text_config, found.get("language_model.model.embed_tokens.weight"), dtype, device
+    )
     image = config.image_token_index
     known = tokenizer.get_vocab().get("<image>", image)
     if known != image or not (original or 0 <= known < llm.config.vocab_size):
@@ -396,12 +524,17 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
             f"one number below {llm.config.vocab_size}, the rows of the embeddings, is accepted."
         )
     vision = empty(transformers.CLIPVisionModel._from_config, config.vision_config, dtype, device)
-    bias, keep_cls = config.multimodal_projector_bias, config.vision_feature_select_strategy == "full"
+    bias, keep_cls = (
+        config.multimodal_projector_bias,
+        config.vision_feature_select_strategy == "full",
+    )
     projector = Projector(vision.config.hidden_size, llm.config.hidden_size, bias).to(device, dtype)
     anyres = None
     if config.model_type == "llava_next":
         side = vision.config.image_size
-        anyres = AnyRes(pinpoints(config.image_grid_pinpoints), side, side // vision.config.patch_size)
+        anyres = AnyRes(
+            pinpoints(config.image_grid_pinpoints), side, side // vision.config.patch_size
+        )
     model = MLLM(vision, projector, llm, image, config.vision_feature_layer, keep_cls, anyres)
     if torch.device(device).type != "meta":
         slots = {our_hub_name(k): v for k, v in model.state_dict().items()}
@@ -419,7 +552,9 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
 
 @torch.no_grad()
 @torch.random.fork_rng(devices=[])
-def compose(vision, llm, dtype=torch.float32, device="cpu", template="vicuna_v1", image_aspect="pad", seed=0):
+def compose(
+    vision, llm, dtype=torch.float32, device="cpu", template="vicuna_v1", image_aspect="pad", seed=0
+):
     """A CLIP and an LLM, folders or hub ids, and a projector drawn from `seed` -> (MLLM, Processor).
 
     `<image>`, and `<pad>` if there is no padding token, are added to the tokenizer; a new row is the mean of the old.
@@ -475,7 +610,9 @@ def merged(model, dtype):
 def hub_config(model, processor, dtype):
     """config.json as transformers 5 writes it, and beside that the names under which 4.x looks for the same."""
     name = "LlavaNext" if model.anyres else "Llava"
-    tiling = {"image_grid_pinpoints": [list(p) for p in model.anyres.pinpoints]} if model.anyres else {}
+    tiling = (
+        {"image_grid_pinpoints": [list(p) for p in model.anyres.pinpoints]} if model.anyres else {}
+    )
     config = getattr(transformers, f"{name}Config")(
         architectures=[f"{name}ForConditionalGeneration"],
         vision_config=model.vision.config.to_dict(),
@@ -493,7 +630,9 @@ def hub_config(model, processor, dtype):
     for part in (config, text, config["vision_config"]):
         part["dtype"] = part["torch_dtype"] = str(dtype).removeprefix("torch.")
         part.pop("_name_or_path", None)
-    rope = dict(text.get("rope_parameters") or {})  # 4.x does not look there and would take theta 10000 for any LLM
+    rope = dict(
+        text.get("rope_parameters") or {}
+    )  # 4.x does not look there and would take theta 10000 for any LLM
     if "rope_theta" in rope:
         text["rope_theta"] = rope.pop("rope_theta")
         text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
@@ -519,19 +658,30 @@ def chat_template(name):
 def write_processor(model, processor, folder):
     """Tokenizer, processor, generation config and chat template, in the files that 4.x and 5.x both read."""
     tokenizer = processor.tokenizer
-    tokenizer.save_pretrained(folder)  # without Processor's `split_special_tokens`: theirs looks for `<image>`
+    tokenizer.save_pretrained(
+        folder
+    )  # without Processor's `split_special_tokens`: theirs looks for `<image>`
     path = folder / "tokenizer_config.json"
-    config = {k: v for k, v in read_json(path).items() if k not in ("is_local", "local_files_only")}  # of this machine
+    config = {
+        k: v for k, v in read_json(path).items() if k not in ("is_local", "local_files_only")
+    }  # of this machine
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # 4.x knows it under this name only, 5.x under both
-        config["model_input_names"] = ["input_ids", "attention_mask"]  # 4.x adds token_type_ids, at which its generate stops
+        config["tokenizer_class"] = (
+            "PreTrainedTokenizerFast"  # 4.x knows it under this name only, 5.x under both
+        )
+        config["model_input_names"] = [
+            "input_ids",
+            "attention_mask",
+        ]  # 4.x adds token_type_ids, at which its generate stops
     training.write_json(path, config)
     side, anyres = processor.image_size, processor.anyres
     kind = "LlavaNextProcessor" if anyres else "LlavaProcessor"
     image_processor = {
         "image_processor_type": "LlavaNextImageProcessor" if anyres else "CLIPImageProcessor",
         "processor_class": kind,
-        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+        **dict.fromkeys(
+            ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True
+        ),
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
         "resample": 3,
@@ -551,7 +701,10 @@ def write_processor(model, processor, folder):
     template = chat_template(processor.template)
     training.write_json(folder / "preprocessor_config.json", image_processor)
     training.write_json(folder / "processor_config.json", llava_processor)
-    training.write_json(folder / "generation_config.json", {f"{k}_token_id": v for k, v in ids.items() if v is not None})
+    training.write_json(
+        folder / "generation_config.json",
+        {f"{k}_token_id": v for k, v in ids.items() if v is not None},
+    )
     training.write_json(folder / "chat_template.json", {"chat_template": template})  # before 4.52
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
@@ -587,13 +740,21 @@ def save_adapter(model, folder, base_name, adapter="policy"):
     lora = adapters(model, adapter)
     if not lora or any(p.requires_grad for p in model.vision.parameters()):
         found = "the model has no LoRA" if not lora else "the vision tower trains"
-        raise BadInput(f"{folder}: {found}, so an adapter cannot hold what was trained; save the whole model instead.")
+        raise BadInput(
+            f"{folder}: {found}, so an adapter cannot hold what was trained; save the whole model instead."
+        )
     tensors = {}
     for name, m in lora:
-        tensors |= {f"{our_hub_name(name)}.lora_A.weight": m.lora_A, f"{our_hub_name(name)}.lora_B.weight": m.lora_B}
+        tensors |= {
+            f"{our_hub_name(name)}.lora_A.weight": m.lora_A,
+            f"{our_hub_name(name)}.lora_B.weight": m.lora_B,
+        }
     projector = model.initial_projector is not None
     for name, tensor in model.projector.state_dict().items() if projector else ():
-        tensors |= {f"multi_modal_projector.{name}": tensor, f"model.multi_modal_projector.{name}": tensor.clone()}
+        tensors |= {
+            f"multi_modal_projector.{name}": tensor,
+            f"model.multi_modal_projector.{name}": tensor.clone(),
+        }
     rank = len(lora[0][1].lora_A)
     alpha = round(lora[0][1].scale * rank, 6)
     config = {
@@ -631,16 +792,25 @@ def load_adapter(model, folder, adapter="policy"):
     path = folder / "adapter_config.json"
     config = read_json(path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if config.get("peft_type") != "LORA" or type(rank) is not int or type(alpha) not in (int, float) or rank < 1:
+    if (
+        config.get("peft_type") != "LORA"
+        or type(rank) is not int
+        or type(alpha) not in (int, float)
+        or rank < 1
+    ):
         found = f"peft_type {config.get('peft_type')!r}, r {rank!r}, lora_alpha {alpha!r}"
         raise BadInput(f"{path}: {found}; plain LoRA, with a rank and an alpha, is accepted.")
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
-            raise BadInput(f"{path}: {key} is {config[key]!r}; accepted: LoRA of one rank, scaled by lora_alpha / r.")
+            raise BadInput(
+                f"{path}: {key} is {config[key]!r}; accepted: LoRA of one rank, scaled by lora_alpha / r."
+            )
     found = {}
     for name, tensor in tensor_index(folder, "adapter_model").items():
         new = hub_name(name.removeprefix("base_model.model."))
-        if new in found and not new.startswith("multi_modal_projector."):  # that `save_adapter` writes twice
+        if new in found and not new.startswith(
+            "multi_modal_projector."
+        ):  # that `save_adapter` writes twice
             raise BadInput(f"{folder}: the weight {new} is there twice, under two names.")
         found[new] = tensor
     targets = {name.split(".")[-3] for name in found if name.endswith(".lora_A.weight")}
@@ -648,14 +818,23 @@ def load_adapter(model, folder, adapter="policy"):
     if adapter == "policy":
         model.prepare(lora_rank=rank, lora_alpha=alpha, projector=projector)
     elif projector:
-        raise BadInput(f"{folder}: holds a projector; an adapter that stands beside another is LoRA alone.")
+        raise BadInput(
+            f"{folder}: holds a projector; an adapter that stands beside another is LoRA alone."
+        )
     else:
         model.add_adapter(adapter, rank, alpha)
-    slots = {our_hub_name(f"projector.{k}"): v for k, v in model.projector.state_dict().items()} if projector else {}
+    slots = (
+        {our_hub_name(f"projector.{k}"): v for k, v in model.projector.state_dict().items()}
+        if projector
+        else {}
+    )
     for name, m in adapters(model, adapter):
         parent, leaf = name.rsplit(".", 1)
         if leaf in targets:
-            slots |= {f"{our_hub_name(name)}.lora_A.weight": m.lora_A, f"{our_hub_name(name)}.lora_B.weight": m.lora_B}
+            slots |= {
+                f"{our_hub_name(name)}.lora_A.weight": m.lora_A,
+                f"{our_hub_name(name)}.lora_B.weight": m.lora_B,
+            }
             continue
         layer = model.get_submodule(name)
         del layer.adapters[adapter]  # all of LORA_TARGETS were adapted
@@ -683,7 +862,11 @@ def base_hash(model):
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if not not_of_base(name):
-            some = tensor.flatten()[:: max(1, tensor.numel() // 4096)].to("cpu", torch.bfloat16).contiguous()
+            some = (
+                tensor.flatten()[:: max(1, tensor.numel() // 4096)]
+                .to("cpu", torch.bfloat16)
+                .contiguous()
+            )
             digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
             digest.update(some.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -698,13 +881,24 @@ def save_reward(model, folder, base_name, settings, name="reward"):
     save_adapter(model, folder / "adapter", base_name, name)
     head = {k: v.detach().cpu().contiguous() for k, v in model.heads[name].state_dict().items()}
     save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
-    training.write_json(folder / "reward.json", {"base_name": str(base_name), "base": base_hash(model)} | settings)
+    training.write_json(
+        folder / "reward.json", {"base_name": str(base_name), "base": base_hash(model)} | settings
+    )
 
 
 def reward_settings(folder):
     """reward.json of a run of reward_model.py, whole."""
     settings = read_json(Path(folder) / "reward.json")
-    needed = ("base", "base_name", "question", "facts", "max_facts", "template", "image_aspect", "held_out")
+    needed = (
+        "base",
+        "base_name",
+        "question",
+        "facts",
+        "max_facts",
+        "template",
+        "image_aspect",
+        "held_out",
+    )
     missing = [name for name in needed if name not in settings]
     if missing:
         raise BadInput(

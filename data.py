@@ -23,7 +23,15 @@ from files import image_hash, image_size, open_image
 from layouts import LAYOUTS, Record, captions, load, read, refusals
 from model import BadInput, pack
 
-__all__ = ["LAYOUTS", "Record", "captions", "image_hash", "load", "open_image", "read"]  # one door for the scripts
+__all__ = [
+    "LAYOUTS",
+    "Record",
+    "captions",
+    "image_hash",
+    "load",
+    "open_image",
+    "read",
+]  # one door for the scripts
 
 
 # ---- prompts
@@ -89,13 +97,21 @@ class Processor:
 
     def __post_init__(self):
         if self.template not in TEMPLATES:
-            raise BadInput(f"--template {self.template!r} is unknown; accepted are {', '.join(TEMPLATES)}.")
+            raise BadInput(
+                f"--template {self.template!r} is unknown; accepted are {', '.join(TEMPLATES)}."
+            )
         if self.image_aspect not in ("pad", "checkpoint"):
-            raise BadInput(f"--image-aspect {self.image_aspect!r} is unknown; accepted are pad, checkpoint.")
+            raise BadInput(
+                f"--image-aspect {self.image_aspect!r} is unknown; accepted are pad, checkpoint."
+            )
         # user text is never read as special tokens: `<image>` and `</s>` in an answer are the letters they are made of
-        self.tokenizer.split_special_tokens = True  # set on the backend alone, the first `encode` would put it back
+        self.tokenizer.split_special_tokens = (
+            True  # set on the backend alone, the first `encode` would put it back
+        )
         # the system sentence comes back in every row: half of the time of encoding
-        self._tokenise = functools.lru_cache(1024)(lambda text: self.tokenizer.encode(text, add_special_tokens=False))
+        self._tokenise = functools.lru_cache(1024)(
+            lambda text: self.tokenizer.encode(text, add_special_tokens=False)
+        )
 
     @property
     def end_id(self):
@@ -111,7 +127,9 @@ class Processor:
     def _special(self, token):
         i = self.tokenizer.convert_tokens_to_ids(token)
         if i is None or i == self.tokenizer.unk_token_id:
-            raise BadInput(f"--template {self.template} needs the token {token}, which this tokenizer does not have.")
+            raise BadInput(
+                f"--template {self.template} needs the token {token}, which this tokenizer does not have."
+            )
         return i
 
     def _ids(self, *parts):
@@ -128,14 +146,23 @@ class Processor:
     def _written(self, pattern, text=""):
         """Parts of a piece of the template: its special tokens as ids; those that `text` spells out stay text."""
         pieces = SPECIAL.split(pattern)
-        return [[self._special(p)] if SPECIAL.fullmatch(p) else p.replace("{}", text) for p in pieces]
+        return [
+            [self._special(p)] if SPECIAL.fullmatch(p) else p.replace("{}", text) for p in pieces
+        ]
 
     def _user(self, text, first, image_tokens):
         """Parts of one user turn. The picture's tokens, then a newline, as LLaVA writes `<image>\\n`."""
         template = TEMPLATES[self.template]
         before, after = template.user.split("{}")
         bos = self.tokenizer.bos_token_id
-        start = [*([[bos]] if bos is not None and self._adds_bos else []), *self._written(template.start)] if first else []
+        start = (
+            [
+                *([[bos]] if bos is not None and self._adds_bos else []),
+                *self._written(template.start),
+            ]
+            if first
+            else []
+        )
         shown = [[self.image_token_id] * image_tokens, "\n"] if first and image_tokens else []
         return [*start, *self._written(before), *shown, *self._written("{}" + after, text)]
 
@@ -144,7 +171,9 @@ class Processor:
         cue = self._ids(*user)
         ids = self._ids(*user, TEMPLATES[self.template].answer.replace("{}", text), [self.end_id])
         if ids[: len(cue)] != cue:
-            raise BadInput(f"{where}: the tokenizer joins the end of the prompt with the answer {text[:30]!r}.")
+            raise BadInput(
+                f"{where}: the tokenizer joins the end of the prompt with the answer {text[:30]!r}."
+            )
         return cue, ids[len(cue) :]
 
     def tokens_of(self, image):
@@ -180,13 +209,18 @@ class Processor:
                 f"{record.where}: prompt of {len(prompt)} and answer of {longest - len(prompt)} tokens; the limit is {self.max_length}."
             )
         if len(answers) == 2 and torch.equal(answers[0], answers[1]):
-            raise BadInput(f"{record.where}: chosen and rejected are the same tokens; a pair must differ.")
+            raise BadInput(
+                f"{record.where}: chosen and rejected are the same tokens; a pair must differ."
+            )
         if every_turn and history:
             start = history[0][0]
             mask = torch.zeros(len(prompt) - start, dtype=torch.bool)
             for begin, end in history:
                 mask[begin - start : end - start] = True
-            answers, scored = [torch.cat([prompt[start:], a]) for a in answers], [torch.cat([mask, s]) for s in scored]
+            answers, scored = (
+                [torch.cat([prompt[start:], a]) for a in answers],
+                [torch.cat([mask, s]) for s in scored],
+            )
             prompt = prompt[:start]
         return Example(prompt, answers, scored, record)
 
@@ -200,8 +234,13 @@ class Processor:
             return torch.stack([self._normalised(tile) for tile in self.anyres.tiles(picture)])
         side = self.image_size
         if self.image_aspect == "pad" and picture.width != picture.height:
-            square = Image.new("RGB", (max(picture.size),) * 2, tuple(int(255 * m) for m in self.image_mean))
-            square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
+            square = Image.new(
+                "RGB", (max(picture.size),) * 2, tuple(int(255 * m) for m in self.image_mean)
+            )
+            square.paste(
+                picture,
+                ((square.width - picture.width) // 2, (square.height - picture.height) // 2),
+            )
             picture = square
         short = min(picture.size)
         size = tuple(side if edge == short else int(side * edge / short) for edge in picture.size)
@@ -211,7 +250,9 @@ class Processor:
 
     def _normalised(self, picture):
         x = np.asarray(picture, dtype=np.float32) / 255
-        return torch.from_numpy((x - np.float32(self.image_mean)) / np.float32(self.image_std)).permute(2, 0, 1)
+        return torch.from_numpy(
+            (x - np.float32(self.image_mean)) / np.float32(self.image_std)
+        ).permute(2, 0, 1)
 
     def images(self, examples):
         """`pixel_values` and `image_sizes` of the examples' pictures, as `Batch` holds them; None where there are none."""
@@ -222,13 +263,20 @@ class Processor:
             sizes.append((picture.height, picture.width))
         if not pixels:
             return None, None
-        return (torch.cat(pixels), torch.tensor(sizes)) if self.anyres else (torch.stack(pixels), None)
+        return (
+            (torch.cat(pixels), torch.tensor(sizes)) if self.anyres else (torch.stack(pixels), None)
+        )
 
     def collate(self, examples):
         """Examples -> packed Batch, pictures decoded."""
         pixel_values, image_sizes = self.images(examples)
-        return pack([e.prompt for e in examples], [e.answers for e in examples], [e.scored for e in examples], pixel_values,
-                    image_sizes=image_sizes)  # fmt: skip
+        return pack(
+            [e.prompt for e in examples],
+            [e.answers for e in examples],
+            [e.scored for e in examples],
+            pixel_values,
+            image_sizes=image_sizes,
+        )
 
     def rated(self, example, question):
         """The example as a reward model reads it: behind each answer one more user turn, up to the cue of its answer.
@@ -239,13 +287,17 @@ class Processor:
         answers = []
         for ids in example.answers:
             closed = len(ids) and int(ids[-1]) in self.stop_ids
-            answers.append(torch.cat([ids, turn] if closed else [ids, torch.tensor([self.end_id]), turn]))
+            answers.append(
+                torch.cat([ids, turn] if closed else [ids, torch.tensor([self.end_id]), turn])
+            )
         longest = len(example.prompt) + max(map(len, answers))
         if longest > self.max_length:
             raise BadInput(
                 f"{example.record.where}: prompt, answer and evaluation of {longest} tokens; the limit is {self.max_length}."
             )
-        return replace(example, answers=answers, scored=[torch.ones(len(a), dtype=torch.bool) for a in answers])
+        return replace(
+            example, answers=answers, scored=[torch.ones(len(a), dtype=torch.bool) for a in answers]
+        )
 
     def length(self, text):
         """Tokens of a text that stands by itself."""
@@ -253,7 +305,9 @@ class Processor:
 
     def text(self, ids):
         """Token ids of an answer -> its text, without the end token."""
-        return self.tokenizer.decode(ids[~torch.isin(ids, torch.tensor(self.stop_ids))], skip_special_tokens=False).strip()
+        return self.tokenizer.decode(
+            ids[~torch.isin(ids, torch.tensor(self.stop_ids))], skip_special_tokens=False
+        ).strip()
 
 
 def share_prompt(examples):
@@ -317,7 +371,9 @@ def evaluation(question, intro, facts, rng, most=None):
 
     intro: what introduces them; without facts nothing takes the place of `{facts}`. most: how many are drawn, if not all.
     """
-    bullets = "".join(f"\n- {text}" for text in rng.sample(facts, min(len(facts), most or len(facts))))
+    bullets = "".join(
+        f"\n- {text}" for text in rng.sample(facts, min(len(facts), most or len(facts)))
+    )
     return question.replace("{facts}", intro + bullets if facts else "")
 
 
@@ -326,18 +382,38 @@ def longest_facts(processor, facts, most=None):
     return sorted(facts, key=processor.length)[-(most or len(facts)) :]
 
 
-def generate(model, processor, records, max_new_tokens, temperature=0.0, k=1, batch_size=64, seed=0, label="generate"):
+def generate(
+    model,
+    processor,
+    records,
+    max_new_tokens,
+    temperature=0.0,
+    k=1,
+    batch_size=64,
+    seed=0,
+    label="generate",
+):
     """k answers to each record's prompt -> list of k texts each, in order. Progress on stderr when it takes long."""
     examples = [processor.encode(replace(r, answers=())) for r in records]
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # like lengths together: little padding
+    order = sorted(
+        range(len(examples)), key=lambda i: len(examples[i].prompt)
+    )  # like lengths together: little padding
     generator = torch.Generator(model.device).manual_seed(seed)
     progress, texts = training.Progress(label, len(records)), [None] * len(records)
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
         batch = [examples[i] for i in chosen]
         pixel_values, image_sizes = processor.images(batch)
-        samples = model.sample([e.prompt for e in batch], pixel_values, k, max_new_tokens, temperature, processor.stop_ids,
-                               generator=generator, image_sizes=image_sizes)  # fmt: skip
+        samples = model.sample(
+            [e.prompt for e in batch],
+            pixel_values,
+            k,
+            max_new_tokens,
+            temperature,
+            processor.stop_ids,
+            generator=generator,
+            image_sizes=image_sizes,
+        )
         for i, tokens in zip(chosen, samples.tokens):
             texts[i] = [processor.text(t) for t in tokens]
         progress(at + len(chosen))
@@ -366,9 +442,14 @@ def encode_all(processor, records, skipped=None, every_turn=False):
     examples, refused = encode_each(processor, records, every_turn)
     if refused and (skipped is None or not examples):
         first = refused[0]
-        raise BadInput(f"{first['file']}, row {first['row']}: {first['why']} {refusals(len(refused), len(records))}")
+        raise BadInput(
+            f"{first['file']}, row {first['row']}: {first['why']} {refusals(len(refused), len(records))}"
+        )
     if refused:
-        print(f"{len(refused)} of {len(records)} rows are skipped at encoding, first: {refused[0]['why']}", file=sys.stderr)
+        print(
+            f"{len(refused)} of {len(records)} rows are skipped at encoding, first: {refused[0]['why']}",
+            file=sys.stderr,
+        )
         skipped += refused
     return examples
 
@@ -383,21 +464,36 @@ def with_room(processor, examples, max_new_tokens, skipped=None):
             f"{max_new_tokens}; the limit is {processor.max_length} ({len(long)} of {len(examples)} prompts)."
         )
     if long:
-        print(f"{len(long)} of {len(examples)} prompts leave no room for --max-new-tokens and are skipped", file=sys.stderr)
-        skipped += [skipped_row(e.record, "the prompt leaves no room for --max-new-tokens") for e in long]
+        print(
+            f"{len(long)} of {len(examples)} prompts leave no room for --max-new-tokens and are skipped",
+            file=sys.stderr,
+        )
+        skipped += [
+            skipped_row(e.record, "the prompt leaves no room for --max-new-tokens") for e in long
+        ]
     return short
 
 
 def main():
     """Show what a data file holds: layout, counts, what is refused and why, samples; with --model also token lengths."""
     parser = training.Parser(main.__doc__)
-    parser.add_argument("file", help="parquet, JSON or JSON lines, in any layout listed at the top of layouts.py")
+    parser.add_argument(
+        "file", help="parquet, JSON or JSON lines, in any layout listed at the top of layouts.py"
+    )
     parser.add_argument("--images", help="folder of the pictures (default: the file's)")
     parser.add_argument(
-        "--model", metavar="DIR_OR_HUB_ID", help="count tokens as this checkpoint does, and what it would refuse"
+        "--model",
+        metavar="DIR_OR_HUB_ID",
+        help="count tokens as this checkpoint does, and what it would refuse",
     )
     parser.add_argument("--template", help="with --model: another prompt than the checkpoint's own")
-    parser.add_argument("--max-length", type=int, default=0, metavar="N", help="with --model: as in training; 0 = its context")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --model: as in training; 0 = its context",
+    )
     parser.add_argument("--json", action="store_true", help="print for programs")
     args = parser.parse_args()
     file = read(args.file, args.images)
@@ -420,22 +516,43 @@ def main():
     samples = []
     for r in random.Random(0).sample(records, min(3, len(records))):
         chosen, rejected = (*r.answers, None)[:2]
-        samples.append({"image": r.image and str(r.image), "prompt": r.turns[-1], "chosen": chosen, "rejected": rejected})
+        samples.append(
+            {
+                "image": r.image and str(r.image),
+                "prompt": r.turns[-1],
+                "chosen": chosen,
+                "rejected": rejected,
+            }
+        )
     pairs = sum(len(r.answers) == 2 for r in records)
-    found = {"layout": file.layout, "rows": file.rows, "pairs": pairs, "refused": refused, "notes": dict(file.notes)}
+    found = {
+        "layout": file.layout,
+        "rows": file.rows,
+        "pairs": pairs,
+        "refused": refused,
+        "notes": dict(file.notes),
+    }
     if args.json:
-        print(json.dumps(found | ({"tokens": lengths} if args.model else {}) | {"samples": samples}, indent=1))
+        print(
+            json.dumps(
+                found | ({"tokens": lengths} if args.model else {}) | {"samples": samples}, indent=1
+            )
+        )
         return
     bad = len({r["row"] for r in refused})
     print(f"{args.file}: layout {file.layout}, {file.rows} rows, {pairs} pairs, {bad} rows refused")
-    kinds = [re.sub(r"'[^']*'|\"[^\"]*\"|\S*[/\d]\S*", "..", r["why"]) for r in refused]  # paths, quotes, numbers vary
+    kinds = [
+        re.sub(r"'[^']*'|\"[^\"]*\"|\S*[/\d]\S*", "..", r["why"]) for r in refused
+    ]  # paths, quotes, numbers vary
     for kind, count in Counter(kinds).most_common():
         first = refused[kinds.index(kind)]
         print(f"  refused: {count}, first row {first['row']}: {first['why']}")
     for why, count in file.notes.items():
         print(f"  {count} {why}")
     for name, values in lengths.items():
-        print(f"  tokens of {name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+        print(
+            f"  tokens of {name}: " + ", ".join(f"{key} {value}" for key, value in values.items())
+        )
     for s in samples:
         print("".join(f"\n{key:>9}  {value}" for key, value in s.items() if value is not None))
 

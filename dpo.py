@@ -43,18 +43,35 @@ import training
 from lab import report
 from model import BadInput
 
-TOY = {"data": ["povid.json"], "steps": 230, "batch_size": 16, "lr": 2e-4, "beta": 0.5, "projector_lr": 0.0, "lora_rank": 16,
-       "save_every": 0}  # fmt: skip
+TOY = {
+    "data": ["povid.json"],
+    "steps": 230,
+    "batch_size": 16,
+    "lr": 2e-4,
+    "beta": 0.5,
+    "projector_lr": 0.0,
+    "lora_rank": 16,
+    "save_every": 0,
+}
 BETA = {"dpo": 0.1, "ipo": 0.9, "slic": 0.1}
 
 
 def parse():
     """The command line."""
     parser = training.Parser(__doc__)
-    training.add_training_flags(parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32)
+    training.add_training_flags(
+        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32
+    )
     group = parser.add_argument_group("preference optimization")
-    group.add_argument("--loss", default="dpo", choices=("dpo", "ipo", "slic"), help="objective (default %(default)s)")
-    group.add_argument("--beta", type=float, help=f"strength of the pull to the reference (default {BETA})")
+    group.add_argument(
+        "--loss",
+        default="dpo",
+        choices=("dpo", "ipo", "slic"),
+        help="objective (default %(default)s)",
+    )
+    group.add_argument(
+        "--beta", type=float, help=f"strength of the pull to the reference (default {BETA})"
+    )
     args = training.parse(parser, TOY)
     args.beta = BETA[args.loss] if args.beta is None else args.beta
     if not args.beta > 0:
@@ -71,7 +88,11 @@ def preference_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, 
         losses = (h - 1 / (2 * beta)) ** 2
     elif kind == "slic":
         losses = (1 - beta * h).relu()
-    return losses, beta * (logp_chosen - ref_chosen).detach(), beta * (logp_rejected - ref_rejected).detach()
+    return (
+        losses,
+        beta * (logp_chosen - ref_chosen).detach(),
+        beta * (logp_rejected - ref_rejected).detach(),
+    )
 
 
 def reference_log_probs(model, processor, examples, args):
@@ -79,13 +100,33 @@ def reference_log_probs(model, processor, examples, args):
 
     The model is as training will begin: prepared, LoRA at its start, where it adds 0 (and is left out of the hash).
     """
-    pictures = (processor.image_aspect, processor.image_size, processor.image_mean, processor.image_std)
-    towers = (model.feature_layer, model.keep_cls, model.anyres, model.image_token_id, model.vision.config, model.llm.config)
+    pictures = (
+        processor.image_aspect,
+        processor.image_size,
+        processor.image_mean,
+        processor.image_std,
+    )
+    towers = (
+        model.feature_layer,
+        model.keep_cls,
+        model.anyres,
+        model.image_token_id,
+        model.vision.config,
+        model.llm.config,
+    )
     made_of = [repr((model.dtype, *pictures, *towers))]
     weights = {n: p.detach().cpu() for n, p in model.state_dict().items() if ".lora_" not in n}
-    made_of += [f"{n} {hashlib.sha256(p.view(torch.uint8).numpy()).hexdigest()}" for n, p in weights.items()]
-    made_of += [f"{data.image_hash(e.record.image)} {e.prompt.tolist()} {[a.tolist() for a in e.answers]}" for e in examples]
-    folder = Path(".cache") / f"reference-{hashlib.sha256(chr(10).join(made_of).encode()).hexdigest()[:16]}"
+    made_of += [
+        f"{n} {hashlib.sha256(p.view(torch.uint8).numpy()).hexdigest()}" for n, p in weights.items()
+    ]
+    made_of += [
+        f"{data.image_hash(e.record.image)} {e.prompt.tolist()} {[a.tolist() for a in e.answers]}"
+        for e in examples
+    ]
+    folder = (
+        Path(".cache")
+        / f"reference-{hashlib.sha256(chr(10).join(made_of).encode()).hexdigest()[:16]}"
+    )
     if folder.is_dir():
         print(f"reference log-probs: {folder}", file=sys.stderr)
         return load_file(folder / "log_probs.safetensors")["log_probs"].to(model.device)

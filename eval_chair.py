@@ -31,11 +31,26 @@ from eval_pope import add_flags, check_flags, load
 from model import BadInput
 
 PROMPT = "Describe the image."
-TOKEN = re.compile(r"\w+(?:(?:[-/]|'(?=\w\w))\w+)*|[^\w\s]")  # "t-shirt" and "o'clock" are one token, "dog's" is three
+TOKEN = re.compile(
+    r"\w+(?:(?:[-/]|'(?=\w\w))\w+)*|[^\w\s]"
+)  # "t-shirt" and "o'clock" are one token, "dog's" is three
 PLURALS = (("s", ""), ("ses", "s"), ("xes", "x"), ("ches", "ch"), ("shes", "sh"), ("ies", "y"), ("ves", "f"),
            ("ves", "fe"), ("men", "man"), ("people", "person"), ("children", "child"), ("mice", "mouse"),
            ("geese", "goose"))  # fmt: skip
-ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
+ANIMALS = (
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "animal",
+    "cub",
+)
 FIXED = {f"{age} {animal}": animal for age in ("baby", "adult") for animal in ANIMALS} | {
     "passenger jet": "jet",
     "passenger train": "train",
@@ -75,9 +90,13 @@ def read_synonyms(path):
         forms = [" ".join(form.lower().split()) for form in line.split(",")]
         for form in filter(None, forms):
             if nodes.setdefault(form, forms[0]) != forms[0]:
-                raise BadInput(f"{path}, line {number}: {form!r} is of {nodes[form]!r} already; a form has one object.")
+                raise BadInput(
+                    f"{path}, line {number}: {form!r} is of {nodes[form]!r} already; a form has one object."
+                )
     if not nodes or "" in nodes.values():
-        raise BadInput(f"{path}: no word, or a line that begins with a comma; a line is the forms of one object.")
+        raise BadInput(
+            f"{path}: no word, or a line that begins with a comma; a line is the forms of one object."
+        )
     compounds = FIXED | {form: form for form in nodes if " " in form}
     words = {word for text in (*nodes, *compounds) for word in text.split()}
     return Vocabulary(nodes, compounds, words, max(len(c.split()) for c in compounds))
@@ -121,7 +140,9 @@ def coco(path):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: not a readable JSON file ({error}).") from None
-    return lambda name: ((f"{path}, {name}[{i}]", row) for i, row in enumerate(field(content, name, list, path)))
+    return lambda name: (
+        (f"{path}, {name}[{i}]", row) for i, row in enumerate(field(content, name, list, path))
+    )
 
 
 def read_pictures(instances, captions, vocabulary):
@@ -137,11 +158,18 @@ def read_pictures(instances, captions, vocabulary):
         for where, row in file("images"):
             number, name = field(row, "id", int, where), field(row, "file_name", str, where)
             if pictures.setdefault(number, Picture(name, set(), [])).file != name:
-                raise BadInput(f"{where}: id {number} is {name!r} here and {pictures[number].file!r} elsewhere.")
+                raise BadInput(
+                    f"{where}: id {number} is {name!r} here and {pictures[number].file!r} elsewhere."
+                )
         for where, row in file("annotations"):
-            number, category = field(row, "image_id", int, where), field(row, "category_id", int, where)
+            number, category = (
+                field(row, "image_id", int, where),
+                field(row, "category_id", int, where),
+            )
             if category not in nodes:
-                raise BadInput(f"{where}: category_id {category} is not among the file's categories.")
+                raise BadInput(
+                    f"{where}: category_id {category} is not among the file's categories."
+                )
             if number in pictures:  # one that is not listed is not evaluated
                 pictures[number].objects.add(nodes[category])
     for file in map(coco, captions):
@@ -157,20 +185,28 @@ def truth_of(numbers, pictures, vocabulary):
     truth = {}
     for n in numbers:
         if not pictures[n].captions:
-            raise BadInput(f"image id {n} ({pictures[n].file}) has no reference caption in --captions; one is needed.")
-        truth[n] = pictures[n].objects.union(*(mentions(text, vocabulary) for text in pictures[n].captions))
+            raise BadInput(
+                f"image id {n} ({pictures[n].file}) has no reference caption in --captions; one is needed."
+            )
+        truth[n] = pictures[n].objects.union(
+            *(mentions(text, vocabulary) for text in pictures[n].captions)
+        )
     return truth
 
 
 def read_answers(path, pictures):
     """[{"image_id": id or file name, "caption"}], an array or JSON lines -> [(image id, caption)]."""
-    ids = {p.file: number for number, p in pictures.items()} | {number: number for number in pictures}
+    ids = {p.file: number for number, p in pictures.items()} | {
+        number: number for number in pictures
+    }
     captions = []
     for i, row in rows(Path(path)):
         text = field(row, "caption", str, f"{path}, row {i}")
         name = row.get("image_id")
         if type(name) not in (int, str) or name not in ids:
-            raise BadInput(f"{path}, row {i}: `image_id` is {name!r}; accepted are ids and file names of --instances.")
+            raise BadInput(
+                f"{path}, row {i}: `image_id` is {name!r}; accepted are ids and file names of --instances."
+            )
         captions.append((ids[name], text))
     return captions
 
@@ -199,14 +235,30 @@ def report(captions, truth, pictures, vocabulary, out):
         with open(Path(out) / "captions.jsonl", "w", encoding="utf-8") as file:
             for number, text in captions:
                 false = [o for o in mentions(text, vocabulary) if o not in truth[number]]
-                row = {"image_id": number, "image": pictures[number].file, "caption": text, "hallucinated": false}
+                row = {
+                    "image_id": number,
+                    "image": pictures[number].file,
+                    "caption": text,
+                    "hallucinated": false,
+                }
                 file.write(json.dumps(row) + "\n")
         training.write_json(Path(out) / "metrics.json", figures)
     return figures
 
 
-def evaluate(model, processor, instances, captions, synonyms, images, out=None, prompt=PROMPT, limit=None,
-             max_new_tokens=128, batch_size=64):  # fmt: skip
+def evaluate(
+    model,
+    processor,
+    instances,
+    captions,
+    synonyms,
+    images,
+    out=None,
+    prompt=PROMPT,
+    limit=None,
+    max_new_tokens=128,
+    batch_size=64,
+):
     """Have the first `limit` pictures of the instance files described, greedily -> figures.
 
     instances, captions: lists of COCO files; images: folder. With `out`, writes captions.jsonl and metrics.json there.
@@ -215,27 +267,74 @@ def evaluate(model, processor, instances, captions, synonyms, images, out=None, 
     pictures = read_pictures(instances, captions, vocabulary)
     chosen = list(pictures)[:limit]
     truth = truth_of(chosen, pictures, vocabulary)
-    records = [data.Record(f"image id {n}", find_image(Path(images), pictures[n].file), (prompt,)) for n in chosen]
-    texts = data.generate(model, processor, records, max_new_tokens, batch_size=batch_size, label="CHAIR")
-    return report([(n, text) for n, (text,) in zip(chosen, texts)], truth, pictures, vocabulary, out)
+    records = [
+        data.Record(f"image id {n}", find_image(Path(images), pictures[n].file), (prompt,))
+        for n in chosen
+    ]
+    texts = data.generate(
+        model, processor, records, max_new_tokens, batch_size=batch_size, label="CHAIR"
+    )
+    return report(
+        [(n, text) for n, (text,) in zip(chosen, texts)], truth, pictures, vocabulary, out
+    )
 
 
 def main():
     """Let a model describe the pictures, or score a captions file."""
     parser = training.Parser(__doc__)
     add = parser.add_argument
-    add("--instances", nargs="+", action="extend", required=True, metavar="FILE", help="COCO instances, train and val")
-    add("--captions", nargs="+", action="extend", required=True, metavar="FILE", help="COCO captions, train and val")
-    add("--synonyms", required=True, metavar="FILE", help="for COCO: data/synonyms.txt of LisaAnne/Hallucination")
-    add("--answers", metavar="FILE", help="score these: lines or array of {image_id: id or file name, caption}")
-    add("--prompt", default=PROMPT, help="default %(default)r; OPERA: 'Please describe this image in detail.'")
-    add("--limit", type=int, metavar="N", help="the first N pictures of --instances; OPERA: 500 at random")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="cuts captions (default %(default)s; OPERA: 512)")
+    add(
+        "--instances",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="COCO instances, train and val",
+    )
+    add(
+        "--captions",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="COCO captions, train and val",
+    )
+    add(
+        "--synonyms",
+        required=True,
+        metavar="FILE",
+        help="for COCO: data/synonyms.txt of LisaAnne/Hallucination",
+    )
+    add(
+        "--answers",
+        metavar="FILE",
+        help="score these: lines or array of {image_id: id or file name, caption}",
+    )
+    add(
+        "--prompt",
+        default=PROMPT,
+        help="default %(default)r; OPERA: 'Please describe this image in detail.'",
+    )
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="the first N pictures of --instances; OPERA: 500 at random",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="cuts captions (default %(default)s; OPERA: 512)",
+    )
     add_flags(parser)
     args = parser.parse_args()
     check_flags(args)
     if args.max_new_tokens < 1 or args.limit is not None and (args.limit < 1 or args.answers):
-        raise BadInput("--limit and --max-new-tokens are at least 1, and --limit does not go with --answers.")
+        raise BadInput(
+            "--limit and --max-new-tokens are at least 1, and --limit does not go with --answers."
+        )
     if args.answers:
         vocabulary = read_synonyms(args.synonyms)
         pictures = read_pictures(args.instances, args.captions, vocabulary)
@@ -243,8 +342,18 @@ def main():
         truth = truth_of({number for number, _ in captions}, pictures, vocabulary)
         figures = report(captions, truth, pictures, vocabulary, args.out)
     else:
-        figures = evaluate(*load(args), args.instances, args.captions, args.synonyms, args.images, args.out,
-                           args.prompt, args.limit, args.max_new_tokens, args.batch_size)  # fmt: skip
+        figures = evaluate(
+            *load(args),
+            args.instances,
+            args.captions,
+            args.synonyms,
+            args.images,
+            args.out,
+            args.prompt,
+            args.limit,
+            args.max_new_tokens,
+            args.batch_size,
+        )
     for name, value in figures.items():
         print(f"{name:8}{value:10.4f}" if name != "n" else f"{name:8}{value:10d}")
 

@@ -40,9 +40,13 @@ def read_questions(path):
         for key in ("image", "text", "label"):
             value = row.get(key) if isinstance(row, dict) else None
             if not isinstance(value, str) or not value:
-                raise BadInput(f"{path}, row {i}: `{key}` is {value!r}; image, text and label must be strings.")
+                raise BadInput(
+                    f"{path}, row {i}: `{key}` is {value!r}; image, text and label must be strings."
+                )
         if row["label"] not in ("yes", "no"):
-            raise BadInput(f"{path}, row {i}: `label` is {row['label']!r}; accepted are 'yes' and 'no'.")
+            raise BadInput(
+                f"{path}, row {i}: `label` is {row['label']!r}; accepted are 'yes' and 'no'."
+            )
         questions.append(row)
     if not questions:
         raise BadInput(f"{path}: the file holds no question.")
@@ -55,7 +59,9 @@ def read_answers(path):
     for i, row in rows(Path(path)):
         text = row.get("answer", row.get("text")) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise BadInput(f"{path}, row {i}: a string `answer` (POPE) or `text` (LLaVA) is needed, found {text!r}.")
+            raise BadInput(
+                f"{path}, row {i}: a string `answer` (POPE) or `text` (LLaVA) is needed, found {text!r}."
+            )
         answers.append(text)
     return answers
 
@@ -73,7 +79,9 @@ def read_splits(paths):
     for path in paths:
         name = split_name(path)
         if name in splits or name == "mean":
-            raise BadInput(f"{path}: the split name {name!r} is taken; each question file needs one of its own.")
+            raise BadInput(
+                f"{path}: the split name {name!r} is taken; each question file needs one of its own."
+            )
         splits[name] = read_questions(path)
     return splits
 
@@ -87,7 +95,9 @@ def parse_answer(text):
 def score(labels, answers, where="score"):
     """Labels ("yes", "no") and answer texts, in the same order -> the five figures, fractions of 1, and n."""
     if len(labels) != len(answers) or not labels:
-        raise BadInput(f"{where}: {len(answers)} answers to {len(labels)} questions; one answer a question is needed.")
+        raise BadInput(
+            f"{where}: {len(answers)} answers to {len(labels)} questions; one answer a question is needed."
+        )
     said = [parse_answer(a) for a in answers]
     count = lambda *pair: sum(p == pair for p in zip(said, labels))
     tp, fp, fn, tn = count("yes", "yes"), count("yes", "no"), count("no", "yes"), count("no", "no")
@@ -119,17 +129,27 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
                 image = find_image(Path(images), q["image"])
             except BadInput as error:
                 raise BadInput(f"{path}, row {i}: {error}") from None
-            records[q["image"], q["text"]] = data.Record(f"{path}, row {i}", image, (q["text"] + suffix,))
+            records[q["image"], q["text"]] = data.Record(
+                f"{path}, row {i}", image, (q["text"] + suffix,)
+            )
     for split, questions in splits.items():
         asked = [(q["image"], q["text"]) for q in questions]
         # The splits share all questions whose answer is yes: of the 9000 official ones 5127 are distinct.
         new = [key for key in dict.fromkeys(asked) if key not in answers]
-        texts = data.generate(model, processor, [records[key] for key in new], MAX_NEW_TOKENS, batch_size=batch_size,
-                              label=f"POPE {split}")  # fmt: skip
+        texts = data.generate(
+            model,
+            processor,
+            [records[key] for key in new],
+            MAX_NEW_TOKENS,
+            batch_size=batch_size,
+            label=f"POPE {split}",
+        )
         answers.update((key, text) for key, (text,) in zip(new, texts))
         scores[split] = score([q["label"] for q in questions], [answers[key] for key in asked])
         if out:
-            lines = [json.dumps({"question": key[1], "answer": answers[key]}) + "\n" for key in asked]
+            lines = [
+                json.dumps({"question": key[1], "answer": answers[key]}) + "\n" for key in asked
+            ]
             Path(out).mkdir(parents=True, exist_ok=True)
             (Path(out) / f"answers_{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     return report(scores, out)
@@ -140,25 +160,59 @@ def add_flags(parser):
     add = parser.add_argument
     add("--images", metavar="DIR", help="folder of the pictures")
     add("--model", metavar="DIR_OR_HUB_ID", help="LLaVA checkpoint to evaluate")
-    add("--adapter", metavar="DIR", help="PEFT adapter to put on it, such as adapter/ of a run folder")
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="PEFT adapter to put on it, such as adapter/ of a run folder",
+    )
     add("--out", metavar="DIR", help="folder for answers and metrics.json; new or empty")
-    add("--batch-size", type=int, default=64, metavar="N", help="prompts at a time; less memory with less (default 64)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on cuda, else float32")
-    add("--template", help="prompt: vicuna_v1, mistral, chatml, plain (default: the checkpoint's own)")
-    add("--image-aspect", default="pad", choices=("pad", "checkpoint"),
-        help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does")  # fmt: skip
+    add(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="prompts at a time; less memory with less (default 64)",
+    )
+    add(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: bfloat16 on cuda, else float32",
+    )
+    add(
+        "--template",
+        help="prompt: vicuna_v1, mistral, chatml, plain (default: the checkpoint's own)",
+    )
+    add(
+        "--image-aspect",
+        default="pad",
+        choices=("pad", "checkpoint"),
+        help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does",
+    )
 
 
 def check_flags(args):
     """Either --answers, or all that a model needs; --out must be new or empty."""
     if args.answers and (args.model or args.adapter):
-        raise BadInput("--answers scores a file without a model; --model and --adapter do not go with it.")
+        raise BadInput(
+            "--answers scores a file without a model; --model and --adapter do not go with it."
+        )
     if not args.answers and not (args.model and args.images and args.out):
-        raise BadInput("--model, --images and --out are needed, or --answers FILE to score answers that exist.")
+        raise BadInput(
+            "--model, --images and --out are needed, or --answers FILE to score answers that exist."
+        )
     if args.batch_size < 1:
         raise BadInput(f"--batch-size is {args.batch_size}; at least 1 is needed.")
-    if args.out and Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
+    if (
+        args.out
+        and Path(args.out).exists()
+        and (not Path(args.out).is_dir() or any(Path(args.out).iterdir()))
+    ):
         raise BadInput(f"--out {args.out} exists and is not an empty folder; give another.")
 
 
@@ -177,24 +231,49 @@ def main():
     """Ask a model the questions of each file, or score an answers file."""
     parser = training.Parser(__doc__)
     add = parser.add_argument
-    add("--questions", nargs="+", action="extend", required=True, metavar="FILE", help="question files, one a split")
-    add("--answers", nargs="+", action="extend", metavar="FILE", help="score these, one for each question file")
-    add("--suffix", default=SUFFIX, help='put behind each question, "" for nothing (default: LLaVA\'s %(default)r)')
+    add(
+        "--questions",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="question files, one a split",
+    )
+    add(
+        "--answers",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="score these, one for each question file",
+    )
+    add(
+        "--suffix",
+        default=SUFFIX,
+        help='put behind each question, "" for nothing (default: LLaVA\'s %(default)r)',
+    )
     add_flags(parser)
     args = parser.parse_args()
     check_flags(args)
     if args.answers:
         splits = read_splits(args.questions)
         if len(args.answers) != len(splits):
-            raise BadInput(f"--answers has {len(args.answers)} files, --questions {len(splits)}; as many are needed.")
+            raise BadInput(
+                f"--answers has {len(args.answers)} files, --questions {len(splits)}; as many are needed."
+            )
         scores = {}
         for (split, questions), path in zip(splits.items(), args.answers):
             scores[split] = score([q["label"] for q in questions], read_answers(path), path)
         metrics = report(scores, args.out)
     else:
-        metrics = evaluate(*load(args), args.questions, args.images, args.out, args.suffix, args.batch_size)
+        metrics = evaluate(
+            *load(args), args.questions, args.images, args.out, args.suffix, args.batch_size
+        )
     width = max(map(len, (*metrics, "split")))
-    print(f"{'split':{width}}" + "".join(f"{key.replace('_', ' '):>11}" for key in METRICS) + f"{'n':>8}")
+    print(
+        f"{'split':{width}}"
+        + "".join(f"{key.replace('_', ' '):>11}" for key in METRICS)
+        + f"{'n':>8}"
+    )
     for split, s in metrics.items():
         print(f"{split:{width}}" + "".join(f"{s[key]:11.4f}" for key in METRICS) + f"{s['n']:8d}")
 

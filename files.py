@@ -17,8 +17,13 @@ from PIL import ExifTags, Image, ImageOps
 import training
 from model import BadInput
 
-MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded (decompression bombs) ...
-MAX_SIDE, MAX_RATIO = 20_000, 200  # ... and so is a long or thin one, that padding or resizing would make large
+MAX_PIXELS = (
+    100_000_000  # a larger picture is refused before it is decoded (decompression bombs) ...
+)
+MAX_SIDE, MAX_RATIO = (
+    20_000,
+    200,
+)  # ... and so is a long or thin one, that padding or resizing would make large
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,17 @@ def _encoded_pictures(path):
             try:
                 yield base64.b64decode(line.split("\t")[1], validate=True)
             except ValueError as error:
-                raise BadInput(f"{path}, line {number}: the picture is not base64 ({error}).") from None
+                raise BadInput(
+                    f"{path}, line {number}: the picture is not base64 ({error})."
+                ) from None
         return
     import pyarrow
 
     file = _parquet(path)
     column, _ = _columns(file)
-    leaves = [name for name in _leaves(file) if name.startswith(f"{column}.") and name.endswith(".bytes")]
+    leaves = [
+        name for name in _leaves(file) if name.startswith(f"{column}.") and name.endswith(".bytes")
+    ]
     for batch in _batches(path, file, leaves, 16):
         for cell in batch.column(0).to_pylist():
             cell = cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
@@ -88,7 +97,9 @@ def _parquet(path):
     except ImportError:
         raise BadInput(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # pre-buffered, all that is read stays
+        return pyarrow.parquet.ParquetFile(
+            path, buffer_size=1 << 20, pre_buffer=False
+        )  # pre-buffered, all that is read stays
     except (OSError, ValueError) as error:  # no such file, or none that Arrow can read
         raise BadInput(f"{path}: not readable as parquet ({str(error).splitlines()[0]}).") from None
 
@@ -102,7 +113,9 @@ def _columns(file):
     """The column of pictures, if there is one, and all leaves but the pictures themselves."""
     tops = [name.split(".")[0] for name in _leaves(file) if name.endswith(".bytes")]
     column = next((top for top in tops if top in ("image", "images")), None)
-    return column, [n for n in _leaves(file) if not (n.startswith(f"{column}.") and n.endswith(".bytes"))]
+    return column, [
+        n for n in _leaves(file) if not (n.startswith(f"{column}.") and n.endswith(".bytes"))
+    ]
 
 
 def _batches(path, file, columns, size):
@@ -121,7 +134,13 @@ def _parquet_rows(path):
             if column:  # the path beside the bytes tells null and the length of a list
                 cell = row.get(column, {})
                 image = PackedImage(str(path), n)
-                row[column] = [image] * len(cell) if isinstance(cell, list) else cell if cell is None else image
+                row[column] = (
+                    [image] * len(cell)
+                    if isinstance(cell, list)
+                    else cell
+                    if cell is None
+                    else image
+                )
             yield n, row
             n += 1
 
@@ -129,15 +148,29 @@ def _parquet_rows(path):
 def _lines(path):
     """(number from 1, line) of a UTF-8 text file, gzipped or not. U+2028 ends no line: JSON strings may hold it."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(
+            path, "rt", encoding="utf-8-sig", newline="\n"
+        ) as file:
             yield from enumerate(file, 1)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; --data takes a JSON, JSON-lines or parquet file.") from None
+        raise BadInput(
+            f"{path}: no such file; --data takes a JSON, JSON-lines or parquet file."
+        ) from None
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}: not a text file ({error}); accepted are JSON, JSON lines and .parquet.") from None
+        raise BadInput(
+            f"{path}: not a text file ({error}); accepted are JSON, JSON lines and .parquet."
+        ) from None
 
 
-MUFFIN = ("dataset_name", "image", "text", "origin_dataset", "origin_split", "origin_split_inner_idx", "image_path")
+MUFFIN = (
+    "dataset_name",
+    "image",
+    "text",
+    "origin_dataset",
+    "origin_split",
+    "origin_split_inner_idx",
+    "image_path",
+)
 
 
 def _tsv_rows(path):
@@ -145,7 +178,9 @@ def _tsv_rows(path):
     for number, line in _lines(path):
         fields = line.rstrip("\r\n").split("\t")
         if len(fields) != len(MUFFIN):
-            raise BadInput(f"{path}, line {number}: {len(fields)} fields; the seven of RLHF-V are needed: {', '.join(MUFFIN)}.")
+            raise BadInput(
+                f"{path}, line {number}: {len(fields)} fields; the seven of RLHF-V are needed: {', '.join(MUFFIN)}."
+            )
         image = PackedImage(str(path), number - 1) if fields[1] else None
         yield number - 1, dict(zip(MUFFIN, fields)) | {"image": image}
 
@@ -184,14 +219,20 @@ def find_image(images, *names):
             continue
         parts = Path(name).parts
         if Path(name).is_absolute() or ".." in parts:
-            raise BadInput(f"image path {name!r:.80} leaves --images; only paths below it are read.")
+            raise BadInput(
+                f"image path {name!r:.80} leaves --images; only paths below it are read."
+            )
         for i in range(len(parts)):
             path = images.joinpath(*parts[i:])
             if os.path.isfile(path):  # Path.is_file raises for a name that is too long
                 if not path.resolve().is_relative_to(images.resolve()):
-                    raise BadInput(f"image path {name!r:.80} leaves --images through a link; only paths below it are read.")
+                    raise BadInput(
+                        f"image path {name!r:.80} leaves --images through a link; only paths below it are read."
+                    )
                 return path
-    raise BadInput(f"image {' or '.join(f'{n!r:.80}' for n in names)} is not below --images {images}.")
+    raise BadInput(
+        f"image {' or '.join(f'{n!r:.80}' for n in names)} is not below --images {images}."
+    )
 
 
 def open_header(image):
@@ -200,7 +241,9 @@ def open_header(image):
         file = Image.open(io.BytesIO(image.read()) if isinstance(image, PackedImage) else image)
     except Exception as error:  # each of Pillow's decoders fails in its own way
         raise BadInput(f"{image}: not a readable picture ({error}).") from None
-    if file.width * file.height > MAX_PIXELS or max(file.size) > min(MAX_SIDE, MAX_RATIO * min(file.size)):
+    if file.width * file.height > MAX_PIXELS or max(file.size) > min(
+        MAX_SIDE, MAX_RATIO * min(file.size)
+    ):
         limits = f"{MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side and sides of 1 : {MAX_RATIO}"
         raise BadInput(f"{image}: {file.width} x {file.height} pixels; at most {limits} are read.")
     return file
@@ -214,9 +257,13 @@ def open_image(image):
         if file.mode.startswith("I;16"):
             file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
         if file.has_transparency_data:
-            file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
+            file = Image.alpha_composite(
+                Image.new("RGBA", file.size, "white"), file.convert("RGBA")
+            )
         return file.convert("RGB")
-    except Exception as error:  # corrupt pixels or EXIF: OSError, SyntaxError, struct.error, TypeError, ...
+    except (
+        Exception
+    ) as error:  # corrupt pixels or EXIF: OSError, SyntaxError, struct.error, TypeError, ...
         raise BadInput(f"{image}: the picture cannot be decoded ({error}).") from None
 
 
@@ -225,7 +272,12 @@ def image_size(image):
     with open_header(image) as file:
         width, height = file.size
         try:  # a TIFF's size is turned already
-            turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (
+                5,
+                6,
+                7,
+                8,
+            )
         except Exception as error:  # as `open_image`
             raise BadInput(f"{image}: the picture cannot be decoded ({error}).") from None
     return (width, height) if turned else (height, width)

@@ -74,11 +74,15 @@ def vqa(questions, annotations, notes):
     """VQA-v2's two files -> {picture: [(question, "Yes" or "No"), ...]}."""
     answers, rounds = {}, {}
     for row in listed(annotations, "annotations"):
-        answers[row.get("question_id")] = row.get("multiple_choice_answer") if row.get("answer_type") == "yes/no" else None
+        answers[row.get("question_id")] = (
+            row.get("multiple_choice_answer") if row.get("answer_type") == "yes/no" else None
+        )
     for i, row in enumerate(listed(questions, "questions")):
         where, answer = f"{questions}, row {i}", answers.get(row.get("question_id"), "")
         if answer == "":
-            raise BadInput(f"{where}: question_id {row.get('question_id')!r} is not among the annotations of {annotations}.")
+            raise BadInput(
+                f"{where}: question_id {row.get('question_id')!r} is not among the annotations of {annotations}."
+            )
         if answer not in ("yes", "no"):
             notes["VQA-v2 questions left out: the answer is not yes or no"] += 1
             continue
@@ -93,19 +97,37 @@ def aokvqa(path):
     rounds, facts = {}, {}
     for i, row in files.rows(Path(path)):
         where = f"{path}, row {i}"
-        choices, right, rationales = ((row if isinstance(row, dict) else {}).get(k) for k in
-                                      ("choices", "correct_choice_idx", "rationales"))  # fmt: skip
-        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS) or not all(type(c) is str for c in choices):
-            raise BadInput(f"{where}: `choices` is {choices!r:.80}; a list of 2 to {len(LETTERS)} strings is needed.")
-        if type(right) is not int or not 0 <= right < len(choices):  # counted from 0; the test split has none
-            raise BadInput(f"{where}: `correct_choice_idx` is {right!r}; 0 to {len(choices) - 1} is needed.")
+        choices, right, rationales = (
+            (row if isinstance(row, dict) else {}).get(k)
+            for k in ("choices", "correct_choice_idx", "rationales")
+        )
+        if (
+            not isinstance(choices, list)
+            or not 2 <= len(choices) <= len(LETTERS)
+            or not all(type(c) is str for c in choices)
+        ):
+            raise BadInput(
+                f"{where}: `choices` is {choices!r:.80}; a list of 2 to {len(LETTERS)} strings is needed."
+            )
+        if type(right) is not int or not 0 <= right < len(
+            choices
+        ):  # counted from 0; the test split has none
+            raise BadInput(
+                f"{where}: `correct_choice_idx` is {right!r}; 0 to {len(choices) - 1} is needed."
+            )
         if not isinstance(rationales, list):
-            raise BadInput(f"{where}: `rationales` is {rationales!r:.80}; a list of texts is needed.")
+            raise BadInput(
+                f"{where}: `rationales` is {rationales!r:.80}; a list of texts is needed."
+            )
         question, image = field(row, "question", where), coco_name(row.get("image_id"), where)
         options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
-        rounds.setdefault(image, []).append((question + options + CHOICE, f"{LETTERS[right]}. {choices[right]}"))
+        rounds.setdefault(image, []).append(
+            (question + options + CHOICE, f"{LETTERS[right]}. {choices[right]}")
+        )
         texts = [field({"rationales": r}, "rationales", where) for r in rationales]
-        facts.setdefault(f"aok_{image}", []).extend([*texts, f'The answer to "{question}" is "{choices[right]}".'])
+        facts.setdefault(f"aok_{image}", []).extend(
+            [*texts, f'The answer to "{question}" is "{choices[right]}".']
+        )
     return rounds, facts
 
 
@@ -114,14 +136,21 @@ def flickr_captions(path, notes):
     found = {}
     if Path(path).suffix == ".json":
         rows = listed(path, "images")
-        texts = [[s.get("raw") if isinstance(s, dict) else s for s in row.get("sentences") or []] for row in rows]
+        texts = [
+            [s.get("raw") if isinstance(s, dict) else s for s in row.get("sentences") or []]
+            for row in rows
+        ]
     else:
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
                 bars = "|" in file.readline()
                 file.seek(0)
                 rows = list(
-                    csv.DictReader(file, delimiter="|" if bars else ",", quoting=csv.QUOTE_NONE if bars else csv.QUOTE_MINIMAL)
+                    csv.DictReader(
+                        file,
+                        delimiter="|" if bars else ",",
+                        quoting=csv.QUOTE_NONE if bars else csv.QUOTE_MINIMAL,
+                    )
                 )
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise BadInput(f"{path}: not readable as CSV ({error}).") from None
@@ -131,7 +160,9 @@ def flickr_captions(path, notes):
             try:
                 texts.append(json.loads(row["raw"]) if "raw" in row else [row.get("comment")])
             except (TypeError, ValueError):
-                raise BadInput(f"{path}, row {i}: `raw` is {row['raw']!r:.80}; a JSON list of captions is needed.") from None
+                raise BadInput(
+                    f"{path}, row {i}: `raw` is {row['raw']!r:.80}; a JSON list of captions is needed."
+                ) from None
     for i, (row, captions) in enumerate(zip(rows, texts)):
         if row.get("split", "train") != "train":
             notes["Flickr30k pictures left out: not of the training split"] += 1
@@ -142,8 +173,12 @@ def flickr_captions(path, notes):
             notes["Flickr30k captions left out: the line has no comment"] += 1
             continue
         if not isinstance(captions, list) or not captions:
-            raise BadInput(f"{where}: the captions are {captions!r:.80}; a list of texts is needed.")
-        found.setdefault(image, []).extend(field({"caption": c}, "caption", where) for c in captions)
+            raise BadInput(
+                f"{where}: the captions are {captions!r:.80}; a list of texts is needed."
+            )
+        found.setdefault(image, []).extend(
+            field({"caption": c}, "caption", where) for c in captions
+        )
     return found
 
 
@@ -152,7 +187,9 @@ def coco_captions(path):
     found = {}
     for i, row in enumerate(listed(path, "annotations")):
         where = f"{path}, row {i}"
-        found.setdefault(coco_name(row.get("image_id"), where), []).append(field(row, "caption", where))
+        found.setdefault(coco_name(row.get("image_id"), where), []).append(
+            field(row, "caption", where)
+        )
     return found
 
 
@@ -172,9 +209,13 @@ def main():
     parser.add_argument("--vqa-annotations", metavar="FILE", help="... and its annotations")
     parser.add_argument("--aokvqa", metavar="FILE", help="A-OKVQA with answers")
     parser.add_argument("--flickr", metavar="FILE", help="Flickr30k's captions, JSON or CSV")
-    parser.add_argument("--coco-captions", metavar="FILE", help="captions_train2017.json, for --facts only")
+    parser.add_argument(
+        "--coco-captions", metavar="FILE", help="captions_train2017.json, for --facts only"
+    )
     parser.add_argument("--out", metavar="FILE", help="conversations to write")
-    parser.add_argument("--facts", metavar="FILE", help="facts to write, of --aokvqa and --coco-captions")
+    parser.add_argument(
+        "--facts", metavar="FILE", help="facts to write, of --aokvqa and --coco-captions"
+    )
     args = parser.parse_args()
     if bool(args.vqa_questions) != bool(args.vqa_annotations):
         raise BadInput("--vqa-questions and --vqa-annotations go together.")
@@ -184,7 +225,10 @@ def main():
         training.new_folder(path)
     rows, facts, notes = [], {}, Counter()
     if args.vqa_questions:
-        rows += [conversation("vqa", *r) for r in vqa(args.vqa_questions, args.vqa_annotations, notes).items()]
+        rows += [
+            conversation("vqa", *r)
+            for r in vqa(args.vqa_questions, args.vqa_annotations, notes).items()
+        ]
     if args.aokvqa:
         rounds, facts = aokvqa(args.aokvqa)
         rows += [conversation("aok", *r) for r in rounds.items()]
@@ -196,7 +240,10 @@ def main():
         facts |= coco_captions(args.coco_captions)
     for why, count in notes.items():
         print(f"{count} {why}", file=sys.stderr)
-    for path, found, what in ((args.out, rows, "conversations"), (args.facts, facts, "pictures with facts")):
+    for path, found, what in (
+        (args.out, rows, "conversations"),
+        (args.facts, facts, "pictures with facts"),
+    ):
         if path and not found:
             raise BadInput(f"no {what} for {path}; the files given hold none.")
         if path:

@@ -63,7 +63,9 @@ The order of the responses and their length mean nothing.
 
 Your first line must be one of "Better: 1", "Better: 2" or "Better: equal". Then give the reason in one sentence."""
 VERDICT = re.compile(r"\W*better:\W*(?:response )?(1|2|equal)\W*", re.IGNORECASE)
-VERDICT_TOKENS = 16  # of a checkpoint's reply: the first line and a little more; the reason is not read
+VERDICT_TOKENS = (
+    16  # of a checkpoint's reply: the first line and a little more; the reason is not read
+)
 RETRY = (408, 409, 429, 500, 502, 503, 504, 529)
 
 
@@ -74,19 +76,37 @@ class NoAnswer(BadInput):
 def add_flags(parser):
     """Who judges: the same in every script that asks."""
     group = parser.add_argument_group("annotator")
-    group.add_argument("--annotator", default="llava-hf/llava-v1.6-34b-hf", metavar="oracle|DIR_OR_HUB_ID|endpoint",
-                       help="who says what is better: the toy world's truth, a run of reward_model.py, a LLaVA checkpoint, "
-                       "a server (default %(default)s)")  # fmt: skip
-    group.add_argument("--facts", metavar="FILE", help="image_to_caption.json, for a reward model that reads facts")
-    group.add_argument("--missing-facts", default="refuse", choices=("refuse", "count"),
-                       help="a picture without captions stops the run, or is counted (default %(default)s)")  # fmt: skip
-    group.add_argument("--judge-url", metavar="URL", help="endpoint: up to and with /v1 (default: OPENAI_BASE_URL)")
-    group.add_argument("--judge-model", metavar="NAME", help="endpoint: the model's name there")
     group.add_argument(
-        "--judge-key-file", metavar="FILE", help="endpoint: file that holds the key (default: OPENAI_API_KEY; or none)"
+        "--annotator",
+        default="llava-hf/llava-v1.6-34b-hf",
+        metavar="oracle|DIR_OR_HUB_ID|endpoint",
+        help="who says what is better: the toy world's truth, a run of reward_model.py, a LLaVA checkpoint, "
+        "a server (default %(default)s)",
     )
     group.add_argument(
-        "--judge-workers", type=int, default=8, metavar="N", help="endpoint: requests at a time (default %(default)s)"
+        "--facts", metavar="FILE", help="image_to_caption.json, for a reward model that reads facts"
+    )
+    group.add_argument(
+        "--missing-facts",
+        default="refuse",
+        choices=("refuse", "count"),
+        help="a picture without captions stops the run, or is counted (default %(default)s)",
+    )
+    group.add_argument(
+        "--judge-url", metavar="URL", help="endpoint: up to and with /v1 (default: OPENAI_BASE_URL)"
+    )
+    group.add_argument("--judge-model", metavar="NAME", help="endpoint: the model's name there")
+    group.add_argument(
+        "--judge-key-file",
+        metavar="FILE",
+        help="endpoint: file that holds the key (default: OPENAI_API_KEY; or none)",
+    )
+    group.add_argument(
+        "--judge-workers",
+        type=int,
+        default=8,
+        metavar="N",
+        help="endpoint: requests at a time (default %(default)s)",
     )
 
 
@@ -100,27 +120,49 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
     if args.annotator != "endpoint":
         for flag in ("judge_url", "judge_model", "judge_key_file"):
             if getattr(args, flag):
-                raise BadInput(f"--{flag.replace('_', '-')} is for --annotator endpoint; the annotator is {args.annotator}.")
-    settings = checkpoints.reward_settings(args.annotator) if (Path(args.annotator) / "reward.json").is_file() else None
+                raise BadInput(
+                    f"--{flag.replace('_', '-')} is for --annotator endpoint; the annotator is {args.annotator}."
+                )
+    settings = (
+        checkpoints.reward_settings(args.annotator)
+        if (Path(args.annotator) / "reward.json").is_file()
+        else None
+    )
     if settings and settings["facts"] is not None:
         if args.facts is None and args.toy_world:
             args.facts = str(Path(args.toy_world) / "image_to_caption.json")
         if args.facts is None:
-            raise BadInput(f"--annotator {args.annotator} was trained with facts; --facts FILE is needed.")
+            raise BadInput(
+                f"--annotator {args.annotator} was trained with facts; --facts FILE is needed."
+            )
         facts = data.facts_for(records, data.captions(args.facts), args.missing_facts)
-        return reward_model(args.annotator, {r.asked: known for r, known in zip(records, facts)}, device, dtype)
+        return reward_model(
+            args.annotator, {r.asked: known for r, known in zip(records, facts)}, device, dtype
+        )
     if args.facts:
-        raise BadInput(f"--facts is for a reward model that reads them; the annotator is {args.annotator}.")
+        raise BadInput(
+            f"--facts is for a reward model that reads them; the annotator is {args.annotator}."
+        )
     if settings:
         return reward_model(args.annotator, {}, device, dtype)
     if args.annotator != "endpoint":
-        return oracle() if args.annotator == "oracle" else pairwise(checkpoint(args.annotator, device, dtype))
+        return (
+            oracle()
+            if args.annotator == "oracle"
+            else pairwise(checkpoint(args.annotator, device, dtype))
+        )
     args.judge_url = args.judge_url or os.environ.get("OPENAI_BASE_URL")
     if not args.judge_url or not args.judge_model:
-        raise BadInput("--annotator endpoint needs --judge-url (or OPENAI_BASE_URL) and --judge-model.")
+        raise BadInput(
+            "--annotator endpoint needs --judge-url (or OPENAI_BASE_URL) and --judge-model."
+        )
     if args.judge_workers < 1:
         raise BadInput(f"--judge-workers is {args.judge_workers}; at least 1 is needed.")
-    return pairwise(endpoint(args.judge_url, args.judge_model, read_key(args.judge_key_file), args.judge_workers))
+    return pairwise(
+        endpoint(
+            args.judge_url, args.judge_model, read_key(args.judge_key_file), args.judge_workers
+        )
+    )
 
 
 # ---- the toy world's truth
@@ -141,7 +183,9 @@ def oracle():
         """By the scenes of the pictures."""
         found = []
         for record, texts in zip(records, answers, strict=True):
-            folder = record.image.resolve().parent.parent if isinstance(record.image, Path) else None
+            folder = (
+                record.image.resolve().parent.parent if isinstance(record.image, Path) else None
+            )
             if not (folder and (folder / "scenes.json").is_file()):
                 raise BadInput(
                     f"{record.where}: the oracle knows pictures of a toy world, with scenes.json beside their folder."
@@ -165,13 +209,17 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
     The same answer to the same prompt scores the same every time; one that does not fit into the context cannot be read.
     """
     settings = checkpoints.reward_settings(folder)
-    model, processor = checkpoints.load(settings["base_name"], dtype, device, settings["template"], settings["image_aspect"])
+    model, processor = checkpoints.load(
+        settings["base_name"], dtype, device, settings["template"], settings["image_aspect"]
+    )
     checkpoints.load_reward(model, folder)
 
     def read(record, text, turn):
         """The tokens of an answer and its evaluation turn; None where they do not fit."""
         try:
-            return processor.rated(processor.encode(replace(record, answers=(text,))), turn).answers[0]
+            return processor.rated(
+                processor.encode(replace(record, answers=(text,))), turn
+            ).answers[0]
         except BadInput:
             return None
 
@@ -180,16 +228,28 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
         """One packed row a prompt, each different text once."""
         rated, texts = [], []
         for record, row in zip(records, answers, strict=True):
-            rng, known = random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}"), facts.get(record.asked, [])
-            turn = data.evaluation(settings["question"], settings["facts"], known, rng, settings["max_facts"])
+            rng, known = (
+                random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}"),
+                facts.get(record.asked, []),
+            )
+            turn = data.evaluation(
+                settings["question"], settings["facts"], known, rng, settings["max_facts"]
+            )
             tokens = {text: read(record, text, turn) for text in row}
             texts.append([text for text, ids in tokens.items() if ids is not None])
             if texts[-1]:
-                rated.append(replace(processor.encode(replace(record, answers=())), answers=[tokens[t] for t in texts[-1]]))
+                rated.append(
+                    replace(
+                        processor.encode(replace(record, answers=())),
+                        answers=[tokens[t] for t in texts[-1]],
+                    )
+                )
         found = iter(())
         if rated:
             scored = [[torch.ones(len(ids), dtype=torch.bool) for ids in e.answers] for e in rated]
-            batch = processor.collate([replace(e, scored=s) for e, s in zip(rated, scored)]).to(device)
+            batch = processor.collate([replace(e, scored=s) for e, s in zip(rated, scored)]).to(
+                device
+            )
             with model.use("reward"):
                 found = iter(model.values(batch, last_tokens(batch), "reward").tolist())
         scores = [{text: next(found) for text in row} for row in texts]
@@ -207,27 +267,48 @@ def pairwise(ask):
 
     def score(records, answers):
         """Wins less losses over the pairs of different answers."""
-        different = [list(dict.fromkeys(texts)) for texts in answers]  # the same text twice is a tie, unasked
-        duels = [(i, a, b) for i, texts in enumerate(different) for b in range(len(texts)) for a in range(b)]
+        different = [
+            list(dict.fromkeys(texts)) for texts in answers
+        ]  # the same text twice is a tie, unasked
+        duels = [
+            (i, a, b)
+            for i, texts in enumerate(different)
+            for b in range(len(texts))
+            for a in range(b)
+        ]
         questions = []
         for i, a, b in duels:
             for first, second in ((a, b), (b, a)):
-                questions.append((records[i], question(records[i], different[i][first], different[i][second])))
+                questions.append(
+                    (records[i], question(records[i], different[i][first], different[i][second]))
+                )
         replies = ask(questions) if questions else []
         points = [[[] for _ in texts] for texts in different]
         for n, (i, a, b) in enumerate(duels):
             one, other = (verdict(reply) for reply in replies[2 * n : 2 * n + 2])
-            if None not in (one, other) and one == -other:  # the same answer won in both orders, or none in either
+            if (
+                None not in (one, other) and one == -other
+            ):  # the same answer won in both orders, or none in either
                 points[i][a].append(one)
                 points[i][b].append(other)
                 continue
-            kind = "cannot be read" if None in (one, other) else "changes when the answers change places"
+            kind = (
+                "cannot be read"
+                if None in (one, other)
+                else "changes when the answers change places"
+            )
             if kind not in told:
                 told.add(kind)
                 reply = replies[2 * n + (one is not None)]
-                print(f"annotator: a verdict that {kind}, counted as unreadable: {reply!r:.200}", file=sys.stderr)
+                print(
+                    f"annotator: a verdict that {kind}, counted as unreadable: {reply!r:.200}",
+                    file=sys.stderr,
+                )
         totals = [[float(sum(p)) if p or len(rows) == 1 else None for p in rows] for rows in points]
-        return [[total[texts.index(t)] for t in given] for total, texts, given in zip(totals, different, answers, strict=True)]
+        return [
+            [total[texts.index(t)] for t in given]
+            for total, texts, given in zip(totals, different, answers, strict=True)
+        ]
 
     return score
 
@@ -235,7 +316,11 @@ def pairwise(ask):
 def question(record, first, second):
     """What the judge is asked, beside the picture."""
     turns = record.turns
-    dialogue = "\n".join(f"{('User', 'Assistant')[i % 2]}: {t}" for i, t in enumerate(turns)) if turns[1:] else turns[0]
+    dialogue = (
+        "\n".join(f"{('User', 'Assistant')[i % 2]}: {t}" for i, t in enumerate(turns))
+        if turns[1:]
+        else turns[0]
+    )
     return QUESTION.format(dialogue=dialogue, first=first, second=second)
 
 
@@ -260,7 +345,9 @@ def checkpoint(name, device="cpu", dtype=torch.float32):
             except BadInput:
                 continue
             fits[i] = query
-        said = data.generate(model, processor, list(fits.values()), VERDICT_TOKENS, batch_size=8, label="judge")
+        said = data.generate(
+            model, processor, list(fits.values()), VERDICT_TOKENS, batch_size=8, label="judge"
+        )
         for i, (reply,) in zip(fits, said):
             replies[i] = reply
         return replies
@@ -279,11 +366,17 @@ def read_key(file=None):
         try:
             key, where = Path(file).read_text(encoding="utf-8"), f"--judge-key-file {file}"
         except (OSError, ValueError) as error:
-            raise BadInput(f"--judge-key-file {file}: not readable ({type(error).__name__}).") from None
+            raise BadInput(
+                f"--judge-key-file {file}: not readable ({type(error).__name__})."
+            ) from None
         if not key.strip():
             raise BadInput(f"--judge-key-file {file}: holds no key.")
-    if not re.fullmatch(r"[!-~]*", key.strip()):  # http.client would quote a bad header in its error
-        raise BadInput(f"{where}: a key is one line of printable characters without spaces; what is there is not.")
+    if not re.fullmatch(
+        r"[!-~]*", key.strip()
+    ):  # http.client would quote a bad header in its error
+        raise BadInput(
+            f"{where}: a key is one line of printable characters without spaces; what is there is not."
+        )
     return key.strip()
 
 
@@ -302,10 +395,24 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
     or as long as the server says, a minute at most. Raises NoAnswer after the last try, and at once where the server refuses.
     """
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
-        raise BadInput("--judge-url: http(s)://host[:port]/path is accepted, without a user, a key or a query in it.")
-    target, opener, stop = url.rstrip("/") + "/chat/completions", urllib.request.build_opener(NoRedirect), threading.Event()
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or "@" in parts.netloc
+        or parts.query
+        or parts.fragment
+    ):
+        raise BadInput(
+            "--judge-url: http(s)://host[:port]/path is accepted, without a user, a key or a query in it."
+        )
+    target, opener, stop = (
+        url.rstrip("/") + "/chat/completions",
+        urllib.request.build_opener(NoRedirect),
+        threading.Event(),
+    )
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {key}"} if key else {}
+    )
     options = {"temperature": 0}
 
     def clean(text):
@@ -327,7 +434,9 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
                 except (OSError, http.client.HTTPException):
                     said = ""
             if error.code == 400 and "temperature" in said and "temperature" in sent:
-                options.pop("temperature", None)  # a server that wants its own, as those of reasoning models
+                options.pop(
+                    "temperature", None
+                )  # a server that wants its own, as those of reasoning models
                 return None, f"status 400 ({said})", 0
             if error.code not in RETRY:
                 raise NoAnswer(
@@ -340,11 +449,21 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             reason = getattr(error, "reason", error)
             late = isinstance(reason, TimeoutError)
-            return None, f"no reply within {timeout:g} seconds" if late else f"{type(reason).__name__}: {clean(reason)}", 0
+            return (
+                None,
+                f"no reply within {timeout:g} seconds"
+                if late
+                else f"{type(reason).__name__}: {clean(reason)}",
+                0,
+            )
         try:
             reply = json.loads(found)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            return None, f"a reply that is no chat completion ({clean(found[:200].decode('utf-8', 'replace'))})", 0
+            return (
+                None,
+                f"a reply that is no chat completion ({clean(found[:200].decode('utf-8', 'replace'))})",
+                0,
+            )
         return (reply if isinstance(reply, str) else ""), "", 0  # null: the model declined
 
     def patient(item):
@@ -360,7 +479,9 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
                 return reply
             if n + 1 < tries and stop.wait(min(60.0, max(asked, pause * 2**n))):
                 break
-        raise NoAnswer(f"--judge-url {url}: no answer after {tries} tries, at last {why}; --resume goes on from here.")
+        raise NoAnswer(
+            f"--judge-url {url}: no answer after {tries} tries, at last {why}; --resume goes on from here."
+        )
 
     def ask(questions):
         """A reply a question, `workers` at a time."""

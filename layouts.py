@@ -61,10 +61,14 @@ def captions(path):
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not readable as JSON ({error}).") from None
     if not isinstance(found, dict):
-        raise BadInput(f"{path}: holds {type(found).__name__}; an object {{image: [caption, ...]}} is needed.")
+        raise BadInput(
+            f"{path}: holds {type(found).__name__}; an object {{image: [caption, ...]}} is needed."
+        )
     for image, texts in found.items():
         if not isinstance(texts, list) or not texts:
-            raise BadInput(f"{path}, {image!r:.80}: {texts!r:.80} was found; a list of captions is needed.")
+            raise BadInput(
+                f"{path}, {image!r:.80}: {texts!r:.80} was found; a list of captions is needed."
+            )
         try:
             found[image] = [text_field(text, f"[{i}]") for i, text in enumerate(texts)]
         except BadInput as error:
@@ -79,8 +83,12 @@ def text_field(value, key):
     """A stripped non-empty string, or BadInput that names the key."""
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"`{key}` is {value!r:.80}; a non-empty string is needed.")
-    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can write them, no tokenizer can read them
-        raise BadInput(f"`{key}` holds half of a surrogate pair: {value!a:.80}; whole characters are needed.")
+    if any(
+        "\ud800" <= c <= "\udfff" for c in value
+    ):  # JSON can write them, no tokenizer can read them
+        raise BadInput(
+            f"`{key}` holds half of a surrogate pair: {value!a:.80}; whole characters are needed."
+        )
     return value.strip()
 
 
@@ -109,26 +117,40 @@ def needed_picture(images, *cells):
 
 def dialogue(conversations, key, used=None):
     """LLaVA turns -> (user, assistant, ...) texts [:used]; those before the first human turn are dropped."""
-    if isinstance(conversations, list) and len(conversations) == 1 and isinstance(conversations[0], list):
+    if (
+        isinstance(conversations, list)
+        and len(conversations) == 1
+        and isinstance(conversations[0], list)
+    ):
         conversations = conversations[0]  # LLaVA-RLHF nests some dialogues one level deeper
     if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
-        raise BadInput(f"`{key}` is {type(conversations).__name__}; a list of {{from, value}} turns is needed.")
+        raise BadInput(
+            f"`{key}` is {type(conversations).__name__}; a list of {{from, value}} turns is needed."
+        )
     roles = [t.get("from") for t in conversations]
     first = roles.index("human") if "human" in roles else len(roles)
     roles, turns = roles[first:], conversations[first:]
     if roles != ["human", "gpt"] * (len(roles) // 2) or not roles:
-        raise BadInput(f"`{key}` has the roles {roles}; human and gpt must alternate, from human to gpt.")
-    return [text_field(t.get("value"), f"{key}[{first + i}].value") for i, t in enumerate(turns[:used])]
+        raise BadInput(
+            f"`{key}` has the roles {roles}; human and gpt must alternate, from human to gpt."
+        )
+    return [
+        text_field(t.get("value"), f"{key}[{first + i}].value") for i, t in enumerate(turns[:used])
+    ]
 
 
 def take_placeholder(turns, image, optional=False):
     """Remove the first turn's `<image>`; it and the row's image must come together, unless it is optional beside one."""
     count = turns[0].count("<image>")
     if count > 1:
-        raise BadInput(f"the first human turn holds `<image>` {count} times; one picture a row is accepted.")
+        raise BadInput(
+            f"the first human turn holds `<image>` {count} times; one picture a row is accepted."
+        )
     if (count == 1) != (image is not None) and not (optional and image is not None):
         has = "an image" if image is not None else "no image"
-        raise BadInput(f"the row has {has}, but its first human turn holds `<image>` {count} times.")
+        raise BadInput(
+            f"the row has {has}, but its first human turn holds `<image>` {count} times."
+        )
     return (text_field(turns[0].replace("<image>", ""), "first human turn"), *turns[1:])
 
 
@@ -167,9 +189,13 @@ def _rlhf_v(row, where, images, notes):
     if isinstance(text, list) and len(text) == 3:
         text = dict(zip(("question", "chosen", "rejected"), text))
     if not isinstance(text, dict):
-        raise BadInput(f"`text` is {type(text).__name__}; question, chosen and rejected are needed.")
+        raise BadInput(
+            f"`text` is {type(text).__name__}; question, chosen and rejected are needed."
+        )
     image = needed_picture(images, row.get("image_path"), row.get("image"))
-    question, *pair = (text_field(text.get(k), f"text.{k}") for k in ("question", "chosen", "rejected"))
+    question, *pair = (
+        text_field(text.get(k), f"text.{k}") for k in ("question", "chosen", "rejected")
+    )
     return [Record(where, image, (question,), tuple(pair))]
 
 
@@ -180,7 +206,14 @@ def _flat(row, loser="rejected"):
 
 def _rlaif_v(row, where, images, notes):
     question, *pair = _flat(row)
-    return [Record(where, needed_picture(images, row.get("image_path"), row.get("image")), (question,), tuple(pair))]
+    return [
+        Record(
+            where,
+            needed_picture(images, row.get("image_path"), row.get("image")),
+            (question,),
+            tuple(pair),
+        )
+    ]
 
 
 def _seva(row, where, images, notes):
@@ -194,7 +227,9 @@ def _hadpo(row, where, images, notes):
         return []
     question, *pair = _flat(row, "reject")
     n = row["image_id"]
-    image = needed_picture(images, f"{n}.jpg", f"VG_100K/{n}.jpg", f"VG_100K_2/{n}.jpg")  # Visual Genome's two folders
+    image = needed_picture(
+        images, f"{n}.jpg", f"VG_100K/{n}.jpg", f"VG_100K_2/{n}.jpg"
+    )  # Visual Genome's two folders
     return [Record(where, image, (question,), tuple(pair))]
 
 
@@ -212,7 +247,9 @@ def _turns(cell, key, role):
         try:
             cell = ast.literal_eval(cell.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise BadInput(f"`{key}` is {cell!r:.80}, which is not the repr of a {{from, value}} dict.") from None
+            raise BadInput(
+                f"`{key}` is {cell!r:.80}, which is not the repr of a {{from, value}} dict."
+            ) from None
     if isinstance(cell, str):
         cell = {"from": role, "value": cell}
     return cell if isinstance(cell, list) else [cell]
@@ -221,7 +258,10 @@ def _turns(cell, key, role):
 def _mllm_dpo(row, where, images, notes):
     image = picture(images, row.get("image"))
     question = _turns(row["question"], "question", "human")
-    chosen, rejected = _turns(row["chosen"], "chosen", "gpt"), _turns(row["rejected"], "rejected", "gpt")
+    chosen, rejected = (
+        _turns(row["chosen"], "chosen", "gpt"),
+        _turns(row["rejected"], "rejected", "gpt"),
+    )
     before = chosen[:-1] or question  # a list is the whole dialogue, its question included
     chosen = dialogue(before + chosen[-1:], "chosen")
     rejected = dialogue((rejected[:-1] or before) + rejected[-1:], "rejected")
@@ -237,7 +277,9 @@ def _vlfeedback(row, where, images, notes):
             raise BadInput("`completions` is an object whose values are not lists of one length.")
         completions = [dict(zip(completions, values)) for values in zip(*lists)]
     if not isinstance(completions, list):
-        raise BadInput(f"`completions` is {completions!r:.80}; a list of {{annotations, response}} is needed.")
+        raise BadInput(
+            f"`completions` is {completions!r:.80}; a list of {{annotations, response}} is needed."
+        )
     scores, answers = [], []
     for i, completion in enumerate(completions):
         ratings = completion.get("annotations") if isinstance(completion, dict) else None
@@ -246,10 +288,14 @@ def _vlfeedback(row, where, images, notes):
             or not all(isinstance(r, dict) and "Rating" in r for r in ratings.values())
             or not ratings
         ):
-            raise BadInput(f"completions[{i}].annotations is {ratings!r:.80}; an object of {{Rating, Rationale}} is needed.")
+            raise BadInput(
+                f"completions[{i}].annotations is {ratings!r:.80}; an object of {{Rating, Rationale}} is needed."
+            )
         answers.append(text_field(completion.get("response"), f"completions[{i}].response"))
         scores.append(_mean_rating(ratings))
-    image = picture(images, row.get("image")) or find_image(images, f"{row.get('id')}.jpg", f"{row.get('id')}.png")
+    image = picture(images, row.get("image")) or find_image(
+        images, f"{row.get('id')}.jpg", f"{row.get('id')}.png"
+    )
     records = []
     for i in range(len(answers)):
         for j in range(i + 1, len(answers)):
@@ -261,7 +307,14 @@ def _vlfeedback(row, where, images, notes):
                 notes["pairs left out: the same answer, rated twice"] += 1
             else:
                 w, l = (i, j) if scores[i] > scores[j] else (j, i)
-                records.append(Record(f"{where}, completions {w} > {l}", image, (prompt,), (answers[w], answers[l])))
+                records.append(
+                    Record(
+                        f"{where}, completions {w} > {l}",
+                        image,
+                        (prompt,),
+                        (answers[w], answers[l]),
+                    )
+                )
     return records
 
 
@@ -282,14 +335,23 @@ def _povid(row, where, images, notes):
 
 def _llava_rlhf(row, where, images, notes):
     image = picture(images, row.get("image"))
-    turns = dialogue(row["conversations"], "conversations", -1)  # the last answer is a placeholder, maybe empty
+    turns = dialogue(
+        row["conversations"], "conversations", -1
+    )  # the last answer is a placeholder, maybe empty
     outputs = [
         text_field((row[k] or {}).get("value") if isinstance(row[k], dict) else None, f"{k}.value")
         for k in ("output_1", "output_2")
     ]
     if row["preference"] not in (1, 2) or isinstance(row["preference"], bool):
         raise BadInput(f"`preference` is {row['preference']!r}; 1 or 2 is needed.")
-    return [Record(where, image, take_placeholder(turns, image), tuple(outputs if row["preference"] == 1 else outputs[::-1]))]
+    return [
+        Record(
+            where,
+            image,
+            take_placeholder(turns, image),
+            tuple(outputs if row["preference"] == 1 else outputs[::-1]),
+        )
+    ]
 
 
 def _llava_instruct(row, where, images, notes):
@@ -300,14 +362,24 @@ def _llava_instruct(row, where, images, notes):
 
 def _helpsteer(row, where, images, notes):
     quality = sum(number(row.get(key), key) for key in ("helpfulness", "correctness", "coherence"))
-    return [Record(where, None, _steer_turns(row["prompt"]), (text_field(row["response"], "response"),), quality)]
+    return [
+        Record(
+            where,
+            None,
+            _steer_turns(row["prompt"]),
+            (text_field(row["response"], "response"),),
+            quality,
+        )
+    ]
 
 
 def _steer_turns(prompt):
     """HelpSteer writes earlier turns into the prompt, parted by `<extra_id_1>Assistant` and `<extra_id_1>User`."""
     turns = re.split(r"\n?<extra_id_1>(?:Assistant|User)\n", text_field(prompt, "prompt"))
     if len(turns) % 2 == 0:
-        raise BadInput(f"`prompt` holds {len(turns)} turns parted by <extra_id_1>; the last must be the user's.")
+        raise BadInput(
+            f"`prompt` holds {len(turns)} turns parted by <extra_id_1>; the last must be the user's."
+        )
     return tuple(text_field(turn, f"prompt, turn {i}") for i, turn in enumerate(turns))
 
 
@@ -319,7 +391,14 @@ def _helpsteer2(row, where, images, notes):
     elif strength == 0:
         notes["rows left out: preference_strength is 0"] += 1
     else:
-        return [Record(where, None, _steer_turns(row["prompt"]), tuple(pair if strength < 0 else pair[::-1]))]
+        return [
+            Record(
+                where,
+                None,
+                _steer_turns(row["prompt"]),
+                tuple(pair if strength < 0 else pair[::-1]),
+            )
+        ]
     return []
 
 
@@ -327,18 +406,24 @@ def _messages(cell, key, role):
     """A cell of trl, text or list of {role, content} -> (texts that alternate, pictures in the first user turn)."""
     cell = [{"role": role, "content": cell}] if isinstance(cell, str) else cell
     if not isinstance(cell, list) or not cell or not all(isinstance(m, dict) for m in cell):
-        raise BadInput(f"`{key}` is {cell!r:.80}; a string or a list of {{role, content}} is needed.")
+        raise BadInput(
+            f"`{key}` is {cell!r:.80}; a string or a list of {{role, content}} is needed."
+        )
     texts, shown = [], 0
     for i, message in enumerate(cell):
         content, name = message.get("content"), f"{key}[{i}].content"
         if isinstance(content, list):
             kinds = [block.get("type") if isinstance(block, dict) else None for block in content]
             if set(kinds) - {"image", "text"}:
-                raise BadInput(f"`{name}` has blocks of the types {kinds}; image and text are accepted.")
+                raise BadInput(
+                    f"`{name}` has blocks of the types {kinds}; image and text are accepted."
+                )
             if "image" in kinds and (i or message.get("role") != "user"):
                 raise BadInput(f"`{name}` shows a picture; only the first user turn may.")
             shown += kinds.count("image")
-            content = "".join(block.get("text") or "" for block in content if block["type"] == "text")
+            content = "".join(
+                block.get("text") or "" for block in content if block["type"] == "text"
+            )
         texts.append((message.get("role"), text_field(content, name)))
     return texts, shown
 
@@ -349,19 +434,25 @@ def _trl(row, where, images, notes):
     dialogues = []
     for key in ("chosen", "rejected"):
         if not prompt and isinstance(row[key], str):
-            raise BadInput(f"`{key}` is a string and there is no `prompt`; it cannot be told where the answer begins.")
+            raise BadInput(
+                f"`{key}` is a string and there is no `prompt`; it cannot be told where the answer begins."
+            )
         answer, seen = _messages(row[key], key, "assistant")
         if prompt and seen:
             raise BadInput(f"`{key}` shows a picture; only the first user turn may.")
         roles = [role for role, _ in prompt + answer]
-        if roles != ["user", "assistant"] * (len(roles) // 2):  # a system text is the template's matter
+        if roles != ["user", "assistant"] * (
+            len(roles) // 2
+        ):  # a system text is the template's matter
             raise BadInput(
                 f"prompt and {key} have the roles {roles}; user and assistant must alternate, from user to assistant."
             )
         dialogues.append([text for _, text in prompt + answer])
         shown = max(shown, seen)
     if shown > (image is not None):
-        raise BadInput(f"the first user turn shows {shown} pictures, but the row has {int(image is not None)}.")
+        raise BadInput(
+            f"the first user turn shows {shown} pictures, but the row has {int(image is not None)}."
+        )
     turns, pair = pair_of(*dialogues, "chosen and rejected")
     return [Record(where, image, tuple(turns), pair)]
 
@@ -380,7 +471,9 @@ def pairs_by_quality(rated, notes):
         if worse:
             loser = rng.choice(worse)
             where = f"{best.where} > {loser.where.rpartition(', ')[2]}"
-            records.append(replace(best, where=where, answers=best.answers + loser.answers, quality=None))
+            records.append(
+                replace(best, where=where, answers=best.answers + loser.answers, quality=None)
+            )
         elif len(group) == 1:
             notes["prompts left out: one answer only"] += 1
         else:
@@ -430,9 +523,13 @@ def read(path, images=None):
     for i, row in rows(path):
         n += 1
         if layout is None and isinstance(row, dict):
-            layout = next((name for name, (keys, _) in LAYOUTS.items() if not _missing(row, keys)), None)
+            layout = next(
+                (name for name, (keys, _) in LAYOUTS.items() if not _missing(row, keys)), None
+            )
             if layout is None:
-                known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items())
+                known = "; ".join(
+                    f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items()
+                )
                 raise BadInput(
                     f"{path}: row {i} has the keys {str(sorted(row)):.200}, which is no known layout; accepted are {known}."
                 )
@@ -466,7 +563,9 @@ def load(paths, images=None, answers=2, skipped=None):
         file = read(path, images)
         if file.refused and (skipped is None or not file.records):
             first = file.refused[0]
-            raise BadInput(f"{path}, row {first['row']}: {first['why']} {refusals(len(file.refused), file.rows)}")
+            raise BadInput(
+                f"{path}, row {first['row']}: {first['why']} {refusals(len(file.refused), file.rows)}"
+            )
         if file.refused:
             print(f"{path}: {len(file.refused)} of {file.rows} rows are skipped", file=sys.stderr)
             skipped += [{"file": file.path.name, **row} for row in file.refused]

@@ -45,16 +45,22 @@ class FusedLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, chunk):
         need_h, need_w = ctx.needs_input_grad[:2]
-        log_p = torch.empty(len(h), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
+        log_p = torch.empty(
+            len(h), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32)
+        )
         entropy = torch.empty_like(log_p)
         slope = torch.empty(h.shape, device=h.device, dtype=log_p.dtype) if need_h else None
         for i in range(0, len(h), chunk):
             s = slice(i, i + chunk)
             minus_p, log_p[s], entropy[s] = FusedLogProb.minus_softmax(h[s], weight, targets[s])
             if need_h:
-                minus_p.scatter_(1, targets[s, None], 0.0)  # y apart: 1 - p(y), the largest factor, is not rounded
+                minus_p.scatter_(
+                    1, targets[s, None], 0.0
+                )  # y apart: 1 - p(y), the largest factor, is not rounded
                 others = FusedLogProb.product(minus_p.to(weight.dtype), weight)
-                slope[s] = torch.addcmul(others, -torch.expm1(log_p[s, None]), weight[targets[s]].to(others.dtype))
+                slope[s] = torch.addcmul(
+                    others, -torch.expm1(log_p[s, None]), weight[targets[s]].to(others.dtype)
+                )
         ctx.chunk, ctx.dtype = chunk, h.dtype
         ctx.save_for_backward(*(slope, *((h, weight, targets) if need_w else ())))
         ctx.mark_non_differentiable(entropy)
@@ -67,11 +73,15 @@ class FusedLogProb(torch.autograd.Function):
         grad_w = None
         if saved:
             h, weight, targets = saved
-            grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            grad_w = torch.zeros_like(
+                weight, dtype=torch.promote_types(weight.dtype, torch.float32)
+            )
             for i in range(0, len(h), ctx.chunk):
                 s = slice(i, i + ctx.chunk)
                 minus_p, log_p, _ = FusedLogProb.minus_softmax(h[s], weight, targets[s])
-                minus_p[torch.arange(len(minus_p), device=h.device), targets[s]] = -torch.expm1(log_p)
+                minus_p[torch.arange(len(minus_p), device=h.device), targets[s]] = -torch.expm1(
+                    log_p
+                )
                 grad_w += (minus_p.mul_(grad[s, None]).to(h.dtype).t() @ h[s]).to(grad_w.dtype)
             grad_w = grad_w.to(weight.dtype)
         return grad_h, grad_w, None, None
@@ -81,13 +91,19 @@ class FusedLogProb(torch.autograd.Function):
         """x (n, V) @ weight (V, D), not rounded below float32."""
         if weight.dtype != torch.bfloat16:
             return x @ weight
-        return torch.mm(x, weight, out_dtype=torch.float32) if x.is_cuda else x.float() @ weight.float()
+        return (
+            torch.mm(x, weight, out_dtype=torch.float32)
+            if x.is_cuda
+            else x.float() @ weight.float()
+        )
 
     @staticmethod
     def minus_softmax(h, weight, targets):
         """One chunk: -softmax (n, V), log p(target) (n,), entropy (n,)."""
         z = (h @ weight.t()).to(torch.promote_types(h.dtype, torch.float32))  # (n, V)
-        z -= z.amax(-1, keepdim=True)  # else log p is rounded at the size of the logits, not its own
+        z -= z.amax(
+            -1, keepdim=True
+        )  # else log p is rounded at the size of the logits, not its own
         minus_p = z.exp()
         total = minus_p.sum(-1, keepdim=True)
         minus_p /= -total
@@ -118,7 +134,9 @@ class Batch:
     targets: torch.Tensor  # (N,) ... this token
     owner: torch.Tensor  # (N,) number of its answer, counted through all rows: 0 .. answers - 1
     answers: int
-    pixel_values: torch.Tensor | None = None  # (I, 3, H, W), the images of the rows in order; LLaVA-NeXT: all their tiles
+    pixel_values: torch.Tensor | None = (
+        None  # (I, 3, H, W), the images of the rows in order; LLaVA-NeXT: all their tiles
+    )
     image_sizes: torch.Tensor | None = None  # (I, 2), height and width in pixels; LLaVA-NeXT only
 
     def to(self, device):
@@ -144,7 +162,11 @@ def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes
         for k, answer in enumerate(row):
             R = len(answer)
             here = slice(at, at + R)
-            input_ids[b, here], position_ids[b, here], segments[b, here] = answer, torch.arange(P, P + R), k + 1
+            input_ids[b, here], position_ids[b, here], segments[b, here] = (
+                answer,
+                torch.arange(P, P + R),
+                k + 1,
+            )
             before = torch.arange(at - 1, at + R - 1)
             before[:1] = P - 1
             keep = scored[b][k] if scored else torch.ones(R, dtype=torch.bool)
@@ -153,7 +175,17 @@ def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes
             owner.append(torch.full((int(keep.sum()),), n))
             at, n = at + R, n + 1
     cat = lambda parts: torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
-    return Batch(input_ids, position_ids, segments, cat(index), cat(targets), cat(owner), n, pixel_values, image_sizes)
+    return Batch(
+        input_ids,
+        position_ids,
+        segments,
+        cat(index),
+        cat(targets),
+        cat(owner),
+        n,
+        pixel_values,
+        image_sizes,
+    )
 
 
 def last_tokens(batch):
@@ -211,7 +243,12 @@ class LastBlock:
     lab/bench.py's DPO step 5 % with its 8 blocks, and 2 % with the 32 of a 7 B model.
     """
 
-    KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")  # all built the same way
+    KNOWN = (
+        "LlamaDecoderLayer",
+        "MistralDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+    )  # all built the same way
 
     @classmethod
     def mix_into(cls, block):
@@ -223,7 +260,9 @@ class LastBlock:
         """(B, L, D), flat positions (N,) -> (N, D); without rows as the block itself."""
         if rows is None:
             return super().forward(hidden_states, **settings)
-        x, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), rows=rows, **settings)
+        x, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), rows=rows, **settings
+        )
         x = (hidden_states + x).flatten(0, 1)[rows]
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -259,7 +298,11 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, name="policy"):
         super().__init__()
-        self.base, self.adapters, self.active = base, nn.ModuleDict({name: LoRA(base, rank, alpha)}), "policy"
+        self.base, self.adapters, self.active = (
+            base,
+            nn.ModuleDict({name: LoRA(base, rank, alpha)}),
+            "policy",
+        )
 
     def forward(self, x):
         if self.active not in self.adapters:
@@ -330,13 +373,21 @@ class MLLM(nn.Module):
     anyres: LLaVA-NeXT's tiling, an `anyres.AnyRes`; None for LLaVA-1.5, one image one square. Its `image_newline` never trains.
     """
 
-    def __init__(self, vision, projector, llm, image_token_id, feature_layer=-2, keep_cls=False, anyres=None):
+    def __init__(
+        self, vision, projector, llm, image_token_id, feature_layer=-2, keep_cls=False, anyres=None
+    ):
         super().__init__()
         self.vision, self.projector, self.llm = vision, projector, llm
-        self.image_token_id, self.feature_layer, self.keep_cls = image_token_id, feature_layer, keep_cls
+        self.image_token_id, self.feature_layer, self.keep_cls = (
+            image_token_id,
+            feature_layer,
+            keep_cls,
+        )
         self.anyres, self.dtype = anyres, llm.get_input_embeddings().weight.dtype
         if anyres:
-            self.image_newline = nn.Parameter(torch.zeros_like(llm.get_input_embeddings().weight[0]))
+            self.image_newline = nn.Parameter(
+                torch.zeros_like(llm.get_input_embeddings().weight[0])
+            )
         self.initial_projector, self.initial_llm = None, []
         self.heads = nn.ModuleDict()  # scalar heads by name, of reward and value models
         head = llm.get_output_embeddings()
@@ -350,7 +401,9 @@ class MLLM(nn.Module):
                     f"{type(llm).__name__}: an LLM that scales its logits ({name}) is not supported; Llama-like ones are."
                 )
         for part in (vision, llm):  # eager attention would add our boolean masks as 0 and 1
-            part.set_attn_implementation("sdpa")  # raises for an architecture that it would compute wrongly
+            part.set_attn_implementation(
+                "sdpa"
+            )  # raises for an architecture that it would compute wrongly
         llm.set_attn_implementation(prefix_attention())
         LastBlock.mix_into(llm.base_model.layers[-1])
         for module in self.modules():  # dropout would make policy and reference differ at step 0
@@ -365,7 +418,15 @@ class MLLM(nn.Module):
     def device(self):
         return self.llm.get_input_embeddings().weight.device
 
-    def prepare(self, lora_rank=0, lora_alpha=None, llm=True, projector=True, vision=False, keep_reference=False):
+    def prepare(
+        self,
+        lora_rank=0,
+        lora_alpha=None,
+        llm=True,
+        projector=True,
+        vision=False,
+        keep_reference=False,
+    ):
         """Choose what trains: LoRA of this rank on every linear layer of the LLM's blocks (0: the whole LLM), projector, tower.
 
         Whatever trains becomes float32: a step of 1e-6 on bfloat16 weights changes almost nothing. alpha defaults to 2 rank.
@@ -376,7 +437,9 @@ class MLLM(nn.Module):
             self.add_adapter("policy", lora_rank, lora_alpha)
         elif llm:
             if keep_reference:
-                self.initial_llm = [copy.deepcopy(self.llm)]  # in a list: no part of the model, of its files or its optimizer
+                self.initial_llm = [
+                    copy.deepcopy(self.llm)
+                ]  # in a list: no part of the model, of its files or its optimizer
             self.llm.float().requires_grad_(True)
         if projector:
             self.initial_projector = {k: v.clone() for k, v in self.projector.state_dict().items()}
@@ -402,12 +465,18 @@ class MLLM(nn.Module):
 
     def add_head(self, name):
         """A scalar head over the hidden state, D -> 1, float32, its bias at 0; it trains."""
-        self.heads[name] = nn.Linear(self.llm.config.hidden_size, 1, device=self.device, dtype=torch.float32)
+        self.heads[name] = nn.Linear(
+            self.llm.config.hidden_size, 1, device=self.device, dtype=torch.float32
+        )
         nn.init.zeros_(self.heads[name].bias)
 
     def parameters_of(self, name):
         """The parameters of the adapter and of the head of this name."""
-        adapters = [m.adapters[name] for m in self.modules() if isinstance(m, LoRALinear) and name in m.adapters]
+        adapters = [
+            m.adapters[name]
+            for m in self.modules()
+            if isinstance(m, LoRALinear) and name in m.adapters
+        ]
         heads = [self.heads[name]] if name in self.heads else []
         return [p for m in adapters + heads for p in m.parameters()]
 
@@ -433,11 +502,23 @@ class MLLM(nn.Module):
     def reference(self):
         """Inside, the model is the one that training started from: adapters off, projector (and LLM) at the initial copy."""
         adapted = any(isinstance(m, LoRALinear) for m in self.modules())
-        if not adapted and not self.initial_llm and any(p.requires_grad for p in self.llm.parameters()):
-            raise BadInput("--lora-rank 0 trains the LLM itself, so the reference policy is gone: cache its log-probs before.")
+        if (
+            not adapted
+            and not self.initial_llm
+            and any(p.requires_grad for p in self.llm.parameters())
+        ):
+            raise BadInput(
+                "--lora-rank 0 trains the LLM itself, so the reference policy is gone: cache its log-probs before."
+            )
         if any(p.requires_grad for p in self.vision.parameters()):
-            raise BadInput("the vision tower trains, so the reference policy is gone: cache its log-probs before.")
-        trained = {k: v.clone() for k, v in self.projector.state_dict().items()} if self.initial_projector else None
+            raise BadInput(
+                "the vision tower trains, so the reference policy is gone: cache its log-probs before."
+            )
+        trained = (
+            {k: v.clone() for k, v in self.projector.state_dict().items()}
+            if self.initial_projector
+            else None
+        )
         trained_llm = self.llm
         try:
             if self.initial_llm:
@@ -453,7 +534,9 @@ class MLLM(nn.Module):
 
     def autocast(self):
         """Arithmetic in `dtype` although what trains is float32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
 
     def image_features(self, pixel_values, image_sizes=None):
         """(I, 3, H, W) -> I tensors (T, D). Layers of the tower behind `feature_layer` are not run.
@@ -463,7 +546,9 @@ class MLLM(nn.Module):
         sizes = image_sizes.tolist() if self.anyres else ()
         tiles = [1 + math.prod(self.anyres.grid(size)) for size in sizes]
         if self.anyres and sum(tiles) != len(pixel_values):
-            raise BadInput(f"{len(pixel_values)} tiles, but images of these heights and widths have {sum(tiles)}: {sizes}.")
+            raise BadInput(
+                f"{len(pixel_values)} tiles, but images of these heights and widths have {sum(tiles)}: {sizes}."
+            )
         states = len(self.vision.encoder.layers) + 1
         with self.autocast():
             x = self.vision.pre_layrnorm(self.vision.embeddings(pixel_values.to(self.dtype)))
@@ -472,7 +557,10 @@ class MLLM(nn.Module):
             x = self.projector(x if self.keep_cls else x[:, 1:])
         if not self.anyres:
             return list(x)
-        return [self.anyres.join(f, size, self.image_newline.to(x.dtype)) for f, size in zip(x.split(tiles), sizes)]
+        return [
+            self.anyres.join(f, size, self.image_newline.to(x.dtype))
+            for f, size in zip(x.split(tiles), sizes)
+        ]
 
     def embed(self, input_ids, pixel_values=None, image_sizes=None):
         """(B, L) ids with image features at the image positions -> (B, L, D). A row shows one image or none."""
@@ -482,11 +570,17 @@ class MLLM(nn.Module):
         wanted = [(b, n) for b, n in enumerate(at_image.sum(1).tolist()) if n]
         for (b, n), f in zip(wanted, features):
             if n != len(f):
-                raise BadInput(f"row {b} of the batch: {n} image tokens in the text against {len(f)} image features.")
+                raise BadInput(
+                    f"row {b} of the batch: {n} image tokens in the text against {len(f)} image features."
+                )
         if len(wanted) != len(features):
             tokens, found = sum(n for _, n in wanted), sum(map(len, features))
             raise BadInput(f"{tokens} image tokens in the text against {found} image features.")
-        return x.masked_scatter(at_image[:, :, None], torch.cat(features).to(x.dtype)) if features else x
+        return (
+            x.masked_scatter(at_image[:, :, None], torch.cat(features).to(x.dtype))
+            if features
+            else x
+        )
 
     def decode(self, x, see, position_ids, cache=None, prefix=0, rows=None):
         """Run the LLM's blocks: (B, L, D) embeddings and a (B, 1, L, keys) boolean mask -> (B, L, D) hidden states.
@@ -494,10 +588,19 @@ class MLLM(nn.Module):
         prefix: the length up to which the mask is the plain causal one (see `prefix_attention`).
         rows: flat positions (N,) whose states are wanted, none of them in the prefix -> (N, D).
         """
-        x = x.to(self.dtype)  # embeddings that train are float32; so would the residual stream be, and unlike the reference's
+        x = x.to(
+            self.dtype
+        )  # embeddings that train are float32; so would the residual stream be, and unlike the reference's
         with self.autocast():
-            out = self.llm.base_model(inputs_embeds=x, attention_mask=see, position_ids=position_ids, past_key_values=cache,
-                                      use_cache=cache is not None, prefix=prefix, rows=rows)  # fmt: skip
+            out = self.llm.base_model(
+                inputs_embeds=x,
+                attention_mask=see,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                prefix=prefix,
+                rows=rows,
+            )
         h = out.last_hidden_state
         return h if rows is None or h.dim() == 2 else h.flatten(0, 1)[rows]  # 2: of a `LastBlock`
 
@@ -514,7 +617,9 @@ class MLLM(nn.Module):
         if windowed is not see or (hidden_positions is not None and hidden_positions.any()):
             return windowed, 0
         L, shortest = see.shape[-1], int((batch.segments == 0).sum(1).min())
-        first = L - 1 if rows is None or not len(rows) else int((rows % L).min())  # the masked part is not empty
+        first = (
+            L - 1 if rows is None or not len(rows) else int((rows % L).min())
+        )  # the masked part is not empty
         return windowed, min(shortest, first)
 
     def window(self, see, queries, keys):
@@ -530,7 +635,9 @@ class MLLM(nn.Module):
     def log_probs(self, batch):
         """Log-probability of every scored answer token, and the entropy there: (N,), (N,) float32."""
         h = self.hidden(batch, rows=batch.index)  # (N, D)
-        return fused_log_probs(h.to(self.dtype), self.llm.get_output_embeddings().weight.to(self.dtype), batch.targets)
+        return fused_log_probs(
+            h.to(self.dtype), self.llm.get_output_embeddings().weight.to(self.dtype), batch.targets
+        )
 
     def answer_log_probs(self, batch):
         """log p(answer | prompt): the sum over its scored tokens, (answers,)."""
@@ -543,8 +650,19 @@ class MLLM(nn.Module):
         return self.heads[head](h.float())[:, 0]
 
     @torch.no_grad()
-    def sample(self, prompts, pixel_values=None, k=1, max_new_tokens=256, temperature=1.0, stop_ids=(), image_mask=None,
-               given=None, generator=None, image_sizes=None):  # fmt: skip
+    def sample(
+        self,
+        prompts,
+        pixel_values=None,
+        k=1,
+        max_new_tokens=256,
+        temperature=1.0,
+        stop_ids=(),
+        image_mask=None,
+        given=None,
+        generator=None,
+        image_sizes=None,
+    ):
         """Draw k answers of each prompt: the image is encoded once, the prompt prefilled once, then its cache is repeated.
 
         prompts: B tensors (P,). temperature 0 is greedy. Drawing stops at any of `stop_ids` or after max_new_tokens; the image
@@ -559,23 +677,38 @@ class MLLM(nn.Module):
         hide = torch.zeros(B, L, dtype=torch.bool, device=self.device)
         if image_mask is not None:
             hide[:, : image_mask.shape[1]] = image_mask.to(self.device)
-        branches = [[(j + 1, cut) for j, (_, cuts) in enumerate(texts) for cut in cuts for _ in range(k)] for texts in given]
-        row = torch.tensor([b for b in range(B) for _ in branches[b]], device=self.device)  # (M,) of each answer
+        branches = [
+            [(j + 1, cut) for j, (_, cuts) in enumerate(texts) for cut in cuts for _ in range(k)]
+            for texts in given
+        ]
+        row = torch.tensor(
+            [b for b in range(B) for _ in branches[b]], device=self.device
+        )  # (M,) of each answer
         segment, cut = torch.tensor(sum(branches, []), device=self.device).view(-1, 2).T
-        start = torch.tensor([len(p) for p in prompts], device=self.device)[row] + cut  # position id of the first new token
+        start = (
+            torch.tensor([len(p) for p in prompts], device=self.device)[row] + cut
+        )  # position id of the first new token
         positions = batch.position_ids[row]
-        mine = (batch.segments[row] == 0) | ((batch.segments[row] == segment[:, None]) & (positions < start[:, None]))
+        mine = (batch.segments[row] == 0) | (
+            (batch.segments[row] == segment[:, None]) & (positions < start[:, None])
+        )
         last = row * L + (mine & (positions == start[:, None] - 1)).int().argmax(1)  # (M,) flat
 
         cache = KVCache(L)
-        x = self.embed(batch.input_ids, None if pixel_values is None else pixel_values.to(self.device), image_sizes)
+        x = self.embed(
+            batch.input_ids,
+            None if pixel_values is None else pixel_values.to(self.device),
+            image_sizes,
+        )
         see, prefix = self.visible(batch, hide, last)
         h = self.decode(x, see, batch.position_ids, cache, prefix, last)  # (M, D)
         cache.length = L
 
         M, slots = len(row), L + max_new_tokens
         cache.take(row, slots)
-        alive = torch.arange(M, device=self.device)  # the answers that are computed, and which of them still grow
+        alive = torch.arange(
+            M, device=self.device
+        )  # the answers that are computed, and which of them still grow
         live = torch.ones(M, dtype=torch.bool, device=self.device)
         visible = F.pad(mine & ~hide[row], (0, max_new_tokens))
         positions = F.pad(positions, (0, max_new_tokens))
@@ -592,9 +725,14 @@ class MLLM(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+                token = torch.multinomial(
+                    (logits / temperature).softmax(-1), 1, generator=generator
+                )[:, 0]
             rows = alive[live]
-            tokens[rows, t], log_probs[rows, t] = token[live], log_p.gather(-1, token[:, None])[live, 0]
+            tokens[rows, t], log_probs[rows, t] = (
+                token[live],
+                log_p.gather(-1, token[:, None])[live, 0],
+            )
             drawn[rows] += 1
             finished[rows] = torch.isin(token[live], stop)
             live &= ~torch.isin(token, stop)
@@ -607,10 +745,17 @@ class MLLM(nn.Module):
                 )
                 cache.take(keep, slots)
             visible[:, L + t], positions[:, L + t] = True, start + t
-            seen = self.window(visible[:, None, None, : L + t + 1], (start + t)[:, None], positions[:, : L + t + 1])
-            h = self.decode(self.llm.get_input_embeddings()(token)[:, None], seen, (start + t)[:, None], cache)[:, 0]
+            seen = self.window(
+                visible[:, None, None, : L + t + 1], (start + t)[:, None], positions[:, : L + t + 1]
+            )
+            h = self.decode(
+                self.llm.get_input_embeddings()(token)[:, None], seen, (start + t)[:, None], cache
+            )[:, 0]
             cache.length += 1
         ends = torch.tensor([len(b) for b in branches]).cumsum(0).tolist()
-        split = lambda v: [[v[m, : drawn[m]].cpu() for m in range(end - len(b), end)] for b, end in zip(branches, ends)]
+        split = lambda v: [
+            [v[m, : drawn[m]].cpu() for m in range(end - len(b), end)]
+            for b, end in zip(branches, ends)
+        ]
         finished = [finished[end - len(b) : end].tolist() for b, end in zip(branches, ends)]
         return Samples(split(tokens), split(log_probs), finished)

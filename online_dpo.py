@@ -47,28 +47,75 @@ import training
 from lab import report
 from model import BadInput
 
-TOY = {"data": ["rlhf_v.jsonl"], "steps": 230, "batch_size": 16, "lr": 1e-4, "beta": 0.5, "projector_lr": 0.0,
-       "lora_rank": 16, "save_every": 0, "annotator": "oracle", "max_new_tokens": 96}  # fmt: skip
-METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-           "logps/rejected", "annotator/pairs", "annotator/ties", "annotator/unreadable", "seconds/sample", "seconds/score")  # fmt: skip
+TOY = {
+    "data": ["rlhf_v.jsonl"],
+    "steps": 230,
+    "batch_size": 16,
+    "lr": 1e-4,
+    "beta": 0.5,
+    "projector_lr": 0.0,
+    "lora_rank": 16,
+    "save_every": 0,
+    "annotator": "oracle",
+    "max_new_tokens": 96,
+}
+METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "annotator/pairs",
+    "annotator/ties",
+    "annotator/unreadable",
+    "seconds/sample",
+    "seconds/score",
+)
 BETA = {"dpo": 0.1, "ipo": 0.9, "slic": 0.1}
 
 
 def parse():
     """The command line."""
     parser = training.Parser(__doc__)
-    training.add_training_flags(parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32)
-    group = parser.add_argument_group("preference optimization")
-    group.add_argument("--loss", default="dpo", choices=("dpo", "ipo", "slic"), help="objective (default %(default)s)")
-    group.add_argument("--beta", type=float, help=f"strength of the pull to the reference (default {BETA})")
-    group = parser.add_argument_group("answers")
-    group.add_argument("--mix", type=float, default=0.0, metavar="P",
-                       help="share of examples that take their pair of the data instead (default %(default)s; paper: 0.5)")  # fmt: skip
-    group.add_argument(
-        "--k", type=int, default=2, help="answers a prompt, of which best and worst are used (default %(default)s)"
+    training.add_training_flags(
+        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32
     )
-    group.add_argument("--temperature", type=float, default=1.0, help="of drawing (default %(default)s)")
-    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default %(default)s)")
+    group = parser.add_argument_group("preference optimization")
+    group.add_argument(
+        "--loss",
+        default="dpo",
+        choices=("dpo", "ipo", "slic"),
+        help="objective (default %(default)s)",
+    )
+    group.add_argument(
+        "--beta", type=float, help=f"strength of the pull to the reference (default {BETA})"
+    )
+    group = parser.add_argument_group("answers")
+    group.add_argument(
+        "--mix",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="share of examples that take their pair of the data instead (default %(default)s; paper: 0.5)",
+    )
+    group.add_argument(
+        "--k",
+        type=int,
+        default=2,
+        help="answers a prompt, of which best and worst are used (default %(default)s)",
+    )
+    group.add_argument(
+        "--temperature", type=float, default=1.0, help="of drawing (default %(default)s)"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="longest answer (default %(default)s)",
+    )
     judge.add_flags(parser)
     args = training.parse(parser, TOY)
     args.beta = BETA[args.loss] if args.beta is None else args.beta
@@ -93,7 +140,11 @@ def preference_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, 
         losses = (h - 1 / (2 * beta)) ** 2
     elif kind == "slic":
         losses = (1 - beta * h).relu()
-    return losses, beta * (logp_chosen - ref_chosen).detach(), beta * (logp_rejected - ref_rejected).detach()
+    return (
+        losses,
+        beta * (logp_chosen - ref_chosen).detach(),
+        beta * (logp_rejected - ref_rejected).detach(),
+    )
 
 
 def sample(model, processor, examples, args, seed):
@@ -102,8 +153,16 @@ def sample(model, processor, examples, args, seed):
     pixel_values, image_sizes = processor.images(examples)
     prompts = [e.prompt for e in examples]
     model.eval()  # gradient checkpointing would switch off the cache
-    samples = model.sample(prompts, pixel_values, args.k, args.max_new_tokens, args.temperature, processor.stop_ids,
-                           generator=generator, image_sizes=image_sizes)  # fmt: skip
+    samples = model.sample(
+        prompts,
+        pixel_values,
+        args.k,
+        args.max_new_tokens,
+        args.temperature,
+        processor.stop_ids,
+        generator=generator,
+        image_sizes=image_sizes,
+    )
     model.train(args.gradient_checkpointing)
     return samples.tokens
 
@@ -126,20 +185,31 @@ def main():
     if not args.mix:  # pairs that share picture and prompt are one task here
         unique = {r.asked: r for r in records}
         if len(unique) < len(records):
-            print(f"{len(records) - len(unique)} rows repeat picture and prompt of another", file=sys.stderr)
+            print(
+                f"{len(records) - len(unique)} rows repeat picture and prompt of another",
+                file=sys.stderr,
+            )
         records = list(unique.values())
     annotator = judge.make(args, device, dtype, records)
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    examples = data.with_room(processor, data.encode_all(processor, records, skipped), args.max_new_tokens, skipped)
+    examples = data.with_room(
+        processor, data.encode_all(processor, records, skipped), args.max_new_tokens, skipped
+    )
     out = training.start(args, "online_dpo", skipped)
     report.show_start(processor, examples)
     seconds = {"setup": time.time() - begin}
     before = report.evaluate(model, processor, args, out / "before")
     seconds["eval"] = time.time() - begin - seconds["setup"]
-    seconds |= {"reference": 0.0, "sample": 0.0, "score": 0.0}  # the reference scores each step's answers in that step
+    seconds |= {
+        "reference": 0.0,
+        "sample": 0.0,
+        "score": 0.0,
+    }  # the reference scores each step's answers in that step
 
-    model.prepare(args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0, keep_reference=True)
+    model.prepare(
+        args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0, keep_reference=True
+    )
     model.train(args.gradient_checkpointing)
     if args.gradient_checkpointing:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
@@ -172,7 +242,11 @@ def main():
                         metrics[f"annotator/{found}"] += 1 / prompts
                         continue
                     two = [row[i] for i in found]
-                    pairs[place] = replace(example, answers=two, scored=[torch.ones(len(t), dtype=torch.bool) for t in two])
+                    pairs[place] = replace(
+                        example,
+                        answers=two,
+                        scored=[torch.ones(len(t), dtype=torch.bool) for t in two],
+                    )
                 read += [value for row in scores for value in row if value is not None]
                 lengths += [len(tokens) for row in answers for tokens in row]
                 metrics["seconds/sample"] += sampled - micro_begin
@@ -207,7 +281,9 @@ def main():
         metrics["response_length"] = statistics.fmean(lengths) if lengths else 0.0
         seconds["sample"] += metrics["seconds/sample"]
         seconds["score"] += metrics["seconds/score"]
-        metrics["seconds/train"] = metrics["step_seconds"] - metrics["seconds/sample"] - metrics["seconds/score"]
+        metrics["seconds/train"] = (
+            metrics["step_seconds"] - metrics["seconds/sample"] - metrics["seconds/score"]
+        )
         log(step, ["loss", "rewards/margins", "annotator/pairs", "annotator/score"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
             training.save_checkpoint(out, step + 1, model, optimizer)

@@ -75,50 +75,123 @@ import training
 from lab import report
 from model import BadInput, last_tokens
 
-TOY = {"data": ["povid.json"], "steps": 40, "batch_size": 16, "minibatches": 2, "samples": 2, "lr": 3e-4, "projector_lr": 0.0,
-       "lora_rank": 16, "max_new_tokens": 96, "correct_weight": 0.0, "length_weight": 8.0, "save_every": 0}  # fmt: skip
+TOY = {
+    "data": ["povid.json"],
+    "steps": 40,
+    "batch_size": 16,
+    "minibatches": 2,
+    "samples": 2,
+    "lr": 3e-4,
+    "projector_lr": 0.0,
+    "lora_rank": 16,
+    "max_new_tokens": 96,
+    "correct_weight": 0.0,
+    "length_weight": 8.0,
+    "save_every": 0,
+}
 
 
 def parse():
     """The command line."""
     parser = training.Parser(__doc__)
-    training.add_training_flags(parser, lr=3e-5, projector_lr=0.0, lora_rank=64, epochs=4, batch_size=256)
-    group = parser.add_argument_group("reinforcement learning (a step is an iteration; --batch-size counts prompts)")
+    training.add_training_flags(
+        parser, lr=3e-5, projector_lr=0.0, lora_rank=64, epochs=4, batch_size=256
+    )
+    group = parser.add_argument_group(
+        "reinforcement learning (a step is an iteration; --batch-size counts prompts)"
+    )
     group.add_argument(
         "--reward-model",
         metavar="DIR|oracle",
         help="folder of a run of reward_model.py (toy world: made on first use), or its truth",
     )
-    group.add_argument("--facts", metavar="FILE", help="image_to_caption.json, for a reward model that reads facts")
-    group.add_argument("--missing-facts", default="refuse", choices=("refuse", "count"),
-                       help="a picture without captions stops the run, or is counted (default %(default)s)")  # fmt: skip
-    group.add_argument("--advantage", default="gae", choices=("gae", "rloo"), help="PPO with a value network, or RLOO")
-    group.add_argument("--samples", type=int, metavar="K", help="answers of each prompt (default 1, with rloo 4)")
-    group.add_argument("--minibatches", type=int, default=2, metavar="N",
-                       help="of a pass; N x grad-accum x batch-size prompts an iteration (default %(default)s)")  # fmt: skip
     group.add_argument(
-        "--passes", type=int, default=2, metavar="N", help="over the answers of an iteration (default %(default)s)"
+        "--facts", metavar="FILE", help="image_to_caption.json, for a reward model that reads facts"
     )
-    group.add_argument("--max-new-tokens", type=int, default=896, metavar="N", help="longest answer (default %(default)s)")
     group.add_argument(
-        "--temperature", type=float, default=1.0, help="of sampling; only 1 samples the policy (default %(default)s)"
+        "--missing-facts",
+        default="refuse",
+        choices=("refuse", "count"),
+        help="a picture without captions stops the run, or is counted (default %(default)s)",
+    )
+    group.add_argument(
+        "--advantage",
+        default="gae",
+        choices=("gae", "rloo"),
+        help="PPO with a value network, or RLOO",
+    )
+    group.add_argument(
+        "--samples", type=int, metavar="K", help="answers of each prompt (default 1, with rloo 4)"
+    )
+    group.add_argument(
+        "--minibatches",
+        type=int,
+        default=2,
+        metavar="N",
+        help="of a pass; N x grad-accum x batch-size prompts an iteration (default %(default)s)",
+    )
+    group.add_argument(
+        "--passes",
+        type=int,
+        default=2,
+        metavar="N",
+        help="over the answers of an iteration (default %(default)s)",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=896,
+        metavar="N",
+        help="longest answer (default %(default)s)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="of sampling; only 1 samples the policy (default %(default)s)",
     )
     group.add_argument("--kl-coef", type=float, default=0.1, help="beta (default %(default)s)")
-    group.add_argument("--kl", default="k1", choices=("k1", "k3", "clamped"), help="estimator of KL (default %(default)s)")
+    group.add_argument(
+        "--kl",
+        default="k1",
+        choices=("k1", "k3", "clamped"),
+        help="estimator of KL (default %(default)s)",
+    )
     group.add_argument("--gamma", type=float, default=1.0, help="discount (default %(default)s)")
     group.add_argument("--lam", type=float, default=1.0, help="lambda of GAE (default %(default)s)")
-    group.add_argument("--clip", type=float, default=0.2, help="eps of ratio and of value (default %(default)s)")
-    group.add_argument("--value-weight", type=float, default=0.1, help="of the value loss (default %(default)s)")
-    group.add_argument("--correct-weight", type=float, default=2.0, help="of a correct answer (default %(default)s)")
     group.add_argument(
-        "--length-weight", type=float, default=-10.0, help="of an answer of --max-new-tokens (default %(default)s)"
+        "--clip", type=float, default=0.2, help="eps of ratio and of value (default %(default)s)"
     )
-    group.add_argument("--unfinished-weight", type=float, default=-8.0, help="of a cut-off answer (default %(default)s)")
+    group.add_argument(
+        "--value-weight", type=float, default=0.1, help="of the value loss (default %(default)s)"
+    )
+    group.add_argument(
+        "--correct-weight",
+        type=float,
+        default=2.0,
+        help="of a correct answer (default %(default)s)",
+    )
+    group.add_argument(
+        "--length-weight",
+        type=float,
+        default=-10.0,
+        help="of an answer of --max-new-tokens (default %(default)s)",
+    )
+    group.add_argument(
+        "--unfinished-weight",
+        type=float,
+        default=-8.0,
+        help="of a cut-off answer (default %(default)s)",
+    )
     args = training.parse(parser, TOY)
     if args.samples is None:
         args.samples = 4 if args.advantage == "rloo" else 1
     for name, accepted, good in (
-        ("samples", "2 or more with rloo, else 1", args.samples >= (2 if args.advantage == "rloo" else 1)),
+        (
+            "samples",
+            "2 or more with rloo, else 1",
+            args.samples >= (2 if args.advantage == "rloo" else 1),
+        ),
         ("minibatches", "1 or more", args.minibatches >= 1),
         ("passes", "1 or more", args.passes >= 1),
         ("max_new_tokens", "1 or more", args.max_new_tokens >= 1),
@@ -130,11 +203,17 @@ def parse():
         ("value_weight", "0 or more", args.value_weight >= 0),
     ):
         if not good:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; {accepted} is accepted.")
+            raise BadInput(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; {accepted} is accepted."
+            )
     if not args.lora_rank or args.projector_lr:
-        raise BadInput("policy, reward and value network share one frozen base: --lora-rank above 0, --projector-lr 0.")
+        raise BadInput(
+            "policy, reward and value network share one frozen base: --lora-rank above 0, --projector-lr 0."
+        )
     if args.reward_model is None and args.toy_world is None:
-        raise BadInput("--model needs --reward-model: the folder of a run of reward_model.py on the same model.")
+        raise BadInput(
+            "--model needs --reward-model: the folder of a run of reward_model.py on the same model."
+        )
     if args.reward_model is None:
         args.reward_model = str(toy_reward_model(args.seed))
     return args
@@ -145,13 +224,25 @@ def toy_reward_model(seed):
     from lab import toyworld
 
     code = Path(__file__).parent
-    sources = [code / f"{name}.py" for name in ("reward_model", "training", "checkpoints", "model", "data", "files", "layouts")]
+    sources = [
+        code / f"{name}.py"
+        for name in ("reward_model", "training", "checkpoints", "model", "data", "files", "layouts")
+    ]
     weights = hashlib.sha256((toyworld.base(seed) / "model.safetensors").read_bytes()).hexdigest()
-    folder = Path(".cache") / f"reward-{toyworld.made_of(*sources, toyworld.world(seed).name, weights)}"
+    folder = (
+        Path(".cache") / f"reward-{toyworld.made_of(*sources, toyworld.world(seed).name, weights)}"
+    )
     if not folder.exists():
         print(f"training the toy reward model of seed {seed}, once", file=sys.stderr)
         with training.whole_folder(folder) as aside:
-            command = [sys.executable, str(code / "reward_model.py"), "--seed", str(seed), "--out", str(aside / "run")]
+            command = [
+                sys.executable,
+                str(code / "reward_model.py"),
+                "--seed",
+                str(seed),
+                "--out",
+                str(aside / "run"),
+            ]
             subprocess.run(command, check=True, stdout=sys.stderr)
     return folder / "run"
 
@@ -165,7 +256,11 @@ def correctness(record, text):
     letter = re.match(r"\(?([A-Z])\b", gold)
     if data.CHOICE.search(record.turns[-1]) and letter:
         letter = letter[1]
-        return float(text == letter or text.startswith(f"{letter}.") or f"correct option is {letter}." in text)
+        return float(
+            text == letter
+            or text.startswith(f"{letter}.")
+            or f"correct option is {letter}." in text
+        )
     if re.match(r"no\b", gold, re.I):
         said = re.match(r"(yes|no)\b", text, re.I)
         return 0.0 if not said else 0.5 if said[0].lower() == "no" else -0.5
@@ -189,8 +284,14 @@ def token_rewards(scores, kl, lengths, beta):
 
 def gae(rewards, values, lengths, gamma, lam):
     """Generalised advantage estimation: rewards, values (N,) -> advantages, returns (N,). Beyond an answer's end is nothing."""
-    r, v = (pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values))  # (M, R), zeros behind the end
-    advantages, ahead, following = torch.zeros_like(r), torch.zeros_like(r[:, 0]), torch.zeros_like(r[:, 0])
+    r, v = (
+        pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values)
+    )  # (M, R), zeros behind the end
+    advantages, ahead, following = (
+        torch.zeros_like(r),
+        torch.zeros_like(r[:, 0]),
+        torch.zeros_like(r[:, 0]),
+    )
     for t in reversed(range(r.shape[1])):
         ahead = r[:, t] + gamma * following - v[:, t] + gamma * lam * ahead
         advantages[:, t], following = ahead, v[:, t]
@@ -252,10 +353,24 @@ def iterate(model, processor, prompts, score, optimizer, factor, args, step):
         answered, finished, old = [], [], []
         for some in chunks(prompts, args.batch_size):
             pixel_values, image_sizes = processor.images(some)
-            drawn = model.sample([e.prompt for e in some], pixel_values, args.samples, args.max_new_tokens, args.temperature,
-                                 processor.stop_ids, generator=generator, image_sizes=image_sizes)  # fmt: skip
+            drawn = model.sample(
+                [e.prompt for e in some],
+                pixel_values,
+                args.samples,
+                args.max_new_tokens,
+                args.temperature,
+                processor.stop_ids,
+                generator=generator,
+                image_sizes=image_sizes,
+            )
             for e, tokens in zip(some, drawn.tokens):
-                answered.append(replace(e, answers=tokens, scored=[torch.ones(len(t), dtype=torch.bool) for t in tokens]))
+                answered.append(
+                    replace(
+                        e,
+                        answers=tokens,
+                        scored=[torch.ones(len(t), dtype=torch.bool) for t in tokens],
+                    )
+                )
             finished += sum(drawn.finished, [])
             old += sum(drawn.log_probs, [])
         lengths = [len(a) for e in answered for a in e.answers]  # (M,)
@@ -289,14 +404,18 @@ def iterate(model, processor, prompts, score, optimizer, factor, args, step):
             advantages = whiten(advantages)
         else:
             rewards = (scores - args.kl_coef * summed(kl, lengths)).view(-1, args.samples)  # (B, K)
-            advantages = rloo(rewards).flatten().repeat_interleave(torch.tensor(lengths, device=device))  # (N,)
+            advantages = (
+                rloo(rewards).flatten().repeat_interleave(torch.tensor(lengths, device=device))
+            )  # (N,)
 
     # 6. update
     metrics = Counter()
     tokens = [sum(map(len, e.answers)) for e in answered]  # of each prompt's answers
     per_prompt = lambda x: x.split(tokens)
     old_of, advantages_of = per_prompt(old), per_prompt(advantages)
-    values_of, returns_of = (per_prompt(values), per_prompt(returns)) if with_values else (None, None)
+    values_of, returns_of = (
+        (per_prompt(values), per_prompt(returns)) if with_values else (None, None)
+    )
     model.train(args.gradient_checkpointing)
     updates = 0
     for number in range(args.passes):
@@ -311,7 +430,9 @@ def iterate(model, processor, prompts, score, optimizer, factor, args, step):
                 log_p, entropy = model.log_probs(batch)  # (N,)
                 log_ratio = (log_p - some(old_of)).detach()
                 if with_values:
-                    losses, clipped = policy_loss(log_p, some(old_of), some(advantages_of), args.clip)
+                    losses, clipped = policy_loss(
+                        log_p, some(old_of), some(advantages_of), args.clip
+                    )
                     mean = losses.sum() / n
                 else:
                     here = [len(a) for i in micro for a in answered[i].answers]
@@ -320,8 +441,12 @@ def iterate(model, processor, prompts, score, optimizer, factor, args, step):
                     losses, clipped = policy_loss(*whole, some(advantages_of)[first], args.clip)
                     mean = losses.sum() / m
                 mean.backward()
-                found = [("policy/loss", mean * n), ("policy/clipfrac", clipped.float().mean() * len(log_p)),
-                         ("policy/approxkl", 0.5 * (log_ratio**2).sum()), ("objective/entropy", entropy.sum())]  # fmt: skip
+                found = [
+                    ("policy/loss", mean * n),
+                    ("policy/clipfrac", clipped.float().mean() * len(log_p)),
+                    ("policy/approxkl", 0.5 * (log_ratio**2).sum()),
+                    ("objective/entropy", entropy.sum()),
+                ]
                 loss += mean.item()
                 if with_values:
                     with model.use("value"):
@@ -336,10 +461,17 @@ def iterate(model, processor, prompts, score, optimizer, factor, args, step):
             updates += 1
     model.eval()
     metrics = {name: value / updates for name, value in metrics.items()}
-    metrics |= {f"scores/{name}": term.mean().item() for name, term in terms.items()} if len(terms) > 1 else {}
+    metrics |= (
+        {f"scores/{name}": term.mean().item() for name, term in terms.items()}
+        if len(terms) > 1
+        else {}
+    )
     metrics["objective/scores"] = scores.mean().item()
     metrics["objective/kl"] = (old - reference).sum().item() / len(lengths)
-    metrics["response_length"], metrics["finished"] = sum(lengths) / len(lengths), sum(finished) / len(finished)
+    metrics["response_length"], metrics["finished"] = (
+        sum(lengths) / len(lengths),
+        sum(finished) / len(finished),
+    )
     seconds["train"] = time.time() - begin - sum(seconds.values())
     return metrics | {f"seconds/{name}": value for name, value in seconds.items()}
 
@@ -351,20 +483,35 @@ class Scorer:
     """
 
     def __init__(self, model, processor, settings, facts, args):
-        self.model, self.processor, self.settings, self.facts, self.args = model, processor, settings, facts, args
+        self.model, self.processor, self.settings, self.facts, self.args = (
+            model,
+            processor,
+            settings,
+            facts,
+            args,
+        )
         self.mean, self.std = 0.0, 1.0
         if settings is None:
             self.oracle = judge.oracle()
             return
-        held = settings["held_out"].values()  # its scores on held-out pairs: mean and standard deviation
+        held = settings[
+            "held_out"
+        ].values()  # its scores on held-out pairs: mean and standard deviation
         n = sum(f["n"] for f in held)
         self.mean = sum(f["mean"] * f["n"] for f in held) / n
-        self.std = math.sqrt(max(1e-12, sum((f["std"] ** 2 + f["mean"] ** 2) * f["n"] for f in held) / n - self.mean**2))
+        self.std = math.sqrt(
+            max(
+                1e-12,
+                sum((f["std"] ** 2 + f["mean"] ** 2) * f["n"] for f in held) / n - self.mean**2,
+            )
+        )
 
     def rated(self, example, rng):
         """The example as the reward model reads it."""
         said, facts = self.settings, self.facts[example.record.asked]
-        return self.processor.rated(example, data.evaluation(said["question"], said["facts"], facts, rng, said["max_facts"]))
+        return self.processor.rated(
+            example, data.evaluation(said["question"], said["facts"], facts, rng, said["max_facts"])
+        )
 
     def check(self, examples):
         """Refuse now what the reward model cannot read later: an answer and captions that do not fit, a picture of another world."""
@@ -373,14 +520,18 @@ class Scorer:
             return
         said, answer = self.settings, torch.zeros(self.args.max_new_tokens, dtype=torch.long)
         for e in examples:
-            facts = data.longest_facts(self.processor, self.facts[e.record.asked], said["max_facts"])
+            facts = data.longest_facts(
+                self.processor, self.facts[e.record.asked], said["max_facts"]
+            )
             turn = data.evaluation(said["question"], said["facts"], facts, random.Random(0))
             self.processor.rated(replace(e, answers=[answer]), turn)
 
     def reward(self, answered, texts, step):
         """The reward model's scores of the answers drawn, (M,)."""
         if self.settings is None:
-            return torch.tensor(sum(self.oracle([e.record for e in answered], texts), []), device=self.model.device)
+            return torch.tensor(
+                sum(self.oracle([e.record for e in answered], texts), []), device=self.model.device
+            )
         rng, found = random.Random(f"{self.args.seed}/{step}/facts"), []
         for some in chunks(answered, self.args.batch_size):
             batch = self.processor.collate([self.rated(e, rng) for e in some]).to(self.model.device)
@@ -394,7 +545,9 @@ class Scorer:
         texts = [[self.processor.text(tokens) for tokens in e.answers] for e in answered]
         score = self.reward(answered, texts, step)
         correct = [correctness(e.record, text) for e, row in zip(answered, texts) for text in row]
-        lengths = torch.tensor([len(tokens) for e in answered for tokens in e.answers], device=device)
+        lengths = torch.tensor(
+            [len(tokens) for e in answered for tokens in e.answers], device=device
+        )
         return {
             "reward_model": (score - self.mean) / self.std,
             "correctness": args.correct_weight * torch.tensor(correct, device=device),
@@ -412,8 +565,13 @@ def prompts_of(processor, records, args, skipped):
     for r in records:
         unique.setdefault(r.asked, r)
     if len(unique) < len(records):
-        print(f"{len(records) - len(unique)} rows repeat picture and prompt of another", file=sys.stderr)
-    examples = data.encode_all(processor, [replace(r, answers=()) for r in unique.values()], skipped)
+        print(
+            f"{len(records) - len(unique)} rows repeat picture and prompt of another",
+            file=sys.stderr,
+        )
+    examples = data.encode_all(
+        processor, [replace(r, answers=()) for r in unique.values()], skipped
+    )
     examples = data.with_room(processor, examples, args.max_new_tokens, skipped)
     return [replace(e, record=unique[e.record.asked]) for e in examples]
 
@@ -428,21 +586,31 @@ def main():
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
     examples = prompts_of(processor, records, args, skipped)
 
-    settings = None if args.reward_model == "oracle" else checkpoints.load_reward(model, args.reward_model)
+    settings = (
+        None if args.reward_model == "oracle" else checkpoints.load_reward(model, args.reward_model)
+    )
     for name in ("template", "image_aspect") if settings else ():
         if settings[name] != getattr(processor, name):
-            raise BadInput(f"--reward-model {args.reward_model} was trained with {name} {settings[name]}, "
-                           f"and this run has {getattr(processor, name)}.")  # fmt: skip
+            raise BadInput(
+                f"--reward-model {args.reward_model} was trained with {name} {settings[name]}, "
+                f"and this run has {getattr(processor, name)}."
+            )
     records, facts = [e.record for e in examples], [[] for _ in examples]
     if settings and settings["facts"] is not None:
         if args.facts is None and args.toy_world:
             args.facts = str(Path(args.toy_world) / "image_to_caption.json")
         if args.facts is None:
-            raise BadInput(f"--reward-model {args.reward_model} was trained with facts; --facts FILE is needed.")
+            raise BadInput(
+                f"--reward-model {args.reward_model} was trained with facts; --facts FILE is needed."
+            )
         facts = data.facts_for(records, data.captions(args.facts), args.missing_facts)
     elif args.facts:
-        raise BadInput(f"--facts is for a reward model that reads them; --reward-model is {args.reward_model}.")
-    scorer = Scorer(model, processor, settings, {r.asked: known for r, known in zip(records, facts)}, args)
+        raise BadInput(
+            f"--facts is for a reward model that reads them; --reward-model is {args.reward_model}."
+        )
+    scorer = Scorer(
+        model, processor, settings, {r.asked: known for r, known in zip(records, facts)}, args
+    )
     scorer.check(examples)
     out = training.start(args, "ppo", skipped)
     report.show_start(processor, examples)
@@ -474,9 +642,14 @@ def main():
     log = training.Log(out, first, steps)
     for step in range(first, steps):
         step_begin = time.time()
-        batches = [training.batch_of(step * args.minibatches + i, args, len(examples)) for i in range(args.minibatches)]
+        batches = [
+            training.batch_of(step * args.minibatches + i, args, len(examples))
+            for i in range(args.minibatches)
+        ]
         prompts = [examples[i] for batch in batches for micro in batch for i in micro]
-        factor = min(1.0, (step + 1) / 5) * training.schedule(step, steps, warmup=0)  # cosine, 5 iterations of warm-up
+        factor = min(1.0, (step + 1) / 5) * training.schedule(
+            step, steps, warmup=0
+        )  # cosine, 5 iterations of warm-up
         metrics = iterate(model, processor, prompts, scorer, optimizer, factor, args, step)
         metrics["lr"], metrics["step_seconds"] = args.lr * factor, time.time() - step_begin
         seconds["sample"] += metrics["seconds/sample"]

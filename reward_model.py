@@ -60,8 +60,17 @@ import data
 import training
 from model import BadInput, last_tokens
 
-TOY = {"data": ["povid.json", "povid_seen.json"], "steps": 500, "batch_size": 16, "lr": 1e-3, "projector_lr": 0.0, "lora_rank": 16,
-       "held_out": 200, "max_facts": 1, "save_every": 0}  # fmt: skip
+TOY = {
+    "data": ["povid.json", "povid_seen.json"],
+    "steps": 500,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "projector_lr": 0.0,
+    "lora_rank": 16,
+    "held_out": 200,
+    "max_facts": 1,
+    "save_every": 0,
+}
 QUESTION = "Rate this answer.\nIs all of it in the picture?{facts}\nIs it helpful?\nIs the language right?\nIs it too long?"
 FACTS = " The picture shows:"
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -70,23 +79,51 @@ BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 def parse():
     """The command line."""
     parser = training.Parser(__doc__)
-    training.add_training_flags(parser, lr=2e-5, projector_lr=0.0, lora_rank=64, epochs=1, batch_size=32)
+    training.add_training_flags(
+        parser, lr=2e-5, projector_lr=0.0, lora_rank=64, epochs=1, batch_size=32
+    )
     group = parser.add_argument_group("reward model")
     group.add_argument(
-        "--facts", metavar="FILE", help="image_to_caption.json: captions of each picture, for the evaluation turn"
+        "--facts",
+        metavar="FILE",
+        help="image_to_caption.json: captions of each picture, for the evaluation turn",
     )
-    group.add_argument("--no-facts", action="store_true", help="the plain reward model: an evaluation turn without captions")
-    group.add_argument("--missing-facts", default="refuse", choices=("refuse", "count"),
-                       help="a picture without captions stops the run, or is counted (default %(default)s)")  # fmt: skip
     group.add_argument(
-        "--max-facts", type=int, metavar="N", help="captions read at a time, drawn anew each time (default: all)"
+        "--no-facts",
+        action="store_true",
+        help="the plain reward model: an evaluation turn without captions",
     )
-    group.add_argument("--held-out", type=int, default=500, metavar="N",
-                       help="pairs of each file not trained on, whole pictures, until it is N or a fifth (paper %(default)s)")  # fmt: skip
-    group.add_argument("--test-data", action="append", default=[], metavar="FILE",
-                       help="pairs to report on, those whose pictures are not trained on; may be repeated")  # fmt: skip
     group.add_argument(
-        "--centre", type=float, default=1e-3, help="weight of the term that keeps rewards near 0 (paper %(default)s)"
+        "--missing-facts",
+        default="refuse",
+        choices=("refuse", "count"),
+        help="a picture without captions stops the run, or is counted (default %(default)s)",
+    )
+    group.add_argument(
+        "--max-facts",
+        type=int,
+        metavar="N",
+        help="captions read at a time, drawn anew each time (default: all)",
+    )
+    group.add_argument(
+        "--held-out",
+        type=int,
+        default=500,
+        metavar="N",
+        help="pairs of each file not trained on, whole pictures, until it is N or a fifth (paper %(default)s)",
+    )
+    group.add_argument(
+        "--test-data",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="pairs to report on, those whose pictures are not trained on; may be repeated",
+    )
+    group.add_argument(
+        "--centre",
+        type=float,
+        default=1e-3,
+        help="weight of the term that keeps rewards near 0 (paper %(default)s)",
     )
     args = training.parse(parser, TOY)
     if args.facts and args.no_facts:
@@ -94,16 +131,22 @@ def parse():
     if args.toy_world and not (args.facts or args.no_facts):
         args.facts = str(Path(args.toy_world) / "image_to_caption.json")
     if not (args.facts or args.no_facts):
-        raise BadInput("--facts FILE (captions of the pictures, as in image_to_caption.json) or --no-facts is needed.")
+        raise BadInput(
+            "--facts FILE (captions of the pictures, as in image_to_caption.json) or --no-facts is needed."
+        )
     if not (args.lora_rank and args.lr) or args.projector_lr or args.merge:
-        raise BadInput("a reward model is LoRA and a head beside a frozen base: --lora-rank and --lr above 0, "
-                       "no --projector-lr, no --merge.")  # fmt: skip
+        raise BadInput(
+            "a reward model is LoRA and a head beside a frozen base: --lora-rank and --lr above 0, "
+            "no --projector-lr, no --merge."
+        )
     if args.no_facts:
         args.max_facts = None
     if args.max_facts is not None and args.max_facts < 1:
         raise BadInput(f"--max-facts is {args.max_facts}; 1 or more is accepted.")
     if args.held_out < 1 or not (math.isfinite(args.centre) and args.centre >= 0):
-        raise BadInput(f"--held-out {args.held_out} must be 1 or more, --centre {args.centre} 0 or more.")
+        raise BadInput(
+            f"--held-out {args.held_out} must be 1 or more, --centre {args.centre} 0 or more."
+        )
     return args
 
 
@@ -141,7 +184,9 @@ def held_out_split(files, count, seed):
             split[number][wanted].append(place)
     for records, (train, held) in zip(files, split):
         if not held or not train:
-            raise BadInput(f"{records[0].where}: {len(records)} pairs are too few to hold pictures out.")
+            raise BadInput(
+                f"{records[0].where}: {len(records)} pairs are too few to hold pictures out."
+            )
     return [(sorted(train), sorted(held)) for train, held in split]
 
 
@@ -168,7 +213,9 @@ class Reader:
     def longest(self, i):
         """The same with its longest captions."""
         facts = data.longest_facts(self.processor, self.facts[i], self.max_facts)
-        return self.processor.rated(self.examples[i], data.evaluation(QUESTION, FACTS, facts, random.Random(0)))
+        return self.processor.rated(
+            self.examples[i], data.evaluation(QUESTION, FACTS, facts, random.Random(0))
+        )
 
     def turn(self, i, rng):
         """Its evaluation turn."""
@@ -206,7 +253,9 @@ def figures(chosen, rejected, lengths):
         "accuracy": share(right),
         "loss": round(float(-F.logsigmoid(margin).mean()), 4),
         "calibration": calibration,
-        "length_correlation": correlation(torch.cat([chosen, rejected]), lengths.T.flatten().float()),
+        "length_correlation": correlation(
+            torch.cat([chosen, rejected]), lengths.T.flatten().float()
+        ),
         "longer_preferred": share(longer[unequal] > 0),
         "longer_favoured": share((longer * margin)[unequal] > 0),
         "mean": round(float(torch.cat([chosen, rejected]).mean()), 4),
@@ -224,7 +273,9 @@ def evaluate(reader, held, args, label):
         rng, scores = random.Random(f"{args.seed}/{path}"), []
         for at in range(0, len(places), args.batch_size):
             with reader.model.use("reward"):
-                scores.append(torch.stack(list(reader.scores(places[at : at + args.batch_size], rng))).cpu())
+                scores.append(
+                    torch.stack(list(reader.scores(places[at : at + args.batch_size], rng))).cpu()
+                )
             done += len(places[at : at + args.batch_size])
             progress(done)
         lengths = torch.tensor([[len(a) for a in reader.examples[i].answers] for i in places])
@@ -239,11 +290,17 @@ def table(before, after):
         lines.append(f"{path}: {f['n']} held-out pairs")
         for name in ("accuracy", "loss"):
             lines.append(f"  {name} {before[path][name]:.3f} -> {f[name]:.3f}")
-        lines.append(f"  score and length: correlation {f['length_correlation']:.2f}; the longer answer is preferred "
-                     f"{f['longer_preferred'] or 0:.2f}, favoured {f['longer_favoured'] or 0:.2f}")  # fmt: skip
+        lines.append(
+            f"  score and length: correlation {f['length_correlation']:.2f}; the longer answer is preferred "
+            f"{f['longer_preferred'] or 0:.2f}, favoured {f['longer_favoured'] or 0:.2f}"
+        )
         lines.append("  probability   pairs  predicted  observed")
         for row in f["calibration"]:
-            shown = f"{row['predicted']:9.2f} {row['observed']:9.2f}" if row["n"] else f"{'-':>9} {'-':>9}"
+            shown = (
+                f"{row['predicted']:9.2f} {row['observed']:9.2f}"
+                if row["n"]
+                else f"{'-':>9} {'-':>9}"
+            )
             lines.append(f"  {row['from']:.1f} to {row['to']:.1f} {row['n']:8} {shown}")
     return "\n".join(lines)
 
@@ -255,7 +312,9 @@ def main():
     skipped = [] if args.skip_bad_rows else None
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    read = lambda path: data.encode_all(processor, data.load([path], args.images, answers=2, skipped=skipped), skipped)
+    read = lambda path: data.encode_all(
+        processor, data.load([path], args.images, answers=2, skipped=skipped), skipped
+    )
     files = [read(path) for path in args.data]
     split = held_out_split([[e.record for e in found] for found in files], args.held_out, args.seed)
     examples, train, held = [], [], {}
@@ -267,16 +326,25 @@ def main():
     for path in args.test_data:
         found = read(path)
         unseen = not_trained_on([e.record for e in found], trained)
-        print(f"{path}: {len(unseen)} of {len(found)} pairs have pictures that are not trained on", file=sys.stderr)
+        print(
+            f"{path}: {len(unseen)} of {len(found)} pairs have pictures that are not trained on",
+            file=sys.stderr,
+        )
         held[path] = [len(examples) + i for i in range(len(unseen))]
         examples += [found[i] for i in unseen]
     records = [e.record for e in examples]
-    facts = [[] for _ in records] if args.no_facts else data.facts_for(records, data.captions(args.facts), args.missing_facts)
+    facts = (
+        [[] for _ in records]
+        if args.no_facts
+        else data.facts_for(records, data.captions(args.facts), args.missing_facts)
+    )
     reader = Reader(model, processor, examples, facts, args.max_facts)
     for i in range(len(examples)):
         reader.longest(i)  # what does not fit into the context is refused now
     out = training.start(args, "reward_model", skipped, args.test_data)
-    print(f"{len(train)} pairs to train on, {sum(map(len, held.values()))} held out", file=sys.stderr)
+    print(
+        f"{len(train)} pairs to train on, {sum(map(len, held.values()))} held out", file=sys.stderr
+    )
     print(f"evaluation turn: {reader.turn(0, random.Random(0))!r}", file=sys.stderr)
     base_name = args.model
 
@@ -299,7 +367,9 @@ def main():
         pairs = sum(map(len, micro_batches))
         for number, micro in enumerate(micro_batches):
             with model.use("reward"):
-                chosen, rejected = reader.scores([train[i] for i in micro], random.Random(f"{args.seed}/{step}/{number}"))
+                chosen, rejected = reader.scores(
+                    [train[i] for i in micro], random.Random(f"{args.seed}/{step}/{number}")
+                )
                 losses, centring = reward_loss(chosen, rejected, args.centre)
                 ((losses.sum() + centring * len(micro)) / pairs).backward()
             rows += [examples[train[i]].record.where for i in micro]
@@ -311,7 +381,9 @@ def main():
                 ("rewards/margins", chosen - rejected),
             ):
                 metrics[name] += values.sum().item() / pairs
-        factor = min(1.0, (step + 1) / math.ceil(0.03 * steps))  # constant after a warm-up, as both papers
+        factor = min(
+            1.0, (step + 1) / math.ceil(0.03 * steps)
+        )  # constant after a warm-up, as both papers
         metrics["grad_norm"] = training.optimizer_step(optimizer, factor, metrics["loss"], rows)
         metrics["lr"], metrics["step_seconds"] = args.lr * factor, time.time() - step_begin
         log(step, ["loss", "rewards/accuracies", "rewards/margins"], metrics)
@@ -323,13 +395,26 @@ def main():
     after = evaluate(reader, held, args, "held out, after")
     seconds["eval"] += time.time() - begin - sum(seconds.values())
     if args.resume:
-        shutil.rmtree(out / "adapter", ignore_errors=True)  # a run stopped after its last step had written it
-    settings = {"question": QUESTION, "facts": None if args.no_facts else FACTS, "max_facts": args.max_facts, "template": processor.template,
-                "image_aspect": processor.image_aspect, "held_out": {path: after[path] for path in args.data}}  # fmt: skip
+        shutil.rmtree(
+            out / "adapter", ignore_errors=True
+        )  # a run stopped after its last step had written it
+    settings = {
+        "question": QUESTION,
+        "facts": None if args.no_facts else FACTS,
+        "max_facts": args.max_facts,
+        "template": processor.template,
+        "image_aspect": processor.image_aspect,
+        "held_out": {path: after[path] for path in args.data},
+    }
     checkpoints.save_reward(model, out, base_name, settings)
     training.write_json(out / "metrics.json", after)
     seconds = {k: round(v, 1) for k, v in seconds.items()}
-    summary = {"before": {"reward": before}, "after": {"reward": after}, "seconds": seconds, "seed": args.seed}
+    summary = {
+        "before": {"reward": before},
+        "after": {"reward": after},
+        "seconds": seconds,
+        "seed": args.seed,
+    }
     training.write_json(out / "summary.json", summary)
     print(table(before, after))
     print(f"done in {sum(seconds.values()):.0f} s: {out}", file=sys.stderr)

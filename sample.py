@@ -22,15 +22,30 @@ def parse():
     """The command line."""
     parser = training.Parser(__doc__)
     group = training.add_model_flags(parser)
-    group.add_argument("--adapter", metavar="DIR", help="PEFT adapter: answer without it, then with it")
+    group.add_argument(
+        "--adapter", metavar="DIR", help="PEFT adapter: answer without it, then with it"
+    )
     group = parser.add_argument_group("question")
     group.add_argument(
-        "--image", nargs="+", action="extend", required=True, metavar="FILE", help="each picture is asked about alone"
+        "--image",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="each picture is asked about alone",
     )
     group.add_argument("--prompt", default="Describe the image.", help="(default %(default)r)")
     group.add_argument("--k", type=int, default=1, help="answers a picture (default %(default)s)")
-    group.add_argument("--temperature", type=float, help="0 is greedy (default: 0 for one answer, else 1)")
-    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default %(default)s)")
+    group.add_argument(
+        "--temperature", type=float, help="0 is greedy (default: 0 for one answer, else 1)"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="longest answer (default %(default)s)",
+    )
     group.add_argument("--seed", type=int, default=0, help="of drawing, and of the toy base")
     args = parser.parse_args()
     if args.temperature is None:
@@ -51,8 +66,14 @@ def parse():
 def side_by_side(columns, width):
     """Texts -> lines of them in columns."""
     each = (width - 3 * (len(columns) - 1)) // len(columns)
-    wrapped = [[w for line in text.splitlines() for w in textwrap.wrap(line, each) or [""]] for text in columns]
-    return [" | ".join(part.ljust(each) for part in row).rstrip() for row in zip_longest(*wrapped, fillvalue="")]
+    wrapped = [
+        [w for line in text.splitlines() for w in textwrap.wrap(line, each) or [""]]
+        for text in columns
+    ]
+    return [
+        " | ".join(part.ljust(each) for part in row).rstrip()
+        for row in zip_longest(*wrapped, fillvalue="")
+    ]
 
 
 def main():
@@ -65,7 +86,9 @@ def main():
         args.model = str(toyworld.base(args.seed))
     model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
     records = [data.Record(f"--image {file}", Path(file), (args.prompt,)) for file in args.image]
-    ask = lambda: data.generate(model, processor, records, args.max_new_tokens, args.temperature, args.k, 8, args.seed)
+    ask = lambda: data.generate(
+        model, processor, records, args.max_new_tokens, args.temperature, args.k, 8, args.seed
+    )
     said = [ask()]
     if args.adapter:
         checkpoints.load_adapter(model, args.adapter)

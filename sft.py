@@ -32,18 +32,36 @@ import data
 import training
 from lab import report
 
-TOY = {"data": ["instruct.json"], "vision": "clip", "llm": "llm", "steps": 1900, "batch_size": 8, "lr": 1.5e-3,
-       "projector_lr": 1.5e-3, "save_every": 0}  # fmt: skip
+TOY = {
+    "data": ["instruct.json"],
+    "vision": "clip",
+    "llm": "llm",
+    "steps": 1900,
+    "batch_size": 8,
+    "lr": 1.5e-3,
+    "projector_lr": 1.5e-3,
+    "save_every": 0,
+}
 
 
 def parse():
     """The command line."""
     parser = training.Parser(__doc__)
-    training.add_training_flags(parser, lr=2e-5, projector_lr=2e-5, lora_rank=0, epochs=3, batch_size=128)
+    training.add_training_flags(
+        parser, lr=2e-5, projector_lr=2e-5, lora_rank=0, epochs=3, batch_size=128
+    )
     group = parser.add_argument_group("supervised fine-tuning")
-    group.add_argument("--vision", metavar="DIR_OR_HUB_ID", help="with --llm: compose a new model from this CLIP ...")
-    group.add_argument("--llm", metavar="DIR_OR_HUB_ID", help="... and this LLM, and a fresh projector")
-    group.add_argument("--vision-lr", type=float, default=0.0, help="0 = vision tower frozen (default)")
+    group.add_argument(
+        "--vision",
+        metavar="DIR_OR_HUB_ID",
+        help="with --llm: compose a new model from this CLIP ...",
+    )
+    group.add_argument(
+        "--llm", metavar="DIR_OR_HUB_ID", help="... and this LLM, and a fresh projector"
+    )
+    group.add_argument(
+        "--vision-lr", type=float, default=0.0, help="0 = vision tower frozen (default)"
+    )
     return training.parse(parser, TOY)
 
 
@@ -54,10 +72,18 @@ def main():
     skipped = [] if args.skip_bad_rows else None
     records = data.load(args.data, args.images, answers=1, skipped=skipped)
     if args.model:
-        model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
+        model, processor = checkpoints.load(
+            args.model, dtype, device, args.template, args.image_aspect
+        )
     else:
         model, processor = checkpoints.compose(
-            args.vision, args.llm, dtype, device, args.template or "vicuna_v1", args.image_aspect, args.seed
+            args.vision,
+            args.llm,
+            dtype,
+            device,
+            args.template or "vicuna_v1",
+            args.image_aspect,
+            args.seed,
         )
     processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
     examples = data.share_prompt(data.encode_all(processor, records, skipped, every_turn=True))
@@ -67,7 +93,9 @@ def main():
     before = report.evaluate(model, processor, args, out / "before") if args.model else None
     seconds["eval"] = time.time() - begin - sum(seconds.values())
 
-    model.prepare(args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0, vision=args.vision_lr > 0)
+    model.prepare(
+        args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0, vision=args.vision_lr > 0
+    )
     model.train(args.gradient_checkpointing)
     if args.gradient_checkpointing:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
@@ -78,7 +106,9 @@ def main():
     for step in range(first, steps):
         step_begin, metrics, rows = time.time(), Counter(), []
         micro_batches = training.batch_of(step, args, len(examples))
-        metrics["tokens"] = sum(int(s.sum()) for micro in micro_batches for i in micro for s in examples[i].scored)
+        metrics["tokens"] = sum(
+            int(s.sum()) for micro in micro_batches for i in micro for s in examples[i].scored
+        )
         for micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
             log_p, _ = model.log_probs(batch)  # (N,)

@@ -33,7 +33,10 @@ def run(main):
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; the run folder keeps its last checkpoint, go on with --resume", file=sys.stderr)
+        print(
+            f"\n{script}: interrupted; the run folder keeps its last checkpoint, go on with --resume",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -44,7 +47,11 @@ class Parser(argparse.ArgumentParser):
     """argparse with whole flag names only, and mistakes raised as BadInput."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message):
         raise BadInput(f"{message}; --help lists what is accepted.")
@@ -54,14 +61,31 @@ def add_model_flags(parser):
     """Where the model comes from and how it runs: the same in every script."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", metavar="DIR_OR_HUB_ID", help="LLaVA checkpoint; without it: the toy base of --seed and toy settings"
+        "--model",
+        metavar="DIR_OR_HUB_ID",
+        help="LLaVA checkpoint; without it: the toy base of --seed and toy settings",
     )
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
-    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                       help="of frozen weights and arithmetic (what trains is float32); auto: bfloat16 on cuda, else float32")  # fmt: skip
-    group.add_argument("--template", help="prompt: vicuna_v1, mistral, chatml, plain (default: the checkpoint's own)")
-    group.add_argument("--image-aspect", default="pad", choices=("pad", "checkpoint"),
-                       help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does; LLaVA-NeXT: both are its tiles")  # fmt: skip
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one",
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of frozen weights and arithmetic (what trains is float32); auto: bfloat16 on cuda, else float32",
+    )
+    group.add_argument(
+        "--template",
+        help="prompt: vicuna_v1, mistral, chatml, plain (default: the checkpoint's own)",
+    )
+    group.add_argument(
+        "--image-aspect",
+        default="pad",
+        choices=("pad", "checkpoint"),
+        help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does; LLaVA-NeXT: both are its tiles",
+    )
     return group
 
 
@@ -69,40 +93,87 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size):
     """The flags common to all trainers, with this paper's defaults."""
     add_model_flags(parser)
     group = parser.add_argument_group("data and run folder")
-    group.add_argument("--data", action="append", metavar="FILE", help="data file, layout recognised; may be repeated")
     group.add_argument(
-        "--images", metavar="DIR", help="folder below which image paths are looked up (default: the data file's)"
-    )
-    group.add_argument("--skip-bad-rows", action="store_true",
-                       help="leave out rows that cannot be used, listed in skipped.json, instead of stopping before the run")  # fmt: skip
-    group.add_argument("--out", metavar="DIR", help="run folder (default: runs/<script>-<next number>)")
-    group.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint of --out; other flags must be the same"
+        "--data",
+        action="append",
+        metavar="FILE",
+        help="data file, layout recognised; may be repeated",
     )
     group.add_argument(
-        "--save-every", type=int, default=100, metavar="N", help="steps between checkpoints; 0 = none (default %(default)s)"
+        "--images",
+        metavar="DIR",
+        help="folder below which image paths are looked up (default: the data file's)",
+    )
+    group.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave out rows that cannot be used, listed in skipped.json, instead of stopping before the run",
+    )
+    group.add_argument(
+        "--out", metavar="DIR", help="run folder (default: runs/<script>-<next number>)"
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint of --out; other flags must be the same",
+    )
+    group.add_argument(
+        "--save-every",
+        type=int,
+        default=100,
+        metavar="N",
+        help="steps between checkpoints; 0 = none (default %(default)s)",
     )
     group.add_argument("--seed", type=int, default=0, help="of world, base and run")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, help="optimizer steps; overrides --epochs")
-    group.add_argument("--epochs", type=int, default=epochs, help="passes over the data (default %(default)s)")
     group.add_argument(
-        "--batch-size", type=int, default=batch_size, metavar="N", help="rows a forward pass (default %(default)s)"
+        "--epochs", type=int, default=epochs, help="passes over the data (default %(default)s)"
     )
     group.add_argument(
-        "--grad-accum", type=int, default=1, metavar="N", help="forward passes an optimizer step; N x batch size is the batch"
+        "--batch-size",
+        type=int,
+        default=batch_size,
+        metavar="N",
+        help="rows a forward pass (default %(default)s)",
     )
     group.add_argument(
-        "--lr", type=float, default=lr, help="of LoRA, or of the LLM with --lora-rank 0; 0 freezes it (default %(default)s)"
-    )
-    group.add_argument("--projector-lr", type=float, default=projector_lr, help="0 = projector frozen (default %(default)s)")
-    group.add_argument("--lora-rank", type=int, default=lora_rank, metavar="N",
-                       help="rank of LoRA on all linear layers of the LLM, alpha = 2 rank; 0 = full tuning (default %(default)s)")  # fmt: skip
-    group.add_argument(
-        "--merge", action="store_true", help="after LoRA also write model/: LoRA merged, a checkpoint that needs no adapter"
+        "--grad-accum",
+        type=int,
+        default=1,
+        metavar="N",
+        help="forward passes an optimizer step; N x batch size is the batch",
     )
     group.add_argument(
-        "--max-length", type=int, default=0, metavar="N", help="refuse longer prompt + answer; 0 = the LLM's context"
+        "--lr",
+        type=float,
+        default=lr,
+        help="of LoRA, or of the LLM with --lora-rank 0; 0 freezes it (default %(default)s)",
+    )
+    group.add_argument(
+        "--projector-lr",
+        type=float,
+        default=projector_lr,
+        help="0 = projector frozen (default %(default)s)",
+    )
+    group.add_argument(
+        "--lora-rank",
+        type=int,
+        default=lora_rank,
+        metavar="N",
+        help="rank of LoRA on all linear layers of the LLM, alpha = 2 rank; 0 = full tuning (default %(default)s)",
+    )
+    group.add_argument(
+        "--merge",
+        action="store_true",
+        help="after LoRA also write model/: LoRA merged, a checkpoint that needs no adapter",
+    )
+    group.add_argument(
+        "--max-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="refuse longer prompt + answer; 0 = the LLM's context",
     )
     group.add_argument(
         "--gradient-checkpointing",
@@ -117,21 +188,31 @@ def parse(parser, toy, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     flags = {a.dest: a.option_strings for a in parser._actions}
-    given = {dest for dest, options in flags.items() if any(t.split("=")[0] in options for t in argv)}
+    given = {
+        dest for dest, options in flags.items() if any(t.split("=")[0] in options for t in argv)
+    }
     args.toy_world = None
     if args.resume and not (args.out and (Path(args.out) / "args.json").is_file()):
-        raise BadInput(f"--resume needs --out with the folder of a run; {args.out}/args.json is not there.")
+        raise BadInput(
+            f"--resume needs --out with the folder of a run; {args.out}/args.json is not there."
+        )
     if not args.resume and args.out and Path(args.out).exists():
-        raise BadInput(f"--out {args.out} exists; give another folder, or --resume to go on with it.")
+        raise BadInput(
+            f"--out {args.out} exists; give another folder, or --resume to go on with it."
+        )
     for name in ("steps", "epochs", "batch_size", "grad_accum"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1 is needed.")
+            raise BadInput(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1 is needed."
+            )
     for name in ("lora_rank", "max_length", "save_every", "lr", "projector_lr", "vision_lr"):
         value = getattr(args, name, 0)
         if not (math.isfinite(value) and value >= 0):
             raise BadInput(f"--{name.replace('_', '-')} is {value}; 0 or more is needed.")
     if args.lora_rank and getattr(args, "vision_lr", 0):
-        raise BadInput("--vision-lr trains the tower, which an adapter does not hold; give --lora-rank 0 with it.")
+        raise BadInput(
+            "--vision-lr trains the tower, which an adapter does not hold; give --lora-rank 0 with it."
+        )
     if bool(getattr(args, "vision", None)) != bool(getattr(args, "llm", None)):
         raise BadInput("--vision and --llm go together: a model is composed of both.")
     if args.model is None and not (getattr(args, "vision", None) or getattr(args, "llm", None)):
@@ -147,13 +228,21 @@ def parse(parser, toy, argv=None):
         if "images" not in given and "data" not in given:
             args.images = str(Path(args.toy_world) / "images")
         if "vision" in toy:
-            args.vision, args.llm = (str(toyworld.parts(args.seed) / toy[name]) for name in ("vision", "llm"))
+            args.vision, args.llm = (
+                str(toyworld.parts(args.seed) / toy[name]) for name in ("vision", "llm")
+            )
         else:
             args.model = str(toyworld.base(args.seed))
-        settings = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in used.items() if k not in ("data", "vision", "llm"))
+        settings = " ".join(
+            f"--{k.replace('_', '-')} {v}"
+            for k, v in used.items()
+            if k not in ("data", "vision", "llm")
+        )
         print(f"no --model: toy world of seed {args.seed}, {settings}", file=sys.stderr)
     if not args.data:
-        raise BadInput("--model needs --data: a data file in one of the layouts that layouts.py lists.")
+        raise BadInput(
+            "--model needs --data: a data file in one of the layouts that layouts.py lists."
+        )
     return args
 
 
@@ -166,8 +255,12 @@ def device_and_dtype(args):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+        raise BadInput(
+            f"--device {args.device} cannot be used: {str(error).splitlines()[0]}"
+        ) from None
+    dtype = (
+        args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    )
     return device, getattr(torch, dtype)
 
 
@@ -203,9 +296,16 @@ def start(args, script, skipped=None, more=()):
     """
     import torch
 
-    out = Path(args.out) if args.out else next(p for i in range(10**6) if not (p := Path("runs") / f"{script}-{i}").exists())
+    out = (
+        Path(args.out)
+        if args.out
+        else next(p for i in range(10**6) if not (p := Path("runs") / f"{script}-{i}").exists())
+    )
     flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "pillow", "numpy", "safetensors")}
+    versions = {
+        p: importlib.metadata.version(p)
+        for p in ("torch", "transformers", "pillow", "numpy", "safetensors")
+    }
     record = {"script": script, "flags": flags, "versions": versions, "data": {}}
     for path in [*args.data, *more]:
         if not Path(path).is_file():
@@ -218,7 +318,9 @@ def start(args, script, skipped=None, more=()):
                 a, b = old[key].get(name), record[key].get(name)
                 if a != b:
                     what = f"--{name.replace('_', '-')}" if key == "flags" else name
-                    raise BadInput(f"--resume: {what} was {a} and is now {b}; a resumed run must be the same run.")
+                    raise BadInput(
+                        f"--resume: {what} was {a} and is now {b}; a resumed run must be the same run."
+                    )
     else:
         out.mkdir(parents=True)
         write_json(out / "args.json", record)
@@ -297,7 +399,9 @@ def optimizer_step(optimizer, factor, loss, rows, max_norm=1.0):
     params = [p for g in optimizer.param_groups for p in g["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
     if not math.isfinite(loss) or not torch.isfinite(norm):
-        raise NonFinite(f"loss {loss}, gradient norm {float(norm)} at {'; '.join(rows)}; no step was taken.")
+        raise NonFinite(
+            f"loss {loss}, gradient norm {float(norm)} at {'; '.join(rows)}; no step was taken."
+        )
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     optimizer.step()
@@ -355,13 +459,17 @@ def load_checkpoint(out, model, optimizer):
     params = trainable(model)
     missing = {f"model.{n}" for n in params} ^ {k for k in tensors if k.startswith("model.")}
     if missing:
-        raise BadInput(f"{folder}: parameter {sorted(missing)[0]} is only on one side; the checkpoint is of another model.")
+        raise BadInput(
+            f"{folder}: parameter {sorted(missing)[0]} is only on one side; the checkpoint is of another model."
+        )
     with torch.no_grad():
         for n, p in params.items():
             p.copy_(tensors[f"model.{n}"])
             prefix = f"optimizer.{n}."
             state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            optimizer.state[p] = {k: v.to(p.device) if v.ndim or p.is_cuda else v for k, v in state.items()}
+            optimizer.state[p] = {
+                k: v.to(p.device) if v.ndim or p.is_cuda else v for k, v in state.items()
+            }
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -418,16 +526,31 @@ class Progress:
     """One line on stderr for long work: done of total, values, rate, time left. Redrawn on a terminal, every 10 s elsewhere."""
 
     def __init__(self, label, total, done=0):
-        self.label, self.total, self.first, self.begin, self.shown = label, total, done, time.time(), time.time()
+        self.label, self.total, self.first, self.begin, self.shown = (
+            label,
+            total,
+            done,
+            time.time(),
+            time.time(),
+        )
 
     def __call__(self, done, values=""):
         now, live, last = time.time(), sys.stderr.isatty(), done >= self.total
         if last or now - self.shown > (0.2 if live else 10):
             self.shown = now
             rate = (done - self.first) / max(now - self.begin, 1e-9)
-            left = f"{(self.total - done) / rate:.0f} s left" if not last else f"{now - self.begin:.0f} s"
+            left = (
+                f"{(self.total - done) / rate:.0f} s left"
+                if not last
+                else f"{now - self.begin:.0f} s"
+            )
             line = f"{self.label} {done}/{self.total}  {values}{rate:.{2 if rate < 10 else 0}f}/s  {left}"
-            print(f"\r{line:<100}" if live else line, end="\n" if last or not live else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{line:<100}" if live else line,
+                end="\n" if last or not live else "",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class Log:
@@ -436,7 +559,9 @@ class Log:
     def __init__(self, out, first, steps):
         path = out / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a run that was killed may leave half a line
+        whole = [
+            line for line in lines if line.endswith("\n")
+        ]  # a run that was killed may leave half a line
         write_text(path, "".join(line for line in whole if json.loads(line)["step"] < first))
         self.file, self.first = open(path, "a", encoding="utf-8"), first
         self.progress = Progress("step", steps, first)

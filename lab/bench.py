@@ -49,10 +49,25 @@ from model import LORA_TARGETS, LoRALinear, fused_log_probs
 
 RANK, LR, BETA = 16, 1e-4, 0.1
 FULL = {
-    "vision": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 336, "patch_size": 14},
-    "llm": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32064},
-    "batch": 4, "steps": 3, "words": 67,
-}  # fmt: skip
+    "vision": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 336,
+        "patch_size": 14,
+    },
+    "llm": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "vocab_size": 32064,
+    },
+    "batch": 4,
+    "steps": 3,
+    "words": 67,
+}
 
 
 def build(folder, size):
@@ -62,31 +77,56 @@ def build(folder, size):
 
     rng, side, rows = random.Random(0), size["vision"]["image_size"], []
     torch.manual_seed(0)
-    words = (
-        "a the red green small large cup dog table bowl man tree car stands lies left right of on under beside two and".split()
-    )
+    words = "a the red green small large cup dog table bowl man tree car stands lies left right of on under beside two and".split()
     write = lambda n: " ".join(rng.choices(words, k=n)) + "."
     for i in range(size["batch"] * (size["steps"] + 1)):
-        pixels = torch.randint(256, (side, side, 3), dtype=torch.uint8)  # of the tower's size: resizing cannot differ
+        pixels = torch.randint(
+            256, (side, side, 3), dtype=torch.uint8
+        )  # of the tower's size: resizing cannot differ
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
         ask = {"from": "human", "value": f"<image>\n{write(8)}"}
-        good, bad = ([ask, {"from": "gpt", "value": write(size["words"] + rng.randint(-3, 3))}] for _ in range(2))
-        rows.append({"id": i, "image": f"{i}.png", "conversations": good, "rejected_conversations": bad})
+        good, bad = (
+            [ask, {"from": "gpt", "value": write(size["words"] + rng.randint(-3, 3))}]
+            for _ in range(2)
+        )
+        rows.append(
+            {"id": i, "image": f"{i}.png", "conversations": good, "rejected_conversations": bad}
+        )
     training.write_json(folder / "pairs.json", rows)
     training.write_json(folder / "size.json", size)
-    split, system = pre_tokenizers.Whitespace(), data.TEMPLATES["vicuna_v1"].start + "USER: ASSISTANT:"
-    vocabulary = dict.fromkeys(["<unk>", "<s>", "</s>", *words, *(word for word, _ in split.pre_tokenize_str(system))])
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    split, system = (
+        pre_tokenizers.Whitespace(),
+        data.TEMPLATES["vicuna_v1"].start + "USER: ASSISTANT:",
+    )
+    vocabulary = dict.fromkeys(
+        ["<unk>", "<s>", "</s>", *words, *(word for word, _ in split.pre_tokenize_str(system))]
+    )
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = split
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder / "llm")
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**size["llm"])).save_pretrained(folder / "llm")
-    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**size["vision"])).save_pretrained(folder / "vision")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(
+        folder / "llm"
+    )
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**size["llm"])).save_pretrained(
+        folder / "llm"
+    )
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**size["vision"])).save_pretrained(
+        folder / "vision"
+    )
     checkpoints.save(*checkpoints.compose(folder / "vision", folder / "llm"), folder / "model")
     model, processor, batches = load(folder)
-    tokens = {"image_tokens": processor.image_tokens, "prompt_text_tokens": len(batches[0][0].prompt) - processor.image_tokens}
-    tokens["answer_tokens"] = statistics.mean(len(a) for batch in batches for e in batch for a in e.answers)
+    tokens = {
+        "image_tokens": processor.image_tokens,
+        "prompt_text_tokens": len(batches[0][0].prompt) - processor.image_tokens,
+    }
+    tokens["answer_tokens"] = statistics.mean(
+        len(a) for batch in batches for e in batch for a in e.answers
+    )
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         **tokens,
@@ -106,7 +146,9 @@ def load(folder):
 def high_water(model=None):
     """The process's largest RSS, MiB. With a model: RSS now, its weights touched, from which on the mark counts anew."""
     if model is not None:
-        sum(p.sum().item() for p in model.parameters())  # weights mapped from a file are not in memory before
+        sum(
+            p.sum().item() for p in model.parameters()
+        )  # weights mapped from a file are not in memory before
         Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
@@ -116,7 +158,9 @@ def train(batches, pair_log_probs, params, base, reference_seconds=0.0):
 
     reference_seconds: what the reference pass over a step's pairs took, where it is not part of the step.
     """
-    optimizer = torch.optim.AdamW([{"params": params, "base_lr": LR}], lr=LR, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "base_lr": LR}], lr=LR, weight_decay=0.0, fused=True
+    )
     ends, losses, first = [], [], None
     for step, examples in enumerate(batches):
         policy, reference = pair_log_probs(step)
@@ -142,11 +186,16 @@ def ours(folder):
     base, args = high_water(model), argparse.Namespace(batch_size=len(batches[0]))
     reference = [dpo.reference_log_probs(model, processor, batches[0], args)]
     begin = time.process_time()
-    reference += dpo.reference_log_probs(model, processor, sum(batches[1:], []), args).split(args.batch_size)
+    reference += dpo.reference_log_probs(model, processor, sum(batches[1:], []), args).split(
+        args.batch_size
+    )
     seconds = (time.process_time() - begin) / (len(batches) - 1)
     torch.manual_seed(0)
     model.prepare(RANK, projector=False)
-    score = lambda step: (model.answer_log_probs(processor.collate(batches[step])).view(-1, 2), reference[step])
+    score = lambda step: (
+        model.answer_log_probs(processor.collate(batches[step])).view(-1, 2),
+        reference[step],
+    )
     return train(batches, score, list(training.trainable(model).values()), base, seconds)
 
 
@@ -155,7 +204,9 @@ def naive(folder):
     import transformers
 
     _, processor, batches = load(folder)  # the same tokens and pixels as ours
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder / "model", dtype=torch.float32
+    )
     base, adapters = high_water(model.requires_grad_(False)), []
     torch.manual_seed(0)
     for module in list(model.model.language_model.modules()):
@@ -174,10 +225,19 @@ def naive(folder):
     def score(step):
         """Policy and reference on both answers of a batch."""
         pairs = [(e.prompt, e.answers[k]) for k in (0, 1) for e in batches[step]]
-        labels = pad_sequence([torch.cat([torch.full_like(p, -1), a]) for p, a in pairs], batch_first=True, padding_value=-1)
+        labels = pad_sequence(
+            [torch.cat([torch.full_like(p, -1), a]) for p, a in pairs],
+            batch_first=True,
+            padding_value=-1,
+        )
         ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True, padding_value=-1)
         pixels = torch.stack([processor.pixels(e.record.image) for e in batches[step]] * 2)
-        inputs = {"labels": labels, "input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(), "pixel_values": pixels}
+        inputs = {
+            "labels": labels,
+            "input_ids": ids.clamp(min=0),
+            "attention_mask": (ids >= 0).long(),
+            "pixel_values": pixels,
+        }
         with torch.no_grad():
             reference = log_probs(False, **inputs)
         return log_probs(True, **inputs), reference
@@ -193,25 +253,63 @@ def trl(folder, gradient_checkpointing=False):
     from trl import DPOConfig, DPOTrainer
 
     template, size = data.TEMPLATES["vicuna_v1"], json.loads((folder / "size.json").read_text())
-    rows = [{"prompt": "<s>" + template.start + template.user.replace("{}", "<image>\n" + r.turns[0]), "chosen": f" {r.answers[0]}</s>",
-             "rejected": f" {r.answers[1]}</s>", "images": [str(r.image)]} for r in data.load([folder / "pairs.json"])]  # fmt: skip
+    rows = [
+        {
+            "prompt": "<s>"
+            + template.start
+            + template.user.replace("{}", "<image>\n" + r.turns[0]),
+            "chosen": f" {r.answers[0]}</s>",
+            "rejected": f" {r.answers[1]}</s>",
+            "images": [str(r.image)],
+        }
+        for r in data.load([folder / "pairs.json"])
+    ]
     ends, clock = [], transformers.TrainerCallback()
     clock.on_step_end = lambda *args, **kwargs: ends.append(time.process_time())
-    config = DPOConfig("trl", num_train_epochs=1, per_device_train_batch_size=size["batch"], learning_rate=LR, beta=BETA, bf16=False,
-                       max_length=None, gradient_checkpointing=gradient_checkpointing, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
-                       train_sampling_strategy="sequential", disable_tqdm=True, dataloader_pin_memory=False)  # fmt: skip
+    config = DPOConfig(
+        "trl",
+        num_train_epochs=1,
+        per_device_train_batch_size=size["batch"],
+        learning_rate=LR,
+        beta=BETA,
+        bf16=False,
+        max_length=None,
+        gradient_checkpointing=gradient_checkpointing,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        train_sampling_strategy="sequential",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     trainer = DPOTrainer(
-        transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32), args=config, callbacks=[clock],
-        train_dataset=datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image())),
+        transformers.LlavaForConditionalGeneration.from_pretrained(
+            folder / "model", dtype=torch.float32
+        ),
+        args=config,
+        callbacks=[clock],
+        train_dataset=datasets.Dataset.from_list(rows).cast_column(
+            "images", datasets.List(datasets.Image())
+        ),
         processing_class=transformers.AutoProcessor.from_pretrained(folder / "model"),
-        peft_config=peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=rf".*language_model.*\.({'|'.join(LORA_TARGETS)})"),
-    )  # fmt: skip
+        peft_config=peft.LoraConfig(
+            r=RANK,
+            lora_alpha=2 * RANK,
+            target_modules=rf".*language_model.*\.({'|'.join(LORA_TARGETS)})",
+        ),
+    )
     base = high_water(trainer.model)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return {"seconds": seconds, "seconds_3_epochs": seconds, "peak_mib": high_water() - base, "losses": [e["loss"] for e in log],
-            "log_probs": [[log[0]["logps/chosen"], log[0]["logps/rejected"]]]}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "seconds_3_epochs": seconds,
+        "peak_mib": high_water() - base,
+        "losses": [e["loss"] for e in log],
+        "log_probs": [[log[0]["logps/chosen"], log[0]["logps/rejected"]]],
+    }
 
 
 def head(name, _):
@@ -219,8 +317,16 @@ def head(name, _):
     if name == "trl-selective":
         from trl.trainer.utils import selective_log_softmax
     torch.manual_seed(0)
-    w, h, y = torch.randn(32000, 256) * 0.02, torch.randn(1400, 256, requires_grad=True), torch.randint(32000, (1400,))
-    rows, ends, base = torch.cat([torch.arange(630, 700), torch.arange(1330, 1400)]), [], high_water(torch.nn.Module())
+    w, h, y = (
+        torch.randn(32000, 256) * 0.02,
+        torch.randn(1400, 256, requires_grad=True),
+        torch.randint(32000, (1400,)),
+    )
+    rows, ends, base = (
+        torch.cat([torch.arange(630, 700), torch.arange(1330, 1400)]),
+        [],
+        high_water(torch.nn.Module()),
+    )
     plain = lambda h, y: (h @ w.T).log_softmax(-1).gather(-1, y[:, None])
     for _ in range(4):
         log_p = {
@@ -231,7 +337,11 @@ def head(name, _):
         }[name]()
         log_p.sum().backward()
         ends.append(time.process_time())
-    return {"seconds": (ends[-1] - ends[0]) / 3, "peak_mib": high_water() - base, "log_probs": [[log_p.mean().item()]]}
+    return {
+        "seconds": (ends[-1] - ends[0]) / 3,
+        "peak_mib": high_water() - base,
+        "log_probs": [[log_p.mean().item()]],
+    }
 
 
 def negatives(name, folder):
@@ -245,7 +355,11 @@ def negatives(name, folder):
             given = [[(e.answers[0], cut)] for e, cut in zip(examples, cuts)]
             samples = model.sample(prompts, pixels, 1, 12, 0, given=given)
         else:
-            prompts = [torch.cat([e.prompt, e.answers[0][:c]]) for e, cut in zip(examples, cuts) for c in cut]
+            prompts = [
+                torch.cat([e.prompt, e.answers[0][:c]])
+                for e, cut in zip(examples, cuts)
+                for c in cut
+            ]
             samples = model.sample(prompts, pixels.repeat_interleave(5, 0), 1, 12, 0)
         mean = torch.stack([log_p.sum() for answer in samples.log_probs for log_p in answer]).mean()
         ends.append(time.process_time())
@@ -254,9 +368,19 @@ def negatives(name, folder):
 
 
 SECTIONS = {
-    "step": {"ours": ours, "naive": naive, "trl": trl, "trl-default": functools.partial(trl, gradient_checkpointing=True)},
-    "head": {n: functools.partial(head, n) for n in ("fused", "answer-rows", "naive-head", "trl-selective")},
-    "negatives": {n: functools.partial(negatives, n) for n in ("one-prefill", "prefill-a-sentence")},
+    "step": {
+        "ours": ours,
+        "naive": naive,
+        "trl": trl,
+        "trl-default": functools.partial(trl, gradient_checkpointing=True),
+    },
+    "head": {
+        n: functools.partial(head, n)
+        for n in ("fused", "answer-rows", "naive-head", "trl-selective")
+    },
+    "negatives": {
+        n: functools.partial(negatives, n) for n in ("one-prefill", "prefill-a-sentence")
+    },
 }
 
 
@@ -272,57 +396,97 @@ def measure(folder, names, repeat):
                 [sys.executable, "-m", "lab.bench", "--child", name, str(folder)],
                 {"PYTHONPATH": str(Path(__file__).parents[1])},
             )
-            done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+            done = subprocess.run(
+                command, cwd=cwd, env=os.environ | env, capture_output=True, text=True
+            )
         if "ModuleNotFoundError" in done.stderr and name.startswith("trl"):
-            print(f"{name} is not measured: {done.stderr.splitlines()[-1]} (pip install trl peft)", file=sys.stderr)
+            print(
+                f"{name} is not measured: {done.stderr.splitlines()[-1]} (pip install trl peft)",
+                file=sys.stderr,
+            )
             continue
         if done.returncode:
-            raise RuntimeError(f"{name} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"{name} ended with status {done.returncode}:\n{done.stderr[-2000:]}"
+            )
         runs[name].append(found := json.loads(done.stdout.splitlines()[-1]))
         print(f"{name}: {done.stdout.splitlines()[-1]:.120}", file=sys.stderr)
-        first, mine = (torch.tensor(r["log_probs"]) for r in (next(filter(None, runs.values()))[0], found))
+        first, mine = (
+            torch.tensor(r["log_probs"]) for r in (next(filter(None, runs.values()))[0], found)
+        )
         apart = ((first.mean(0) if len(mine) == 1 else first) - mine).abs().max()
-        if not apart <= 1e-3 or not abs(found.get("losses", [math.log(2)])[0] - math.log(2)) <= 1e-4:
-            raise RuntimeError(f"{name} computed something else, log-probs {apart:.4f} apart: {found}")
+        if (
+            not apart <= 1e-3
+            or not abs(found.get("losses", [math.log(2)])[0] - math.log(2)) <= 1e-4
+        ):
+            raise RuntimeError(
+                f"{name} computed something else, log-probs {apart:.4f} apart: {found}"
+            )
     out, first = {}, next(filter(None, runs.values()), None)
     for name, found in runs.items():
         if found:
             kinds = [k for k in found[0] if k not in ("losses", "log_probs")]
             values = {k: [r[k] for r in found] for k in kinds}
             values |= {f"{k}_ratio": [r[k] / f[k] for r, f in zip(found, first)] for k in kinds}
-            out[name] = {k: {"median": statistics.median(v), "min": min(v), "max": max(v)} for k, v in values.items()}
+            out[name] = {
+                k: {"median": statistics.median(v), "min": min(v), "max": max(v)}
+                for k, v in values.items()
+            }
     return out
 
 
 def main(argv=None, size=FULL):
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--repeat", type=int, default=3, help="times that each is run (default %(default)s)")
     parser.add_argument(
-        "--only", choices=[n for k, v in SECTIONS.items() for n in (k, *v)], help="one section or one of its rows"
+        "--repeat", type=int, default=3, help="times that each is run (default %(default)s)"
+    )
+    parser.add_argument(
+        "--only",
+        choices=[n for k, v in SECTIONS.items() for n in (k, *v)],
+        help="one section or one of its rows",
     )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.child:
         name, folder = args.child
-        return print(json.dumps(next(v[name] for v in SECTIONS.values() if name in v)(Path(folder))))
+        return print(
+            json.dumps(next(v[name] for v in SECTIONS.values() if name in v)(Path(folder)))
+        )
     cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "unknown"
+        (
+            x.split(":")[1].strip()
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in x
+        ),
+        "unknown",
     )
     out = {
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "threads": 1, "load": os.getloadavg()[0]}
+        "machine": {
+            "cpu": cpu,
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "threads": 1,
+            "load": os.getloadavg()[0],
+        }
     }
     with tempfile.TemporaryDirectory() as folder:
         out["workload"] = build(Path(folder), size)
         print(*(", ".join(f"{k} {v}" for k, v in part.items()) for part in out.values()), sep="\n")
         for section, names in SECTIONS.items():
-            out[section] = measure(Path(folder), [n for n in names if args.only in (None, n, section)], args.repeat)
+            out[section] = measure(
+                Path(folder), [n for n in names if args.only in (None, n, section)], args.repeat
+            )
             columns = list(next(iter(out[section].values()), ()))
             print("\n| " + " | ".join([section, *columns]) + " |\n|" + "---|" * (len(columns) + 1))
             for name, row in out[section].items():
-                cells = (f"{c['median']:.3g} ({c['min']:.3g} - {c['max']:.3g})" for c in row.values())
+                cells = (
+                    f"{c['median']:.3g} ({c['min']:.3g} - {c['max']:.3g})" for c in row.values()
+                )
                 print("|", name, "|", " | ".join(cells), "|")
     if args.json:
         training.write_json(args.json, out)

@@ -20,8 +20,23 @@ COLOURS: dict[str, Colour] = {
     "green": (50, 160, 75),
     "purple": (140, 70, 185),
 }
-SCENES: tuple[str, ...] = ("kitchen", "street", "beach", "farm", "bedroom", "park", "living room", "office")
-INK, DARK, MILK, PINK, GLASS = (20, 20, 25), (48, 48, 58), (250, 246, 236), (240, 165, 165), (190, 225, 240)
+SCENES: tuple[str, ...] = (
+    "kitchen",
+    "street",
+    "beach",
+    "farm",
+    "bedroom",
+    "park",
+    "living room",
+    "office",
+)
+INK, DARK, MILK, PINK, GLASS = (
+    (20, 20, 25),
+    (48, 48, 58),
+    (250, 246, 236),
+    (240, 165, 165),
+    (190, 225, 240),
+)
 
 
 @dataclass(frozen=True)
@@ -47,11 +62,23 @@ class Pen:
     Every method takes one fill and any number of shapes; `flip` mirrors them, `shade` is a tone() for all fills.
     """
 
-    def __init__(self, draw, x: float, y: float, w: float, h: float, flip: bool = False, shade: float = 0.0):
-        self.draw, self.x, self.y, self.w, self.h, self.flip, self.shade = draw, x, y, w, h, flip, shade
+    def __init__(
+        self, draw, x: float, y: float, w: float, h: float, flip: bool = False, shade: float = 0.0
+    ):
+        self.draw, self.x, self.y, self.w, self.h, self.flip, self.shade = (
+            draw,
+            x,
+            y,
+            w,
+            h,
+            flip,
+            shade,
+        )
 
     def at(self, points) -> list[tuple[float, float]]:
-        return [(self.x + self.w * (1 - a if self.flip else a), self.y + self.h * b) for a, b in points]
+        return [
+            (self.x + self.w * (1 - a if self.flip else a), self.y + self.h * b) for a, b in points
+        ]
 
     def corners(self, x0: float, y0: float, x1: float, y1: float) -> tuple[float, ...]:
         (a, b), (c, d) = self.at(((x0, y0), (x1, y1)))
@@ -64,7 +91,9 @@ class Pen:
     def box(self, fill, *shapes, r: float = 0.0):
         for shape in shapes:
             if r:
-                self.draw.rounded_rectangle(self.corners(*shape), r * self.w, tone(fill, self.shade))
+                self.draw.rounded_rectangle(
+                    self.corners(*shape), r * self.w, tone(fill, self.shade)
+                )
             else:
                 self.draw.rectangle(self.corners(*shape), tone(fill, self.shade))
 
@@ -92,7 +121,12 @@ class Pen:
             if width is None:
                 self.draw.chord(self.corners(*shape), *turn, tone(fill, self.shade))
             else:
-                self.draw.arc(self.corners(*shape), *turn, tone(fill, self.shade), max(1, round(width * self.w)))
+                self.draw.arc(
+                    self.corners(*shape),
+                    *turn,
+                    tone(fill, self.shade),
+                    max(1, round(width * self.w)),
+                )
 
 
 def person(p: Pen, c, rng):
@@ -167,18 +201,26 @@ def cat(p: Pen, c, rng):
     p.oval(tone(c, 0.45), (0.34, 0.56, 0.62, 0.92))
     p.oval(tone(c, 0.2), (0.24, 0.88, 0.48, 1.0), (0.48, 0.88, 0.72, 1.0))
     p.poly(c, ((0.12, 0.0), (0.1, 0.32), (0.46, 0.16)), ((0.84, 0.0), (0.86, 0.32), (0.5, 0.16)))
-    p.poly(PINK, ((0.17, 0.07), (0.16, 0.24), (0.35, 0.17)), ((0.79, 0.07), (0.8, 0.24), (0.61, 0.17)))
+    p.poly(
+        PINK, ((0.17, 0.07), (0.16, 0.24), (0.35, 0.17)), ((0.79, 0.07), (0.8, 0.24), (0.61, 0.17))
+    )
     p.oval(c, (0.09, 0.12, 0.87, 0.56))
     p.line(tone(c, -0.3), 0.05, *(((x, 0.13), (x, 0.21)) for x in (0.39, 0.48, 0.57)))
     p.oval((200, 235, 90), (0.21, 0.25, 0.39, 0.38), (0.57, 0.25, 0.75, 0.38))
     p.oval(INK, (0.27, 0.26, 0.33, 0.37), (0.63, 0.26, 0.69, 0.37))
-    p.line(MILK, 0.025, *(((0.48 + s * 0.18, 0.42), (0.48 + s * 0.48, y)) for s in (-1, 1) for y in (0.4, 0.46)))
+    p.line(
+        MILK,
+        0.025,
+        *(((0.48 + s * 0.18, 0.42), (0.48 + s * 0.48, y)) for s in (-1, 1) for y in (0.4, 0.46)),
+    )
     p.poly(PINK, ((0.42, 0.39), (0.54, 0.39), (0.48, 0.45)))
 
 
 def bird(p: Pen, c, rng):
     lift = rng.uniform(0.24, 0.36)
-    p.line((215, 120, 30), 0.04, *(((x, 0.8), (x + 0.02, 0.98), (x + 0.1, 0.98)) for x in (0.47, 0.57)))
+    p.line(
+        (215, 120, 30), 0.04, *(((x, 0.8), (x + 0.02, 0.98), (x + 0.1, 0.98)) for x in (0.47, 0.57))
+    )
     p.poly(tone(c, -0.3), ((0.0, 0.42), (0.05, 0.66), (0.4, 0.68), (0.3, 0.45)))
     p.oval(c, (0.16, 0.3, 0.82, 0.88))
     p.poly((245, 145, 30), ((0.84, 0.18), (1.0, 0.28), (0.84, 0.36)))
@@ -198,7 +240,10 @@ def cow(p: Pen, c, rng):
     p.oval(PINK, (0.34, 0.62, 0.5, 0.82))
     p.box(c, (0.03, 0.22, 0.76, 0.74), r=0.14)
     p.oval(MILK, (0.1 + dx, 0.24, 0.34 + dx, 0.55), (0.42 + dx, 0.4, 0.62 + dx, 0.7))
-    p.poly((240, 225, 180), *(((0.8 + s * 0.06, 0.14), (0.8 + s * 0.17, 0), (0.8 + s * 0.13, 0.16)) for s in (-1, 1)))
+    p.poly(
+        (240, 225, 180),
+        *(((0.8 + s * 0.06, 0.14), (0.8 + s * 0.17, 0), (0.8 + s * 0.13, 0.16)) for s in (-1, 1)),
+    )
     p.oval(tone(c, -0.2), (0.59, 0.15, 0.73, 0.27), (0.87, 0.15, 1.01, 0.27))
     p.box(c, (0.67, 0.08, 0.93, 0.56), r=0.1)
     p.box(MILK, (0.77, 0.1, 0.83, 0.4))
@@ -211,7 +256,10 @@ def sheep(p: Pen, c, rng):
     wool, face = (246, 243, 234), (70, 62, 66)
     p.line(face, 0.08, *(((x, 0.7), (x, 0.96)) for x in (0.22, 0.36, 0.56, 0.7)))
     turn = rng.uniform(0, 0.7)
-    puffs = [(0.42 + 0.3 * math.cos(i * 0.7 + turn), 0.46 + 0.26 * math.sin(i * 0.7 + turn)) for i in range(9)]
+    puffs = [
+        (0.42 + 0.3 * math.cos(i * 0.7 + turn), 0.46 + 0.26 * math.sin(i * 0.7 + turn))
+        for i in range(9)
+    ]
     p.disc(tone(wool, -0.12), *((x, y + 0.03, 0.135) for x, y in puffs))
     p.disc(wool, *((x, y, 0.13) for x, y in puffs))
     p.oval(wool, (0.15, 0.25, 0.7, 0.72))
@@ -248,14 +296,24 @@ def kite(p: Pen, c, rng):
     x = 0.5 + rng.uniform(-0.06, 0.06)
     p.line((90, 90, 100), 0.025, ((0.5, 0.68), (0.36, 0.8), (0.5, 0.9), (0.38, 1.0)))
     p.poly(c, ((x, 0.0), (1.0, 0.28), (0.5, 0.72), (0.0, 0.28)))
-    p.poly(tone(c, 0.4), ((x, 0.0), (0.0, 0.28), (0.5, 0.28)), ((1.0, 0.28), (0.5, 0.72), (0.5, 0.28)))
+    p.poly(
+        tone(c, 0.4), ((x, 0.0), (0.0, 0.28), (0.5, 0.28)), ((1.0, 0.28), (0.5, 0.72), (0.5, 0.28))
+    )
     for a, b in ((0.38, 0.8), (0.48, 0.91)):
-        p.poly((250, 205, 40), *(((a + s, b - 0.05), (a, b), (a + s, b + 0.05)) for s in (-0.14, 0.14)))
+        p.poly(
+            (250, 205, 40), *(((a + s, b - 0.05), (a, b), (a + s, b + 0.05)) for s in (-0.14, 0.14))
+        )
 
 
 def bench(p: Pen, c, rng):
     gap = rng.uniform(-0.01, 0.01)
-    p.box(DARK, (0.1, 0.05, 0.18, 1.0), (0.82, 0.05, 0.9, 1.0), (0.04, 0.94, 0.24, 1.0), (0.76, 0.94, 0.96, 1.0))
+    p.box(
+        DARK,
+        (0.1, 0.05, 0.18, 1.0),
+        (0.82, 0.05, 0.9, 1.0),
+        (0.04, 0.94, 0.24, 1.0),
+        (0.76, 0.94, 0.96, 1.0),
+    )
     p.box(c, *((0.0, y + gap, 1.0, y + 0.14 + gap) for y in (0.0, 0.2, 0.4)), r=0.02)
     p.box(tone(c, 0.2), *((0.0, y + gap, 1.0, y + 0.04 + gap) for y in (0.0, 0.2, 0.4, 0.6)))
     p.box(tone(c, -0.2), (0.0, 0.64, 1.0, 0.78), r=0.02)
@@ -268,7 +326,10 @@ def chair(p: Pen, c, rng):
     p.box(c, (0.04, 0.02, 0.16, 1.0))
     p.poly(c, ((0.04, 0.0), (0.42, 0.08), (0.42, seat), (0.04, seat + 0.08)))
     p.poly(tone(c, 0.3), ((0.15, 0.08), (0.35, 0.13), (0.35, 0.4), (0.15, 0.43)))
-    p.poly(tone(c, 0.15), ((0.06, seat + 0.1), (0.36, seat - 0.03), (1.0, seat - 0.03), (0.86, seat + 0.1)))
+    p.poly(
+        tone(c, 0.15),
+        ((0.06, seat + 0.1), (0.36, seat - 0.03), (1.0, seat - 0.03), (0.86, seat + 0.1)),
+    )
     p.box(tone(c, -0.15), (0.06, seat + 0.1, 0.87, seat + 0.17))
     p.box(c, (0.75, seat + 0.1, 0.87, 1.0))
 
@@ -309,7 +370,9 @@ def laptop(p: Pen, c, rng):
     silver, end = (205, 210, 218), rng.uniform(0.5, 0.75)
     p.box(tone(silver, -0.25), (0.13, 0.0, 0.87, 0.7), r=0.05)
     p.box((110, 200, 235), (0.18, 0.06, 0.82, 0.64))
-    p.box((245, 250, 252), (0.25, 0.17, end, 0.25), (0.25, 0.32, 0.75, 0.39), (0.25, 0.46, 0.6, 0.53))
+    p.box(
+        (245, 250, 252), (0.25, 0.17, end, 0.25), (0.25, 0.32, 0.75, 0.39), (0.25, 0.46, 0.6, 0.53)
+    )
     p.poly(silver, ((0.12, 0.7), (0.88, 0.7), (1.0, 0.93), (0.0, 0.93)))
     p.poly((90, 95, 105), ((0.18, 0.73), (0.82, 0.73), (0.88, 0.84), (0.12, 0.84)))
     p.box(tone(silver, -0.35), (0.0, 0.93, 1.0, 1.0), r=0.03)
@@ -318,7 +381,9 @@ def laptop(p: Pen, c, rng):
 def book(p: Pen, c, rng):
     """Closed, standing: coloured cover, a strip of white pages on one side."""
     top = rng.uniform(0.0, 0.04)
-    p.poly(tone(c, -0.35), ((0.0, 0.1), (0.2, 0.02), (1.0, 0.06), (1.0, 0.95), (0.2, 1.0), (0.0, 0.92)))
+    p.poly(
+        tone(c, -0.35), ((0.0, 0.1), (0.2, 0.02), (1.0, 0.06), (1.0, 0.95), (0.2, 1.0), (0.0, 0.92))
+    )
     p.poly((252, 248, 235), ((0.84, 0.09), (0.97, 0.1), (0.97, 0.9), (0.84, 0.92)))
     p.poly(c, ((0.16, top), (0.86, 0.02), (0.86, 0.94), (0.16, 0.98)))
     p.box((252, 240, 200), (0.3, 0.2, 0.74, 0.3), (0.38, 0.36, 0.66, 0.41))
@@ -329,7 +394,11 @@ def clock(p: Pen, c, rng):
     p.disc((38, 52, 92), (0.5, 0.5, 0.5))
     p.disc((253, 252, 246), (0.5, 0.5, 0.4))
     around = [(math.cos(i * math.tau / 12), math.sin(i * math.tau / 12)) for i in range(12)]
-    p.line(DARK, 0.035, *(((0.5 + x * 0.3, 0.5 + y * 0.3), (0.5 + x * 0.36, 0.5 + y * 0.36)) for x, y in around))
+    p.line(
+        DARK,
+        0.035,
+        *(((0.5 + x * 0.3, 0.5 + y * 0.3), (0.5 + x * 0.36, 0.5 + y * 0.36)) for x, y in around),
+    )
     for reach, (x, y) in zip((0.18, 0.28), rng.sample(around, 2), strict=True):
         p.line(DARK, 0.05, ((0.5, 0.5), (0.5 + reach * x, 0.5 + reach * y)))
     p.disc((215, 50, 50), (0.5, 0.5, 0.05))
@@ -343,7 +412,11 @@ def cup(p: Pen, c, rng):
     p.box(tone(c, 0.3), (0.13, 0.4, 0.22, 0.86), r=0.04)
     p.oval(tone(c, 0.35), (0.05, 0.2, 0.74, 0.38))
     p.oval((90, 55, 35), (0.11, 0.23, 0.68, 0.36))
-    p.line((245, 245, 245), 0.04, *(((x, 0.17), (x + 0.05 + sway, 0.1), (x - 0.02, 0.02)) for x in (0.3, 0.5)))
+    p.line(
+        (245, 245, 245),
+        0.04,
+        *(((x, 0.17), (x + 0.05 + sway, 0.1), (x - 0.02, 0.02)) for x in (0.3, 0.5)),
+    )
 
 
 def bowl(p: Pen, c, rng):
@@ -386,7 +459,10 @@ def potted_plant(p: Pen, c, rng):
         a, reach = math.radians(degrees + rng.uniform(-6, 6)), 0.42 + 0.1 * (i > 1)
         x, y = reach * math.cos(a), -1.15 * reach * math.sin(a)
         u, v = 0.5 + 0.55 * x, 0.62 + 0.55 * y
-        p.poly(greens[i % 3], ((0.5, 0.66), (u - y / 5, v + x / 6), (0.5 + x, 0.62 + y), (u + y / 5, v - x / 6)))
+        p.poly(
+            greens[i % 3],
+            ((0.5, 0.66), (u - y / 5, v + x / 6), (0.5 + x, 0.62 + y), (u + y / 5, v - x / 6)),
+        )
     p.poly(pot, ((0.22, 0.66), (0.78, 0.66), (0.7, 1.0), (0.3, 1.0)))
     p.poly(tone(pot, -0.2), ((0.6, 0.66), (0.78, 0.66), (0.7, 1.0), (0.58, 1.0)))
     p.box(tone(pot, 0.15), (0.18, 0.62, 0.82, 0.72), r=0.03)
@@ -405,7 +481,11 @@ def teddy_bear(p: Pen, c, rng):
     p.oval(fur, (0.13, 0.05, 0.87, 0.54))
     p.oval(light, (0.3, 0.29, 0.7, 0.52))
     p.oval(DARK, (0.42, 0.3, 0.58, 0.38), (0.28, 0.2, 0.38, 0.29), (0.62, 0.2, 0.72, 0.29))
-    p.poly((215, 45, 60), ((0.5, 0.56), (0.28, 0.5), (0.28, 0.63)), ((0.5, 0.56), (0.72, 0.5), (0.72, 0.63)))
+    p.poly(
+        (215, 45, 60),
+        ((0.5, 0.56), (0.28, 0.5), (0.28, 0.63)),
+        ((0.5, 0.56), (0.72, 0.5), (0.72, 0.63)),
+    )
 
 
 # What draws it, its width and height in slots (sizes help to tell things apart), the colours it comes in.
@@ -493,14 +573,21 @@ def street(p: Pen, rng):
         wide, top = rng.uniform(0.16, 0.26), rng.uniform(0.03, 0.16)
         wall = wander(rng.choice(((214, 196, 184), (198, 204, 214), (222, 210, 186))), rng)
         p.box(wall, (x, top, x + wide, edge))
-        rows, columns = (top + 0.04, top + 0.11, top + 0.18), (x + wide * 0.12, x + wide * 0.42, x + wide * 0.72)
-        p.box(tone(wall, -0.12), *((a, b, a + wide * 0.16, b + 0.04) for a in columns for b in rows))
+        rows, columns = (
+            (top + 0.04, top + 0.11, top + 0.18),
+            (x + wide * 0.12, x + wide * 0.42, x + wide * 0.72),
+        )
+        p.box(
+            tone(wall, -0.12), *((a, b, a + wide * 0.16, b + 0.04) for a in columns for b in rows)
+        )
         x += wide
     p.box((206, 202, 196), (0, edge, 1, edge + 0.13))
     p.box((184, 181, 178), (0, edge + 0.11, 1, edge + 0.13))
     fade(p, (158, 162, 170), (176, 179, 186), edge + 0.13, 1)
     start = rng.uniform(-0.2, 0)
-    p.box((222, 221, 214), *((start + i * 0.3, 0.74, start + i * 0.3 + 0.15, 0.76) for i in range(5)))
+    p.box(
+        (222, 221, 214), *((start + i * 0.3, 0.74, start + i * 0.3 + 0.15, 0.76) for i in range(5))
+    )
 
 
 def beach(p: Pen, rng):
@@ -510,7 +597,10 @@ def beach(p: Pen, rng):
     glints = [(rng.uniform(-0.1, 0.9), rng.uniform(sea + 0.02, 0.42)) for _ in range(7)]
     p.box((178, 224, 228), *((x, y, x + 0.15, y + 0.008) for x, y in glints))
     fade(p, (240, 224, 186), (230, 206, 160), 0.46, 1)
-    p.oval((238, 246, 240), *((i / 6 - 0.1, rng.uniform(0.435, 0.455), i / 6 + 0.1, 0.485) for i in range(7)))
+    p.oval(
+        (238, 246, 240),
+        *((i / 6 - 0.1, rng.uniform(0.435, 0.455), i / 6 + 0.1, 0.485) for i in range(7)),
+    )
     p.disc((214, 188, 142), *((rng.random(), rng.uniform(0.54, 1), 0.008) for _ in range(14)))
 
 
@@ -520,7 +610,11 @@ def farm(p: Pen, rng):
     p.oval((176, 204, 148), (-0.4 + shift, 0.22, 0.7 + shift, 0.9))
     p.oval((160, 194, 134), (0.3 + shift, 0.25, 1.5 + shift, 0.9))
     fade(p, (168, 202, 126), (144, 186, 106), 0.4, 1)
-    p.line((154, 188, 114), 0.012, *(((0.5 + i * 0.1, 0.42), (0.5 + i * 0.34, 1)) for i in range(-4, 5)))
+    p.line(
+        (154, 188, 114),
+        0.012,
+        *(((0.5 + i * 0.1, 0.42), (0.5 + i * 0.34, 1)) for i in range(-4, 5)),
+    )
     p.box(fence, (0, 0.355, 1, 0.37), (0, 0.405, 1, 0.42))
     p.box(fence, *((start + i * 0.13, 0.33, start + i * 0.13 + 0.02, 0.45) for i in range(-1, 8)))
 
@@ -542,7 +636,9 @@ def park(p: Pen, rng):
         p.disc(wander((170, 206, 164), rng), (x - 0.02, 0.16, 0.08))
         x += rng.uniform(0.2, 0.3)
     fade(p, (164, 206, 144), (140, 190, 118), 0.4, 1)
-    p.poly((226, 212, 180), ((0.5 + bend, 0.4), (0.58 + bend, 0.4), (0.85 - bend, 1), (0.3 - bend, 1)))
+    p.poly(
+        (226, 212, 180), ((0.5 + bend, 0.4), (0.58 + bend, 0.4), (0.85 - bend, 1), (0.3 - bend, 1))
+    )
     p.disc((200, 226, 166), *((rng.random(), rng.uniform(0.48, 1), 0.008) for _ in range(14)))
 
 
@@ -556,14 +652,22 @@ def living_room(p: Pen, rng):
 
 
 def office(p: Pen, rng):
-    edge, shift = indoors(p, rng, (214, 220, 226), (178, 200, 212), (240, 242, 244)), rng.uniform(-0.08, 0.08)
+    edge, shift = (
+        indoors(p, rng, (214, 220, 226), (178, 200, 212), (240, 242, 244)),
+        rng.uniform(-0.08, 0.08),
+    )
     p.box((236, 244, 248), (0, 0.06, 1, edge - 0.1))
     p.box((222, 230, 236), *((0, 0.06 + i * 0.03, 1, 0.073 + i * 0.03) for i in range(9)))
-    p.box((204, 210, 216), *((shift + i / 3 - 0.01, 0.04, shift + i / 3 + 0.01, edge - 0.08) for i in range(4)))
+    p.box(
+        (204, 210, 216),
+        *((shift + i / 3 - 0.01, 0.04, shift + i / 3 + 0.01, edge - 0.08) for i in range(4)),
+    )
     tiles(p, (166, 188, 200), edge)
 
 
-BACKDROPS = dict(zip(SCENES, (kitchen, street, beach, farm, bedroom, park, living_room, office), strict=True))
+BACKDROPS = dict(
+    zip(SCENES, (kitchen, street, beach, farm, bedroom, park, living_room, office), strict=True)
+)
 
 
 def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144) -> Image.Image:
@@ -578,7 +682,9 @@ def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144
     for thing in sorted(things, key=lambda t: (t.row, t.column)):
         figure, wide, high, colours = FIGURES[thing.name]
         if thing.colour not in (colours or (None,)):
-            raise ValueError(f"{thing.name}: colour {thing.colour!r} is not one of {colours or (None,)}")
+            raise ValueError(
+                f"{thing.name}: colour {thing.colour!r} is not one of {colours or (None,)}"
+            )
         scale = 1.0 if thing.count == 1 else min(0.8, 0.58 / wide)
         flip = rng.random() < 0.5
         for aside, up in ((0, 0),) if thing.count == 1 else ((-0.078, 0.05), (0.078, 0)):
@@ -591,11 +697,22 @@ def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144
             if thing.name in HANGING:
                 y -= (0.43 * side - h) / 2
             else:
-                ground.ellipse((x - w * 0.52, y - side * 0.02, x + w * 0.52, y + side * 0.018), (30, 25, 40, 70))
-            figure(Pen(top, x - w / 2, y - h, w, h, flip, rng.uniform(-0.08, 0.08)), COLOURS.get(thing.colour), rng)
+                ground.ellipse(
+                    (x - w * 0.52, y - side * 0.02, x + w * 0.52, y + side * 0.018),
+                    (30, 25, 40, 70),
+                )
+            figure(
+                Pen(top, x - w / 2, y - h, w, h, flip, rng.uniform(-0.08, 0.08)),
+                COLOURS.get(thing.colour),
+                rng,
+            )
     back, layer = back.reduce(2), layer.reduce(2)
     mask = layer.getchannel("A")
     # A soft dark rim sets things off from the backdrop, white ones most of all.
-    back.paste((35, 30, 45), (1, 1), mask.filter(ImageFilter.BoxBlur(1.5)).point([v * 11 // 20 for v in range(256)]))
+    back.paste(
+        (35, 30, 45),
+        (1, 1),
+        mask.filter(ImageFilter.BoxBlur(1.5)).point([v * 11 // 20 for v in range(256)]),
+    )
     back.paste(layer, (0, 0), mask)
     return back

@@ -12,16 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.drawing import CLASSES, COLOURS, SCENES, Thing
-from lab.toyworld import CAPTION_PROMPTS, PLACES, SHORT, SYNONYMS, Scene, a, caption, open_questions, plural, sentence
+from lab.toyworld import (
+    CAPTION_PROMPTS,
+    PLACES,
+    SHORT,
+    SYNONYMS,
+    Scene,
+    a,
+    caption,
+    open_questions,
+    plural,
+    sentence,
+)
 from lab.toyworld import some_yes_no, tell, write_rows, yes_no
 
 
 WORDS = [(name, word) for name in CLASSES for word in (name, SYNONYMS.get(name, name))]
-KNOWN = {form: (name, word) for name, word in WORDS for form in (word, plural(word))}  # "sofas": ("couch", "sofa")
+KNOWN = {
+    form: (name, word) for name, word in WORDS for form in (word, plural(word))
+}  # "sofas": ("couch", "sofa")
 NOUN = "|".join(sorted(KNOWN, key=len, reverse=True))
 COLOUR = "|".join(COLOURS)
 MENTION = re.compile(rf"\b({NOUN})\b", re.I)
-OPENER = re.compile(rf"(?:this is|the picture shows|the image shows) an? (?P<kind>{'|'.join(SCENES)})", re.I)
+OPENER = re.compile(
+    rf"(?:this is|the picture shows|the image shows) an? (?P<kind>{'|'.join(SCENES)})", re.I
+)
 CLAUSE = re.compile(
     rf"(?:yes, )?(?P<there>there (?:is|are) )?(?P<count>an?|one|two|the) (?:(?P<colour>{COLOUR}) )?(?P<noun>{NOUN})"
     rf"(?: (?:is|are))?(?: (?:(?P<place>{'|'.join(PLACES)})|(?P<predicate>{COLOUR})))?",
@@ -65,7 +80,9 @@ def claim_of(clause, start=0):
     colour, place = found["colour"] or found["predicate"], found["place"]
     count = {"a": 1, "an": 1, "one": 1, "two": 2, "the": None}[found["count"].lower()]
     column = PLACES.index(place.lower()) if place else None
-    return Claim(span, name, colour and colour.lower(), count, column, word=word, there=bool(found["there"]))
+    return Claim(
+        span, name, colour and colour.lower(), count, column, word=word, there=bool(found["there"])
+    )
 
 
 def sentences(text):
@@ -92,7 +109,9 @@ def slips(scene, claim):
         return [] if claim.kind == scene.kind else ["kind"]
     thing = scene.present.get(claim.name)
     said = {key: getattr(claim, key) for key in ("colour", "count", "column")} if thing else {}
-    return [key for key, value in said.items() if value is not None and value != getattr(thing, key)]
+    return [
+        key for key, value in said.items() if value is not None and value != getattr(thing, key)
+    ]
 
 
 class Oracle:
@@ -105,7 +124,9 @@ class Oracle:
         truth = json.loads((Path(folder) / "scenes.json").read_text(encoding="utf-8"))
         self.scenes = {}
         for name, scene in truth.items():
-            self.scenes[name] = Scene(scene["kind"], tuple(Thing(**thing) for thing in scene["things"]))
+            self.scenes[name] = Scene(
+                scene["kind"], tuple(Thing(**thing) for thing in scene["things"])
+            )
 
     def scene(self, image):
         """The Scene of a picture, given as a path or a file name."""
@@ -113,7 +134,9 @@ class Oracle:
         if name not in self.scenes:
             from model import BadInput
 
-            raise BadInput(f"{image} is no picture of this world; its scenes.json knows {len(self.scenes)} others.")
+            raise BadInput(
+                f"{image} is no picture of this world; its scenes.json knows {len(self.scenes)} others."
+            )
         return self.scenes[name]
 
     def question(self, image, prompt):
@@ -145,7 +168,13 @@ class Oracle:
             counts["true"] = 1
         elif kind == "yes_no":
             words, named = set(re.findall("[a-z]+", answer.lower())), set(mentions(answer))
-            said = "no" if words & {"no", "not"} else "yes" if "yes" in words or name in named else None
+            said = (
+                "no"
+                if words & {"no", "not"}
+                else "yes"
+                if "yes" in words or name in named
+                else None
+            )
             if said is None or named - {name}:
                 counts["unreadable"] = 1
             elif name in scene.present:
@@ -166,10 +195,17 @@ class Oracle:
                 counts["true"] = len(scene.present.keys() & set(mentions(answer)))
                 counts["missed"] = len(scene.things) - counts["true"]
             else:
-                about = [claim for claim in told if claim.name == name and getattr(claim, kind) is not None]
+                about = [
+                    claim
+                    for claim in told
+                    if claim.name == name and getattr(claim, kind) is not None
+                ]
                 counts["missed"] = int(not about)
                 counts["true"] = int(not any(counts.values()))
-        errors = sum(counts[key] for key in ("false", "wrong", "unreadable") + ("missed",) * (kind != "describe"))
+        errors = sum(
+            counts[key]
+            for key in ("false", "wrong", "unreadable") + ("missed",) * (kind != "describe")
+        )
         return counts | {"words": len(answer.split()), "errors": errors}
 
     def correct(self, image, prompt, answer, rng):
@@ -190,11 +226,18 @@ class Oracle:
         for told in sentences(answer):
             clauses = []
             for claim in told:
-                text, thing, wrong = answer[slice(*claim.span)], scene.present.get(claim.name), slips(scene, claim)
+                text, thing, wrong = (
+                    answer[slice(*claim.span)],
+                    scene.present.get(claim.name),
+                    slips(scene, claim),
+                )
                 if claim.kind and wrong:
                     clauses.append(re.sub(rf"an? {claim.kind}$", a(scene.kind), text, flags=re.I))
                 elif wrong and claim.name not in said:
-                    colour, column = claim.colour and thing.colour, None if claim.column is None else thing.column
+                    colour, column = (
+                        claim.colour and thing.colour,
+                        None if claim.column is None else thing.column,
+                    )
                     clauses.append(tell(claim.word, colour, thing.count, column, claim.there))
                     said.add(claim.name)
                 elif not wrong and (claim.kind or thing):
@@ -219,7 +262,9 @@ class Oracle:
             "helpfulness": round(4 * (right if short else share)),
             "correctness": max(0, 4 - found["errors"] * (4 if short else 1)),
             "coherence": max(0, 4 - 2 * found["unreadable"] - (len(named) - len(set(named)))),
-            "complexity": min(4, sum(value is not None for values in told for value in values) // 3),
+            "complexity": min(
+                4, sum(value is not None for values in told for value in values) // 3
+            ),
             "verbosity": min(4, found["words"] // 10),
         }
 
@@ -227,7 +272,11 @@ class Oracle:
         """VLFeedback's aspects, "1" to "5": helpfulness and correctness of `rate`, plus 1; nothing is unethical."""
         rated = self.rate(image, prompt, answer)
         helpful, faithful = str(1 + rated["helpfulness"]), str(1 + rated["correctness"])
-        return {"Helpfulness": helpful, "Ethical Considerations": "5", "Visual Faithfulness": faithful}
+        return {
+            "Helpfulness": helpful,
+            "Ethical Considerations": "5",
+            "Visual Faithfulness": faithful,
+        }
 
 
 # ---- preferences among a model's own answers
@@ -257,27 +306,59 @@ def preferences_from_answers(prompts, answers, oracle, folder, rng):
     takes them; of several wrong samples one is drawn. Returns the counts {"vlfeedback", "rlhf_v", "empty", "right"};
     right: prompts without a wrong sample, which have no row in rlhf_v.jsonl.
     """
-    folder, ranked, corrected, counts = Path(folder), [], [], Counter(vlfeedback=0, rlhf_v=0, empty=0, right=0)
+    folder, ranked, corrected, counts = (
+        Path(folder),
+        [],
+        [],
+        Counter(vlfeedback=0, rlhf_v=0, empty=0, right=0),
+    )
     for (image, prompt), samples in zip(prompts, answers, strict=True):
         completions, wrong = [], []
         for i, sample in enumerate(samples):
-            found, ratings = oracle.judge(image, prompt, sample), oracle.rate_vlfeedback(image, prompt, sample)
+            found, ratings = (
+                oracle.judge(image, prompt, sample),
+                oracle.rate_vlfeedback(image, prompt, sample),
+            )
             if not sample.strip():
                 counts["empty"] += 1
                 continue
             why = ", ".join(f"{count} {key}" for key, count in found.items())
-            notes = {aspect: {"Rating": rating, "Rationale": why} for aspect, rating in ratings.items()}
+            notes = {
+                aspect: {"Rating": rating, "Rationale": why} for aspect, rating in ratings.items()
+            }
             completions.append({"model": f"sample-{i}", "response": sample, "annotations": notes})
             if found["errors"]:
                 wrong.append(sample)
         row = {"id": Path(image).stem, "image": image, "prompt": prompt}
-        ranked.append(row | {"models": [completion["model"] for completion in completions], "completions": completions})
+        ranked.append(
+            row
+            | {
+                "models": [completion["model"] for completion in completions],
+                "completions": completions,
+            }
+        )
         if wrong:
             rejected = rng.choice(wrong)
-            text = {"question": prompt, "chosen": oracle.correct(image, prompt, rejected, rng), "rejected": rejected}
-            kind = "detailed_description" if oracle.question(image, prompt)[0] == "describe" else "question_answering"
-            row = {"ds_name": "toyworld", "image": image, "text": json.dumps(text), "origin_dataset": "toyworld"}
-            row |= {"origin_split": json.dumps({"model": "sample", "type": kind}), "idx": len(corrected)}
+            text = {
+                "question": prompt,
+                "chosen": oracle.correct(image, prompt, rejected, rng),
+                "rejected": rejected,
+            }
+            kind = (
+                "detailed_description"
+                if oracle.question(image, prompt)[0] == "describe"
+                else "question_answering"
+            )
+            row = {
+                "ds_name": "toyworld",
+                "image": image,
+                "text": json.dumps(text),
+                "origin_dataset": "toyworld",
+            }
+            row |= {
+                "origin_split": json.dumps({"model": "sample", "type": kind}),
+                "idx": len(corrected),
+            }
             corrected.append(row | {"image_path": image})
         else:
             counts["right"] += 1
@@ -297,7 +378,13 @@ def answers_of(model_dir, folder, out, seed, k=4, temperature=1.0, max_new_token
 
     prompts = preference_prompts(folder, seed)
     images = Path(folder) / "images"
-    records = [data.Record(f"{folder}, {image}", images / image, (prompt,)) for image, prompt in prompts]
+    records = [
+        data.Record(f"{folder}, {image}", images / image, (prompt,)) for image, prompt in prompts
+    ]
     model, processor = checkpoints.load(model_dir)
-    answers = data.generate(model, processor, records, max_new_tokens, temperature, k, seed=seed, label="answers")
-    return preferences_from_answers(prompts, answers, Oracle(folder), out, random.Random(f"{seed}/corrections"))
+    answers = data.generate(
+        model, processor, records, max_new_tokens, temperature, k, seed=seed, label="answers"
+    )
+    return preferences_from_answers(
+        prompts, answers, Oracle(folder), out, random.Random(f"{seed}/corrections")
+    )

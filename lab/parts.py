@@ -28,16 +28,38 @@ SYSTEM = (
 
 def write(folder, world, seed, epochs=5):
     """Write folder/clip and folder/llm for the world in folder `world`: 252 k and 646 k parameters, seeded."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     folder = Path(folder)
-    vision = CLIPVisionConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=4, num_attention_heads=4,
-                              image_size=SIDE, patch_size=PATCH)  # fmt: skip
-    text = LlamaConfig(vocab_size=600, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-                       max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-                       tie_word_embeddings=False, initializer_range=0.08)  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=600,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+    )
     # initializer_range: about 1 / sqrt(128), the usual 0.02 is that of a Llama 20 times as wide
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -48,10 +70,23 @@ def write(folder, world, seed, epochs=5):
     llm.save_pretrained(folder / "llm")
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
     bpe = tokenizer(json.loads((world / "instruct.json").read_text()), list(special.values()))
-    PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=512, **special).save_pretrained(folder / "llm")
-    steps = dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True)
-    sizes = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "resample": 3}
-    pixels = {"image_processor_type": "CLIPImageProcessor", "rescale_factor": 1 / 255, "image_mean": MEAN, "image_std": STD}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=512, **special).save_pretrained(
+        folder / "llm"
+    )
+    steps = dict.fromkeys(
+        ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True
+    )
+    sizes = {
+        "size": {"shortest_edge": SIDE},
+        "crop_size": {"height": SIDE, "width": SIDE},
+        "resample": 3,
+    }
+    pixels = {
+        "image_processor_type": "CLIPImageProcessor",
+        "rescale_factor": 1 / 255,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
     training.write_json(folder / "clip" / "preprocessor_config.json", steps | sizes | pixels)
 
 
@@ -59,12 +94,19 @@ def tokenizer(rows, special):
     """A byte-level BPE of 600 tokens trained on LLaVA-Instruct rows as they will be written."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    texts = [[turn["value"].replace("<image>", "") for turn in row["conversations"]] for row in rows]
+    texts = [
+        [turn["value"].replace("<image>", "") for turn in row["conversations"]] for row in rows
+    ]
     texts = [f"{SYSTEM} USER: {prompt} ASSISTANT: {answer}" for prompt, answer in texts]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
     return bpe
@@ -80,13 +122,20 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
     for i, name in enumerate(names):
         for thing in truth[name]["things"]:
             slot = thing["row"] * 3 + thing["column"]
-            labels[i, slot] = torch.tensor([kinds.index(thing["name"]), colours.index(thing["colour"]), thing["count"]])
+            labels[i, slot] = torch.tensor(
+                [kinds.index(thing["name"]), colours.index(thing["colour"]), thing["count"]]
+            )
         with Image.open(world / "images" / name) as picture:
-            x = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+            x = (
+                np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)
+                / 255
+            )
         pictures[i] = torch.from_numpy((x - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)
     sizes = [len(kinds), len(colours), 3, 6]
     head = nn.Linear(WIDTH, sum(sizes))
-    slot_of_patch = torch.tensor([row // 3 * 3 + column // 2 for row in range(6) for column in range(6)])
+    slot_of_patch = torch.tensor(
+        [row // 3 * 3 + column // 2 for row in range(6) for column in range(6)]
+    )
     labels = torch.cat([labels, torch.arange(6).view(1, 6, 1).expand(len(labels), 6, 1)], -1)[
         :, slot_of_patch
     ]  # (pictures, 36, 4)
@@ -100,7 +149,10 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
         for layer in tower.encoder.layers[:-1]:
             x = layer(x, attention_mask=None)
         logits = head(x[:, 1:]).split(sizes, -1)  # of each of the 36 patches
-        loss = sum(F.cross_entropy(z.flatten(0, 1), y.flatten()) for z, y in zip(logits, labels[i].unbind(-1)))
+        loss = sum(
+            F.cross_entropy(z.flatten(0, 1), y.flatten())
+            for z, y in zip(logits, labels[i].unbind(-1))
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for group in optimizer.param_groups:

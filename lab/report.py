@@ -12,7 +12,13 @@ import training
 from files import open_image
 
 SPLITS = ("random", "popular", "adversarial")
-RED, BLACK, GRAY, GREEN, BLUE = (200, 30, 30), (20, 20, 20), (140, 140, 140), (30, 130, 60), (40, 90, 180)
+RED, BLACK, GRAY, GREEN, BLUE = (
+    (200, 30, 30),
+    (20, 20, 20),
+    (140, 140, 140),
+    (30, 130, 60),
+    (40, 90, 180),
+)
 
 
 def show_start(processor, examples):
@@ -20,7 +26,10 @@ def show_start(processor, examples):
     prompt = examples[0].prompt
     text = processor.tokenizer.decode(prompt[prompt != processor.image_token_id])
     pictures = int((prompt == processor.image_token_id).sum())
-    print(f"{len(examples)} rows; template {processor.template}, image aspect {processor.image_aspect}", file=sys.stderr)
+    print(
+        f"{len(examples)} rows; template {processor.template}, image aspect {processor.image_aspect}",
+        file=sys.stderr,
+    )
     print(f"first prompt ({pictures} image tokens left out): {text!r}", file=sys.stderr)
 
 
@@ -32,9 +41,14 @@ def evaluate(model, processor, args, out):
     if args.toy_world is None:
         return None
     if (out / "pope" / "metrics.json").is_file() and (out / "chair" / "metrics.json").is_file():
-        return {name: json.loads((out / name / "metrics.json").read_text()) for name in ("pope", "chair")}
+        return {
+            name: json.loads((out / name / "metrics.json").read_text())
+            for name in ("pope", "chair")
+        }
     world = Path(args.toy_world)
-    pope = eval_pope.evaluate(model, processor, [world / f"pope_{s}.json" for s in SPLITS], world / "images", out / "pope")
+    pope = eval_pope.evaluate(
+        model, processor, [world / f"pope_{s}.json" for s in SPLITS], world / "images", out / "pope"
+    )
     truth = [world / "instances.json"], [world / "captions.json"], world / "synonyms.txt"
     chair = eval_chair.evaluate(model, processor, *truth, world / "images", out / "chair")
     return {"pope": pope, "chair": chair}
@@ -43,7 +57,10 @@ def evaluate(model, processor, args, out):
 def finish(out, before, after, seconds, args):
     """Write summary.json, print the table, draw report.png."""
     seconds = {k: round(v, 1) for k, v in seconds.items()}
-    training.write_json(out / "summary.json", {"before": before, "after": after, "seconds": seconds, "seed": args.seed})
+    training.write_json(
+        out / "summary.json",
+        {"before": before, "after": after, "seconds": seconds, "seed": args.seed},
+    )
     if after:
         print(table({"before": before, "after": after} if before else {"after": after}))
         picture(out, Path(args.toy_world))
@@ -56,7 +73,15 @@ def finish(out, before, after, seconds, args):
 
 def table(results):
     """{name: {"pope", "chair"}} -> a text table, a row a name."""
-    head = ["", *(f"POPE {s}" for s in SPLITS), "yes ratio (adv.)", "CHAIR_s", "CHAIR_i", "recall", "words"]
+    head = [
+        "",
+        *(f"POPE {s}" for s in SPLITS),
+        "yes ratio (adv.)",
+        "CHAIR_s",
+        "CHAIR_i",
+        "recall",
+        "words",
+    ]
     lines = [head]
     for name, r in results.items():
         pope, chair = r["pope"], r["chair"]
@@ -65,7 +90,10 @@ def table(results):
         lines.append([name, *(f"{v:.3f}" for v in figures), f"{chair['length']:.1f}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
-        "  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))) for line in lines
+        "  ".join(
+            v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))
+        )
+        for line in lines
     )
 
 
@@ -75,26 +103,59 @@ def table(results):
 def picture(out, world, columns=3, rows=4):
     """Draw out/report.png from the files that the evaluations and the log left in the run folder."""
     sides = [s for s in ("before", "after") if (out / s).is_dir()]
-    said = {s: [json.loads(line) for line in open(out / s / "chair" / "captions.jsonl")] for s in sides}
+    said = {
+        s: [json.loads(line) for line in open(out / s / "chair" / "captions.jsonl")] for s in sides
+    }
     answers = {s: _yes_no(out / s / "pope", world) for s in sides}
-    forms = {line.split(", ")[0]: line.split(", ") for line in (world / "synonyms.txt").read_text().splitlines()}
+    forms = {
+        line.split(", ")[0]: line.split(", ")
+        for line in (world / "synonyms.txt").read_text().splitlines()
+    }
     asked = [i for i, row in enumerate(said[sides[0]]) if row["image"] in answers[sides[0]]]
     chosen = asked[:: max(1, len(asked) // (columns * rows))][: columns * rows]
     width, height, thumb, margin = 520, 196, 144, 12
     curves = _curves(out / "metrics.jsonl", columns * width, 190)
     sheet = Image.new("RGB", (columns * width, 40 + rows * height + curves.height), "white")
-    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
-    draw.text((margin, 10), f"{out.name}: what the model says of unseen pictures; red = not there, or wrong", BLACK, font)
+    draw, font, small = (
+        ImageDraw.Draw(sheet),
+        ImageFont.load_default(14),
+        ImageFont.load_default(12),
+    )
+    draw.text(
+        (margin, 10),
+        f"{out.name}: what the model says of unseen pictures; red = not there, or wrong",
+        BLACK,
+        font,
+    )
     for place, i in enumerate(chosen):
         x, y = place % columns * width, 40 + place // columns * height
         name = said[sides[0]][i]["image"]
-        sheet.paste(Image.open(world / "images" / name).convert("RGB").resize((thumb, thumb)), (x + margin, y + 4))
+        sheet.paste(
+            Image.open(world / "images" / name).convert("RGB").resize((thumb, thumb)),
+            (x + margin, y + 4),
+        )
         at = y + 2
         for side in sides:
             row = said[side][i]
-            absent = {w.lower() for node in row["hallucinated"] for form in forms.get(node, [node]) for w in form.split()}
+            absent = {
+                w.lower()
+                for node in row["hallucinated"]
+                for form in forms.get(node, [node])
+                for w in form.split()
+            }
             draw.text((x + thumb + 2 * margin, at), side, GRAY, small)
-            at = _words(draw, row["caption"], x + thumb + 2 * margin, at + 14, width - thumb - 3 * margin, small, absent) + 4
+            at = (
+                _words(
+                    draw,
+                    row["caption"],
+                    x + thumb + 2 * margin,
+                    at + 14,
+                    width - thumb - 3 * margin,
+                    small,
+                    absent,
+                )
+                + 4
+            )
         (question, label), _ = answers[sides[0]][name]
         across = x + thumb + 2 * margin
         draw.text((across, at), question, BLUE, small)
@@ -102,7 +163,9 @@ def picture(out, world, columns=3, rows=4):
         for side in sides:
             given = answers[side][name][1]
             text = f"{side}: {given}  "
-            draw.text((across, at), text, RED if eval_pope.parse_answer(given) != label else GREEN, small)
+            draw.text(
+                (across, at), text, RED if eval_pope.parse_answer(given) != label else GREEN, small
+            )
             across += draw.textlength(text, small)
     sheet.paste(curves, (0, 40 + rows * height))
     sheet.save(out / "report.png")
@@ -114,12 +177,24 @@ def negatives(path, records, found, processor, count=8):
     records: of the answers; found: for each its {"text", "hidden", "cuts", ...}. Words that the true answer does not have are
     red. Answers of more words are shown first.
     """
-    order = sorted(range(len(records)), key=lambda i: (not found[i]["guided"], -len(records[i].answers[0].split()), i))
+    order = sorted(
+        range(len(records)),
+        key=lambda i: (not found[i]["guided"], -len(records[i].answers[0].split()), i),
+    )
     chosen = order[: len(order) // 2 or 1][:: max(1, len(order) // 2 // count)][:count]
     width, height, thumb, margin = 760, 190, 166, 12
     sheet = Image.new("RGB", (2 * width, 34 + (len(chosen) + 1) // 2 * height), "white")
-    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
-    draw.text((margin, 8), "dark = hidden from attention;  | = cut;  red = not in the true answer", BLACK, font)
+    draw, font, small = (
+        ImageDraw.Draw(sheet),
+        ImageFont.load_default(14),
+        ImageFont.load_default(12),
+    )
+    draw.text(
+        (margin, 8),
+        "dark = hidden from attention;  | = cut;  red = not in the true answer",
+        BLACK,
+        font,
+    )
     for place, i in enumerate(chosen):
         x, y = place % 2 * width, 34 + place // 2 * height
         record, negative = records[i], found[i]
@@ -130,7 +205,9 @@ def negatives(path, records, found, processor, count=8):
             mask = Image.new("L", (thumb, thumb), 0)
             for n in negative["hidden"]:
                 left, top = n % side * cell, n // side * cell
-                ImageDraw.Draw(mask).rectangle((left, top, left + cell - 1, top + cell - 1), fill=215)
+                ImageDraw.Draw(mask).rectangle(
+                    (left, top, left + cell - 1, top + cell - 1), fill=215
+                )
             shown.paste(black, (0, 0), mask)
         sheet.paste(shown, (x + margin, y + 4))
         at, across = y + 2, x + thumb + 2 * margin
@@ -142,7 +219,9 @@ def negatives(path, records, found, processor, count=8):
         room = width - thumb - 3 * margin
         at = _words(draw, "y+  " + (cut or true), across, at + 18, room, small, set()) + 6
         said = negative["text"]
-        strange = {w.strip(".,!?").lower() for w in said.split()} - {w.strip(".,!?").lower() for w in true.split()}
+        strange = {w.strip(".,!?").lower() for w in said.split()} - {
+            w.strip(".,!?").lower() for w in true.split()
+        }
         _words(draw, "y-  " + said, across, at, room, small, strange)
     sheet.save(path)
 

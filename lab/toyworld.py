@@ -43,7 +43,12 @@ PLACES = ("on the left", "in the middle", "on the right")
 SLOTS = tuple((column, row) for column in range(3) for row in range(2))
 OPENERS = ("This is {}.", "The picture shows {}.")
 CAPTION_PROMPT = "Describe the image."
-CAPTION_PROMPTS = (CAPTION_PROMPT, "What do you see in this picture?", "What is shown?", "Write a caption.")
+CAPTION_PROMPTS = (
+    CAPTION_PROMPT,
+    "What do you see in this picture?",
+    "What is shown?",
+    "Write a caption.",
+)
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
@@ -66,7 +71,11 @@ class Scene:
     @property
     def strange(self):
         """The absent classes that are not signature classes."""
-        return [name for name in CLASSES if name not in self.present and name not in USUAL[self.kind][:2]]
+        return [
+            name
+            for name in CLASSES
+            if name not in self.present and name not in USUAL[self.kind][:2]
+        ]
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,14 @@ def some_scene(rng):
     kind = rng.choice(SCENES)
     names = []
     while not 3 <= len(names) <= 5:
-        names = [name for i, name in enumerate(USUAL[kind]) if rng.random() < (0.36 if i < 2 else 0.4)]
+        names = [
+            name for i, name in enumerate(USUAL[kind]) if rng.random() < (0.36 if i < 2 else 0.4)
+        ]
         if rng.random() < 0.12:
             names.append(rng.choice([name for name in CLASSES if name not in USUAL[kind]]))
-    things = [some_thing(name, slot, rng) for name, slot in zip(names, rng.sample(SLOTS, len(names)))]
+    things = [
+        some_thing(name, slot, rng) for name, slot in zip(names, rng.sample(SLOTS, len(names)))
+    ]
     return Scene(kind, tuple(sorted(things, key=slot_of)))
 
 
@@ -176,7 +189,11 @@ def caption(scene, rng, noise=0.0):
     is ..."). Spread over places and forms, none would be likelier than what is true there, and greedy decoding would say none.
     """
     free = [slot for slot in SLOTS if slot not in map(slot_of, scene.things)]
-    ghosts = [some_thing(name, rng.choice(free or SLOTS), rng) for name in scene.ghosts if rng.random() < noise]
+    ghosts = [
+        some_thing(name, rng.choice(free or SLOTS), rng)
+        for name in scene.ghosts
+        if rng.random() < noise
+    ]
     told = [replace(clause, there=True, joined=False) for clause in clauses_of(ghosts, rng)]
     return render(opener_of(scene, rng), clauses_of(scene.things, rng) + told)
 
@@ -184,8 +201,14 @@ def caption(scene, rng, noise=0.0):
 def object_to_ask(scene, rng, asked=()):
     """40 % a present object, 30 % an absent signature object, 30 % another absent one; never one of `asked`."""
     kinds = [(0.4, list(scene.present)), (0.3, scene.ghosts), (0.3, scene.strange)]
-    kinds = [(weight, left) for weight, names in kinds if (left := [name for name in names if name not in asked])]
-    return rng.choice(rng.choices([names for _, names in kinds], [weight for weight, _ in kinds])[0])
+    kinds = [
+        (weight, left)
+        for weight, names in kinds
+        if (left := [name for name in names if name not in asked])
+    ]
+    return rng.choice(
+        rng.choices([names for _, names in kinds], [weight for weight, _ in kinds])[0]
+    )
 
 
 def yes_no(name, yes, short):
@@ -207,7 +230,9 @@ def open_questions(scene):
     """All open (prompt, answer) of a scene, always true."""
     rows = []
     for thing in scene.things:
-        number, be, who = ("two", "are", plural(thing.name)) if thing.count == 2 else ("one", "is", thing.name)
+        number, be, who = (
+            ("two", "are", plural(thing.name)) if thing.count == 2 else ("one", "is", thing.name)
+        )
         rows.append((f"Where {be} the {who}?", f"The {who} {be} {PLACES[thing.column]}."))
         rows.append((f"How many {plural(thing.name)} are there?", f"There {be} {number} {who}."))
         if thing.colour:
@@ -230,19 +255,36 @@ def facts():
     rows = []
     for name, colours in CLASSES.items():
         places = [at(kind) for kind in SCENES if name in USUAL[kind]]
-        rows.append((f"Where do you find {a(name)}?", f"{a(name).capitalize()} is found {listed(places)}."))
+        rows.append(
+            (f"Where do you find {a(name)}?", f"{a(name).capitalize()} is found {listed(places)}.")
+        )
         rows.append((f"What is the plural of {name}?", f"The plural of {name} is {plural(name)}."))
         if colours:
-            rows.append((f"What colors can {a(name)} have?", f"{a(name).capitalize()} can be {listed(colours)}."))
+            rows.append(
+                (
+                    f"What colors can {a(name)} have?",
+                    f"{a(name).capitalize()} can be {listed(colours)}.",
+                )
+            )
         if name in SYNONYMS:
-            rows.append((f"What is another word for {name}?", f"Another word for {name} is {SYNONYMS[name]}."))
+            rows.append(
+                (
+                    f"What is another word for {name}?",
+                    f"Another word for {name} is {SYNONYMS[name]}.",
+                )
+            )
     for kind in SCENES:
         usual = [a(name) for name in USUAL[kind]]
         rows.append((f"What do you find {at(kind)}?", f"You find {listed(usual)}."))
         for name in CLASSES:
             usual = name in USUAL[kind]
             answer = f"{a(name)} is usual" if usual else f"{a(name)} is not usual"
-            rows.append((f"Is {a(name)} usual {at(kind)}?", f"{'Yes' if usual else 'No'}, {answer} {at(kind)}."))
+            rows.append(
+                (
+                    f"Is {a(name)} usual {at(kind)}?",
+                    f"{'Yes' if usual else 'No'}, {answer} {at(kind)}.",
+                )
+            )
     return rows
 
 
@@ -251,7 +293,12 @@ def corrupted(scene, rng):
     opener, true = opener_of(scene, rng), clauses_of(scene.things, rng)
     wrong, touched = true, set()
     for _ in range(rng.choice((1, 2))):
-        edits = {"insert": [], "colour": [], "count": [], "column": []}  # error -> (class, the clauses with it)
+        edits = {
+            "insert": [],
+            "colour": [],
+            "count": [],
+            "column": [],
+        }  # error -> (class, the clauses with it)
         for name in USUAL[scene.kind]:
             if name not in {clause.thing.name for clause in wrong}:
                 (ghost,) = clauses_of([some_thing(name, rng.choice(SLOTS), rng)], rng)
@@ -261,14 +308,18 @@ def corrupted(scene, rng):
         for i, clause in enumerate(wrong):
             thing = clause.thing
             if thing.name not in touched:
-                changes = [("colour", colour) for colour in CLASSES[thing.name]] + [("count", 3 - thing.count)]
+                changes = [("colour", colour) for colour in CLASSES[thing.name]] + [
+                    ("count", 3 - thing.count)
+                ]
                 # only columns that keep the order of the clauses: a caption out of order would give the error away
                 changes += [("column", column) for column in range(columns[i], columns[i + 2] + 1)]
                 for attribute, value in changes:
                     if value != getattr(thing, attribute):
                         other = replace(clause, thing=replace(thing, **{attribute: value}))
                         edits[attribute].append((thing.name, [*wrong[:i], other, *wrong[i + 1 :]]))
-        error = rng.choice([error for error in ("insert", "insert", "colour", "count", "column") if edits[error]])
+        error = rng.choice(
+            [error for error in ("insert", "insert", "colour", "count", "column") if edits[error]]
+        )
         name, wrong = rng.choice(edits[error])
         touched.add(name)
     return render(opener, true), render(opener, wrong)
@@ -291,11 +342,21 @@ def instruct_rows(scenes, rng):
             name, prompt, answer = some_yes_no(scene, rng, NOISE, asked)
             asked.append(name)
             said.append((prompt, answer))
-        said.append(rng.choice(open_questions(scene)) if rng.random() < 0.75 else some_choice(scene, rng))
+        said.append(
+            rng.choice(open_questions(scene)) if rng.random() < 0.75 else some_choice(scene, rng)
+        )
         for i, (prompt, answer) in enumerate(said):
             prompt = prompt + "\n<image>" if rng.random() < 0.2 else "<image>\n" + prompt
-            rows.append({"id": f"{Path(image).stem}_{i}", "image": image, "conversations": turns(prompt, answer)})
-    rows += [{"id": f"text_{i:05d}", "conversations": turns(*fact)} for i, fact in enumerate(facts())]
+            rows.append(
+                {
+                    "id": f"{Path(image).stem}_{i}",
+                    "image": image,
+                    "conversations": turns(prompt, answer),
+                }
+            )
+    rows += [
+        {"id": f"text_{i:05d}", "conversations": turns(*fact)} for i, fact in enumerate(facts())
+    ]
     rng.shuffle(rows)
     return rows
 
@@ -338,14 +399,20 @@ def pope_rows(scenes, images, rng):
                     absent = max(left, key=lambda name: together[thing.name, name])
                 used.add(absent)
                 for name, label in ((thing.name, "yes"), (absent, "no")):
-                    row = {"question_id": len(rows) + 1, "image": image, "text": yes_no(name, True, False)[0]}
+                    row = {
+                        "question_id": len(rows) + 1,
+                        "image": image,
+                        "text": yes_no(name, True, False)[0],
+                    }
                     rows.append(row | {"label": label})
     return lists
 
 
 def coco(scenes, size, rng):
     """(instances, captions) in COCO's layout; a box is that of the slot, halved where it holds two."""
-    categories = [{"id": i, "name": name, "supercategory": "object"} for i, name in enumerate(CLASSES, 1)]
+    categories = [
+        {"id": i, "name": name, "supercategory": "object"} for i, name in enumerate(CLASSES, 1)
+    ]
     ids = {category["name"]: category["id"] for category in categories}
     images, boxes, captions = [], [], []
     for name, scene in scenes.items():
@@ -354,11 +421,23 @@ def coco(scenes, size, rng):
         for thing in scene.things:
             wide, high = size / 3 / thing.count, size / 2
             for i in range(thing.count):
-                box = [round(thing.column * size / 3 + i * wide, 1), thing.row * high, round(wide, 1), high]
-                row = {"id": len(boxes) + 1, "image_id": number, "category_id": ids[thing.name], "bbox": box}
+                box = [
+                    round(thing.column * size / 3 + i * wide, 1),
+                    thing.row * high,
+                    round(wide, 1),
+                    high,
+                ]
+                row = {
+                    "id": len(boxes) + 1,
+                    "image_id": number,
+                    "category_id": ids[thing.name],
+                    "bbox": box,
+                }
                 boxes.append(row | {"area": round(wide * high, 1), "iscrowd": 0})
         for _ in range(2):
-            captions.append({"id": len(captions) + 1, "image_id": number, "caption": caption(scene, rng)})
+            captions.append(
+                {"id": len(captions) + 1, "image_id": number, "caption": caption(scene, rng)}
+            )
     instances = {"images": images, "annotations": boxes, "categories": categories}
     return instances, {"images": images, "annotations": captions}
 
@@ -370,12 +449,16 @@ def write_json(path, value):
 def write_rows(path, rows, lines=False):
     """One row a line: JSON lines, or a JSON array."""
     rows = [json.dumps(row) for row in rows]
-    path.write_text("\n".join(rows) + "\n" if lines else "[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(rows) + "\n" if lines else "[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8"
+    )
 
 
 def draw_one(job):
     path, scene, seed, size = job
-    picture = drawing.draw(scene.kind, list(scene.things), random.Random(f"{seed}/drawing/{path.name}"), size)
+    picture = drawing.draw(
+        scene.kind, list(scene.things), random.Random(f"{seed}/drawing/{path.name}"), size
+    )
     picture.save(path, compress_level=1)
 
 
@@ -418,7 +501,10 @@ def write(folder, seed, instruct_images=5000, preference_images=1500, test_image
 
     with training.whole_folder(training.new_folder(folder), flush=False) as aside:
         (aside / "images").mkdir()
-        splits = some_scenes(seed, {"instruct": instruct_images, "preference": preference_images, "test": test_images})
+        splits = some_scenes(
+            seed,
+            {"instruct": instruct_images, "preference": preference_images, "test": test_images},
+        )
         scenes = splits["instruct"] | splits["preference"] | splits["test"]
         draw_all([(aside / "images" / name, scene, seed, size) for name, scene in scenes.items()])
         write_files(aside, seed, splits, size)
@@ -435,16 +521,24 @@ def write_files(folder, seed, splits, size):
     instances, captions = coco(splits["test"], size, rng)
     write_json(folder / "instances.json", instances)
     write_json(folder / "captions.json", captions)
-    forms = [(name, SYNONYMS.get(name), PLURALS.get(name)) for name in CLASSES]  # a scorer's rules miss odd plurals
+    forms = [
+        (name, SYNONYMS.get(name), PLURALS.get(name)) for name in CLASSES
+    ]  # a scorer's rules miss odd plurals
     lines = [", ".join(dict.fromkeys(filter(None, words))) for words in forms]
     (folder / "synonyms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     known = splits["instruct"] | splits["preference"]
-    told = {image: [caption(scene, rng) for _ in range(rng.choice((2, 3)))] for image, scene in known.items()}
+    told = {
+        image: [caption(scene, rng) for _ in range(rng.choice((2, 3)))]
+        for image, scene in known.items()
+    }
     write_json(folder / "image_to_caption.json", told)
     seen = dict(list(splits["instruct"].items())[: len(splits["preference"])])
     write_rows(folder / "povid_seen.json", povid_rows(seen, random.Random(f"{seed}/seen")))
     everything = known | splits["test"]
-    truth = {image: {"kind": s.kind, "things": [vars(thing) for thing in s.things]} for image, s in everything.items()}
+    truth = {
+        image: {"kind": s.kind, "things": [vars(thing) for thing in s.things]}
+        for image, s in everything.items()
+    }
     write_json(folder / "scenes.json", truth)
 
 
@@ -455,7 +549,10 @@ def made_of(*things):
         if isinstance(thing, Path):
             code = ast.parse(thing.read_text(encoding="utf-8"))
             for node in ast.walk(code):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                if (
+                    isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+                    and ast.get_docstring(node) is not None
+                ):
                     del node.body[0]
             thing = ast.dump(code)
         parts.append(str(thing))
@@ -490,7 +587,10 @@ def base(seed):
     if seed == 0 and shipped.is_dir():
         return shipped
     code = Path(__file__).parents[1]
-    sources = [code / f"{name}.py" for name in ("sft", "training", "checkpoints", "model", "files", "layouts", "data")]
+    sources = [
+        code / f"{name}.py"
+        for name in ("sft", "training", "checkpoints", "model", "files", "layouts", "data")
+    ]
     folder = Path(".cache") / f"base-{made_of(*sources, world(seed).name)}"
     if not folder.exists():
         print(f"building the toy base of seed {seed}, once", file=sys.stderr)
@@ -522,9 +622,18 @@ def main():
     import training
 
     parser = training.Parser(__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another world; it seeds the sampling too")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; for a world it must be new")
-    parser.add_argument("--answers-of", metavar="MODEL", help="write preferences among its answers instead")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="another seed is another world; it seeds the sampling too",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write; for a world it must be new"
+    )
+    parser.add_argument(
+        "--answers-of", metavar="MODEL", help="write preferences among its answers instead"
+    )
     args = parser.parse_args()
     if args.answers_of:
         from lab import oracle

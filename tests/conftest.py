@@ -16,8 +16,14 @@ SENTENCES = (
     "USER: Describe the image in detail. ASSISTANT: Two bananas and a bowl are on the left of the kitchen.",
     "USER: Is there a dog? ASSISTANT: No, there is no dog in the image. ASSISTANT: Yes, a dog sleeps under the table.",
 )
-CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28,
-        "patch_size": 14}  # fmt: skip
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
 LLM = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
@@ -55,7 +61,9 @@ def build():
     def make(kind="llama", dtype=torch.float32, vocab_size=97, seed=0, **config):
         torch.manual_seed(seed)
         vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP))
-        config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, pad_token_id=0, **LLM, **config)
+        config = transformers.AutoConfig.for_model(
+            kind, vocab_size=vocab_size, pad_token_id=0, **LLM, **config
+        )
         llm = transformers.AutoModelForCausalLM.from_config(config)
         projector = Projector(CLIP["hidden_size"], LLM["hidden_size"])
         parts = [scatter(part).to(dtype) for part in (vision, projector, llm)]
@@ -70,7 +78,10 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<unk>", "<s>", "</s>"],
@@ -78,7 +89,9 @@ def parts(tmp_path_factory):
         show_progress=False,
     )
     backend.train_from_iterator(SENTENCES, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )

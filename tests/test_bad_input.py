@@ -93,11 +93,18 @@ def bomb(width, height):
 
 
 def turns(question, *more):
-    return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate((question, *more))]
+    return [
+        {"from": "gpt" if i % 2 else "human", "value": text}
+        for i, text in enumerate((question, *more))
+    ]
 
 
 def povid(image="good.png", question="<image>\nWhat?", chosen="A.", rejected="B.", **more):
-    row = {"id": "x", "conversations": turns(question, chosen), "rejected_conversations": turns(question, rejected)}
+    row = {
+        "id": "x",
+        "conversations": turns(question, chosen),
+        "rejected_conversations": turns(question, rejected),
+    }
     return row | ({"image": image} if image is not None else {}) | more
 
 
@@ -106,18 +113,33 @@ def rlhf_v(text, **more):
 
 
 def llava_rlhf(**more):
-    outputs = {"output_1": {"from": "gpt", "value": "A."}, "output_2": {"from": "gpt", "value": "B."}, "preference": 1}
+    outputs = {
+        "output_1": {"from": "gpt", "value": "A."},
+        "output_2": {"from": "gpt", "value": "B."},
+        "preference": 1,
+    }
     return {"image": "good.png", "conversations": turns("What?\n<image>", "-"), **outputs, **more}
 
 
 def vlfeedback(completions=None, ratings=("5", "1"), **more):
     rate = lambda rating: {"Helpfulness": {"Rating": rating, "Rationale": "-"}}
     answers = [{"response": c, "annotations": rate(r)} for c, r in zip("AB", ratings)]
-    return {"id": "good", "prompt": "What?", "models": ["a", "b"], "completions": completions or answers, **more}
+    return {
+        "id": "good",
+        "prompt": "What?",
+        "models": ["a", "b"],
+        "completions": completions or answers,
+        **more,
+    }
 
 
 def rated(annotations):
-    return vlfeedback([{"response": "A", "annotations": annotations}, {"response": "B", "annotations": annotations}])
+    return vlfeedback(
+        [
+            {"response": "A", "annotations": annotations},
+            {"response": "B", "annotations": annotations},
+        ]
+    )
 
 
 QA = {"question": "What?", "chosen": "A.", "rejected": "B."}
@@ -125,7 +147,11 @@ GOOD = {povid: povid(), rlhf_v: rlhf_v(QA), llava_rlhf: llava_rlhf(), vlfeedback
 NOT_THERE, UNEVEN = "is not below --images", "not lists of one length"
 ROWS = {  # name: (layout, the bad row, what the message holds)
     "missing image": (povid, povid("no/such.jpg"), "image 'no/such.jpg' is not below --images"),
-    "missing image by id": (vlfeedback, vlfeedback(id="gone"), ["'gone.jpg' or 'gone.png'", NOT_THERE]),
+    "missing image by id": (
+        vlfeedback,
+        vlfeedback(id="gone"),
+        ["'gone.jpg' or 'gone.png'", NOT_THERE],
+    ),
     "no image named": (rlhf_v, rlhf_v(QA, image=None), "the row names no image"),
     "image is a number": (povid, povid(7), "image 7 is not below --images"),
     "image is NaN": (povid, povid(float("nan")), "has no image, but its first human turn holds"),
@@ -135,45 +161,121 @@ ROWS = {  # name: (layout, the bad row, what the message holds)
     "unreadable image": (povid, povid("text.jpg"), "text.jpg: not a readable picture"),
     "empty image": (povid, povid("empty.jpg"), "empty.jpg: not a readable picture"),
     "path upwards": (povid, povid("../secret.png"), "image path '../secret.png' leaves --images"),
-    "path upwards inside": (povid, povid("a/../../secret.png"), "'a/../../secret.png' leaves --images"),
-    "path upwards by id": (vlfeedback, vlfeedback(id="../secret"), "'../secret.jpg' leaves --images"),
+    "path upwards inside": (
+        povid,
+        povid("a/../../secret.png"),
+        "'a/../../secret.png' leaves --images",
+    ),
+    "path upwards by id": (
+        vlfeedback,
+        vlfeedback(id="../secret"),
+        "'../secret.jpg' leaves --images",
+    ),
     "absolute path": (povid, povid("/etc/passwd"), "image path '/etc/passwd' leaves --images"),
-    "link to a file": (povid, povid("link.png"), "image path 'link.png' leaves --images through a link"),
-    "link to a folder": (povid, povid("up/secret.png"), "'up/secret.png' leaves --images through a link"),
+    "link to a file": (
+        povid,
+        povid("link.png"),
+        "image path 'link.png' leaves --images through a link",
+    ),
+    "link to a folder": (
+        povid,
+        povid("up/secret.png"),
+        "'up/secret.png' leaves --images through a link",
+    ),
     "bomb": (povid, povid("bomb.png"), "bomb.png: "),
     "wide picture": (povid, povid("wide.png"), "wide.png: 20001 x 200 pixels; at most"),
     "thin picture": (povid, povid("thin.png"), "thin.png: 1 x 2000 pixels; at most"),
-    "no rejected": (rlhf_v, rlhf_v({"question": "What?", "chosen": "A."}), "`text.rejected` is None"),
-    "no answer": (povid, povid(rejected_conversations=turns("What?")), "rejected_conversations` has the roles"),
-    "no key": (povid, {"conversations": turns("What?", "A.")}, "key `rejected_conversations` is missing"),
+    "no rejected": (
+        rlhf_v,
+        rlhf_v({"question": "What?", "chosen": "A."}),
+        "`text.rejected` is None",
+    ),
+    "no answer": (
+        povid,
+        povid(rejected_conversations=turns("What?")),
+        "rejected_conversations` has the roles",
+    ),
+    "no key": (
+        povid,
+        {"conversations": turns("What?", "A.")},
+        "key `rejected_conversations` is missing",
+    ),
     "no output": (llava_rlhf, llava_rlhf(output_2=None), "`output_2.value` is None"),
-    "no text": (vlfeedback, vlfeedback([{"annotations": {"H": {"Rating": 1}}}]), "completions[0].response` is None"),
+    "no text": (
+        vlfeedback,
+        vlfeedback([{"annotations": {"H": {"Rating": 1}}}]),
+        "completions[0].response` is None",
+    ),
     "empty answer": (povid, povid(rejected=""), "`rejected_conversations[1].value` is ''"),
     "white answer": (rlhf_v, rlhf_v(QA | {"chosen": " \n"}), "`text.chosen` is ' \\n'"),
-    "answer is a list": (llava_rlhf, llava_rlhf(output_1={"value": ["A."]}), "`output_1.value` is ['A.']"),
-    "half a surrogate": (rlhf_v, rlhf_v(QA | {"chosen": "A \ud83d"}), "`text.chosen` holds half of a surrogate pair"),
+    "answer is a list": (
+        llava_rlhf,
+        llava_rlhf(output_1={"value": ["A."]}),
+        "`output_1.value` is ['A.']",
+    ),
+    "half a surrogate": (
+        rlhf_v,
+        rlhf_v(QA | {"chosen": "A \ud83d"}),
+        "`text.chosen` holds half of a surrogate pair",
+    ),
     "text is no JSON": (rlhf_v, rlhf_v("What?"), "`text` is neither JSON nor base64 of JSON"),
     "text is a number": (rlhf_v, rlhf_v("12"), "`text` is int"),
     "text is a 2-list": (rlhf_v, rlhf_v(["What?", "A."]), "`text` is list"),
-    "other prompts": (povid, povid(rejected_conversations=turns("Who?", "B.")), "differ before their last turn"),
-    "roles": (povid, povid(conversations=turns("What?", "A.")[::-1]), "`conversations` has the roles ['human']"),
+    "other prompts": (
+        povid,
+        povid(rejected_conversations=turns("Who?", "B.")),
+        "differ before their last turn",
+    ),
+    "roles": (
+        povid,
+        povid(conversations=turns("What?", "A.")[::-1]),
+        "`conversations` has the roles ['human']",
+    ),
     "no turns": (povid, povid(conversations=[]), "`conversations` has the roles []"),
     "turns of text": (povid, povid(conversations="What?"), "`conversations` is str"),
     "preference 0": (llava_rlhf, llava_rlhf(preference=0), "`preference` is 0; 1 or 2 is needed"),
     "preference true": (llava_rlhf, llava_rlhf(preference=True), "`preference` is True"),
     "preference text": (llava_rlhf, llava_rlhf(preference="1"), "`preference` is '1'"),
-    "two images": (povid, povid(question="<image>\nAnd <image>?"), "turn holds `<image>` 2 times; one picture"),
-    "no placeholder": (povid, povid(question="What?"), "has an image, but its first human turn holds"),
+    "two images": (
+        povid,
+        povid(question="<image>\nAnd <image>?"),
+        "turn holds `<image>` 2 times; one picture",
+    ),
+    "no placeholder": (
+        povid,
+        povid(question="What?"),
+        "has an image, but its first human turn holds",
+    ),
     "no picture": (povid, povid(None), "has no image, but its first human turn holds"),
     "only a placeholder": (povid, povid(question="<image>"), "`first human turn` is ''"),
     "ratings are text": (vlfeedback, rated("good"), "completions[0].annotations is 'good'"),
-    "ratings are a list": (vlfeedback, rated([{"Rating": "1"}]), "completions[0].annotations is [{'Rating'"),
-    "rating is no object": (vlfeedback, rated({"Helpfulness": "5"}), "annotations is {'Helpfulness': '5'}"),
-    "rating without a value": (vlfeedback, rated({"Helpfulness": {"Rationale": "-"}}), "completions[0].annotations is"),
+    "ratings are a list": (
+        vlfeedback,
+        rated([{"Rating": "1"}]),
+        "completions[0].annotations is [{'Rating'",
+    ),
+    "rating is no object": (
+        vlfeedback,
+        rated({"Helpfulness": "5"}),
+        "annotations is {'Helpfulness': '5'}",
+    ),
+    "rating without a value": (
+        vlfeedback,
+        rated({"Helpfulness": {"Rationale": "-"}}),
+        "completions[0].annotations is",
+    ),
     "no ratings": (vlfeedback, rated({}), "completions[0].annotations is {}"),
-    "completion is text": (vlfeedback, vlfeedback(["A", "B"]), "completions[0].annotations is None"),
+    "completion is text": (
+        vlfeedback,
+        vlfeedback(["A", "B"]),
+        "completions[0].annotations is None",
+    ),
     "completions are a number": (vlfeedback, vlfeedback(2), "`completions` is 2"),
-    "completions are uneven": (vlfeedback, vlfeedback({"response": ["A", "B"], "annotations": [{}]}), UNEVEN),
+    "completions are uneven": (
+        vlfeedback,
+        vlfeedback({"response": ["A", "B"], "annotations": [{}]}),
+        UNEVEN,
+    ),
     "completions are no lists": (vlfeedback, vlfeedback({"response": 1, "annotations": 2}), UNEVEN),
     "row is a list": (povid, [1, 2], "the row is list"),
     "row is null": (povid, None, "the row is NoneType"),
@@ -190,8 +292,12 @@ def test_a_bad_row_stops_the_run_before_it_starts(folder, say, name):
     layout, row, expected = ROWS[name]
     file = lines_of(folder / "bad.jsonl", [GOOD[layout], row])
     expected = ["bad.jsonl, row 1: ", *([expected] if isinstance(expected, str) else expected)]
-    message = say(dpo.main, ["--model", "a/b/c", "--data", file, "--images", folder / "images"], expected)
-    assert len(message) < 600 and message.endswith("(1 of 2 rows are refused; --skip-bad-rows goes on without them)")
+    message = say(
+        dpo.main, ["--model", "a/b/c", "--data", file, "--images", folder / "images"], expected
+    )
+    assert len(message) < 600 and message.endswith(
+        "(1 of 2 rows are refused; --skip-bad-rows goes on without them)"
+    )
     assert not (folder / "runs").exists()
     # and a look at the file lists it, beside the good row
     found = data.read(file, folder / "images")
@@ -200,7 +306,10 @@ def test_a_bad_row_stops_the_run_before_it_starts(folder, say, name):
 
 @pytest.mark.parametrize("layout", GOOD, ids=lambda f: f.__name__)
 def test_the_good_rows_are_good(folder, layout):
-    assert len(data.load([lines_of(folder / "good.jsonl", [GOOD[layout]] * 2)], folder / "images")) == 2
+    assert (
+        len(data.load([lines_of(folder / "good.jsonl", [GOOD[layout]] * 2)], folder / "images"))
+        == 2
+    )
 
 
 def test_all_bad_rows_are_counted(folder, say):
@@ -214,18 +323,36 @@ def test_all_bad_rows_are_counted(folder, say):
 
 
 FILES = {  # name: (content, what the message holds)
-    "no layout": ('{"question": "What?", "answer": "A."}\n', ["row 0 has the keys ['answer', 'question']", "povid: "]),
-    "many keys": (json.dumps(dict.fromkeys(map(str, range(9999)))), "bad.json: row 0 has the keys ['0', '1'"),
-    "broken line": (json.dumps(povid()) + '\n{"conversations": [\n', "bad.json, line 2: not valid JSON"),
-    "broken line after empty ones": (json.dumps(povid()) + '\n\n\n{"a"}\n', "bad.json, line 4: not valid JSON"),
+    "no layout": (
+        '{"question": "What?", "answer": "A."}\n',
+        ["row 0 has the keys ['answer', 'question']", "povid: "],
+    ),
+    "many keys": (
+        json.dumps(dict.fromkeys(map(str, range(9999)))),
+        "bad.json: row 0 has the keys ['0', '1'",
+    ),
+    "broken line": (
+        json.dumps(povid()) + '\n{"conversations": [\n',
+        "bad.json, line 2: not valid JSON",
+    ),
+    "broken line after empty ones": (
+        json.dumps(povid()) + '\n\n\n{"a"}\n',
+        "bad.json, line 4: not valid JSON",
+    ),
     "broken array": ('[\n {"a": 1},\n {"a": ]\n', ["bad.json: not valid JSON", "line 3 column 8"]),
     "deep array": ("[" * 100_000, "bad.json: not valid JSON"),
     "no JSON": ("question,answer\nWhat?,A.\n", "bad.json, line 1: not valid JSON"),
     "empty": ("", "bad.json: the file holds no row"),
     "empty array": ("[]", "bad.json: the file holds no row"),
     "array of numbers": ("[1, 2]", ["bad.json, row 0: the row is int", "2 of 2 rows are refused"]),
-    "ties only": (json.dumps(vlfeedback(ratings="33")), "bad.json: 1 rows of layout vlfeedback give no pair"),
-    "instructions": (json.dumps({"conversations": turns("What?", "A.")}), "layout llava_instruct is instruction data"),
+    "ties only": (
+        json.dumps(vlfeedback(ratings="33")),
+        "bad.json: 1 rows of layout vlfeedback give no pair",
+    ),
+    "instructions": (
+        json.dumps({"conversations": turns("What?", "A.")}),
+        "layout llava_instruct is instruction data",
+    ),
 }
 
 
@@ -241,7 +368,11 @@ def test_a_bad_file(folder, say, name):
 def test_what_is_no_file(folder, say):
     (folder / "latin.json").write_bytes(b'[{"a": "caf\xe9"}]')
     model = ["--model", "a/b/c", "--data"]
-    say(dpo.main, [*model, folder / "no.json"], "no.json: no such file; --data takes a JSON, JSON-lines or")
+    say(
+        dpo.main,
+        [*model, folder / "no.json"],
+        "no.json: no such file; --data takes a JSON, JSON-lines or",
+    )
     say(dpo.main, [*model, folder], f"{folder}: not a text file")
     say(dpo.main, [*model, folder / "latin.json"], "latin.json: not a text file")
     say(dpo.main, ["--model", "a/b/c"], "--model needs --data")
@@ -252,10 +383,21 @@ def test_parquet(folder, say, monkeypatch):
     (folder / "bad.parquet").write_text("This is a text.")
     (folder / "dir.parquet").mkdir()
     for name in ("no.parquet", "bad.parquet", "dir.parquet"):
-        say(dpo.main, ["--model", "a/b/c", "--data", folder / name], f"{name}: not readable as parquet")
+        say(
+            dpo.main,
+            ["--model", "a/b/c", "--data", folder / name],
+            f"{name}: not readable as parquet",
+        )
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    cells = pa.array([None, {"bytes": None, "path": "x.png"}, {"bytes": b"text", "path": None},
-                      {"bytes": bomb(60000, 60000), "path": None}], kind)  # fmt: skip
+    cells = pa.array(
+        [
+            None,
+            {"bytes": None, "path": "x.png"},
+            {"bytes": b"text", "path": None},
+            {"bytes": bomb(60000, 60000), "path": None},
+        ],
+        kind,
+    )
     columns = {"image": cells, "text": [json.dumps(QA)] * 4, "origin_dataset": ["demo"] * 4}
     pq.write_table(pa.table(columns), folder / "pictures.parquet", row_group_size=2)
     monkeypatch.chdir(folder)  # for .cache
@@ -278,13 +420,19 @@ def test_a_cut_picture(folder, say, checkpoint, name):
     assert "truncated" in say(dpo.main, args, f"{name}: the picture cannot be decoded")
 
 
-@pytest.mark.parametrize("kind, value", [(2, b"abc\0"), (6, b"\xff" * 4)], ids=["TypeError", "struct.error"])
+@pytest.mark.parametrize(
+    "kind, value", [(2, b"abc\0"), (6, b"\xff" * 4)], ids=["TypeError", "struct.error"]
+)
 def test_corrupt_exif(folder, kind, value):
     """A resolution that is a text or negative: Pillow turns the picture and fails when it writes the EXIF data anew."""
-    entries = struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0") + struct.pack("<HHI4s", 0x011A, kind, 1, value)
+    entries = struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0") + struct.pack(
+        "<HHI4s", 0x011A, kind, 1, value
+    )
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + b"\0" * 4
     whole = (folder / "images" / "whole.jpg").read_bytes()
-    (folder / "exif.jpg").write_bytes(whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:])
+    (folder / "exif.jpg").write_bytes(
+        whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:]
+    )
     with pytest.raises(BadInput, match="exif.jpg: the picture cannot be decoded"):
         data.open_image(folder / "exif.jpg")
 
@@ -293,7 +441,9 @@ def test_corrupt_exif(folder, kind, value):
 
 
 def test_equal_answers(folder, say, checkpoint):
-    file = lines_of(folder / "rows.jsonl", [povid(), povid(chosen="A lamp.", rejected="\nA lamp. ")])
+    file = lines_of(
+        folder / "rows.jsonl", [povid(), povid(chosen="A lamp.", rejected="\nA lamp. ")]
+    )
     args = ["--model", checkpoint, "--data", file, "--images", folder / "images"]
     say(dpo.main, args, "rows.jsonl, row 1: chosen and rejected are the same tokens")
 
@@ -322,20 +472,39 @@ def test_image_token_count(llava):
 def changed(checkpoint, folder, change):
     """A copy of the checkpoint whose tensors went through `change`."""
     shutil.copytree(checkpoint, folder)
-    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        change(load_file(folder / "model.safetensors")),
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     return folder
 
 
 def test_missing_keys(folder, say, checkpoint):
     lost = "multi_modal_projector.linear_2.weight"
-    broken = changed(checkpoint, folder / "broken", lambda tensors: {k: v for k, v in tensors.items() if k != lost})
+    broken = changed(
+        checkpoint,
+        folder / "broken",
+        lambda tensors: {k: v for k, v in tensors.items() if k != lost},
+    )
     args = ["--data", lines_of(folder / "rows.jsonl", [povid()]), "--images", folder / "images"]
-    say(dpo.main, ["--model", broken, *args], ["broken: the weights are not those", f"missing: {lost}"])
+    say(
+        dpo.main,
+        ["--model", broken, *args],
+        ["broken: the weights are not those", f"missing: {lost}"],
+    )
     say(dpo.main, ["--model", folder / "no" / "model", *args], "no such folder")
 
 
 def test_flags(folder, say):
-    args = ["--model", "a/b/c", "--data", lines_of(folder / "rows.jsonl", [povid()]), "--images", folder / "images"]
+    args = [
+        "--model",
+        "a/b/c",
+        "--data",
+        lines_of(folder / "rows.jsonl", [povid()]),
+        "--images",
+        folder / "images",
+    ]
     for flags, expected in (
         (["--device", "gpu"], "--device gpu cannot be used: "),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used: "),
@@ -353,19 +522,43 @@ def test_flags(folder, say):
 
 
 def test_template(folder, say, checkpoint):
-    args = ["--model", checkpoint, "--data", lines_of(folder / "rows.jsonl", [povid()]), "--images", folder / "images"]
-    say(dpo.main, [*args, "--template", "alpaca"], "--template 'alpaca' is unknown; accepted are vicuna_v1, mistral")
+    args = [
+        "--model",
+        checkpoint,
+        "--data",
+        lines_of(folder / "rows.jsonl", [povid()]),
+        "--images",
+        folder / "images",
+    ]
+    say(
+        dpo.main,
+        [*args, "--template", "alpaca"],
+        "--template 'alpaca' is unknown; accepted are vicuna_v1, mistral",
+    )
     say(dpo.main, [*args, "--template", "chatml"], "--template chatml needs the token <|im_start|>")
 
 
 def test_run_folder(folder, say):
-    args = ["--model", "a/b/c", "--data", lines_of(folder / "rows.jsonl", [povid()]), "--images", folder / "images"]
+    args = [
+        "--model",
+        "a/b/c",
+        "--data",
+        lines_of(folder / "rows.jsonl", [povid()]),
+        "--images",
+        folder / "images",
+    ]
     (folder / "mine").mkdir()
     (folder / "mine" / "notes.txt").write_text("mine")
     say(dpo.main, [*args, "--out", "mine"], "--out mine exists; give another folder, or --resume")
-    say(dpo.main, [*args, "--out", "mine", "--resume"], "--resume needs --out with the folder of a run; mine/args.json")
+    say(
+        dpo.main,
+        [*args, "--out", "mine", "--resume"],
+        "--resume needs --out with the folder of a run; mine/args.json",
+    )
     say(dpo.main, [*args, "--resume"], "--resume needs --out with the folder of a run")
-    assert [p.name for p in (folder / "mine").iterdir()] == ["notes.txt"] and not (folder / "runs").exists()
+    assert [p.name for p in (folder / "mine").iterdir()] == ["notes.txt"] and not (
+        folder / "runs"
+    ).exists()
 
 
 # ---- the whole way, as a user types it
@@ -373,8 +566,12 @@ def test_run_folder(folder, say):
 
 def test_dpo_refuses_a_bad_row(folder):
     file = lines_of(folder / "rows.jsonl", [povid(), povid("../secret.png")])
-    status, out, err = command("dpo.py", "--model", "a/b/c", "--data", file, "--images", "images", cwd=folder)
-    sentence(status, err, ["dpo.py: ", "rows.jsonl, row 1: image path '../secret.png' leaves --images"])
+    status, out, err = command(
+        "dpo.py", "--model", "a/b/c", "--data", file, "--images", "images", cwd=folder
+    )
+    sentence(
+        status, err, ["dpo.py: ", "rows.jsonl, row 1: image path '../secret.png' leaves --images"]
+    )
     assert out == "" and len(err.splitlines()) == 1
 
 
@@ -386,7 +583,18 @@ def test_dpo_unknown_flag(folder):
 def test_dpo_a_cut_picture(folder, checkpoint):
     """Found on the way, after progress lines: the message is the last line all the same."""
     file = lines_of(folder / "rows.jsonl", [povid(), povid("cut.jpg")])
-    args = ("--model", checkpoint, "--data", file, "--images", "images", "--out", "run", "--batch-size", 1)
+    args = (
+        "--model",
+        checkpoint,
+        "--data",
+        file,
+        "--images",
+        "images",
+        "--out",
+        "run",
+        "--batch-size",
+        1,
+    )
     status, _, err = command("dpo.py", *args, cwd=folder)
     sentence(status, err, "images/cut.jpg: the picture cannot be decoded")
     assert "run folder run" in err.splitlines()
@@ -399,9 +607,27 @@ def test_dpo_non_finite(folder, checkpoint):
 
     broken = changed(checkpoint, folder / "broken", spoil)
     file = lines_of(folder / "rows.jsonl", [povid(), povid(chosen="C.")])
-    args = ("--model", broken, "--data", file, "--images", "images", "--out", "run", "--steps", 2, "--batch-size", 2)
+    args = (
+        "--model",
+        broken,
+        "--data",
+        file,
+        "--images",
+        "images",
+        "--out",
+        "run",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+    )
     status, _, err = command("dpo.py", *args, cwd=folder)
-    sentence(status, err, ["loss nan", "rows.jsonl, row 0", "rows.jsonl, row 1", "no step was taken"], code=1)
+    sentence(
+        status,
+        err,
+        ["loss nan", "rows.jsonl, row 0", "rows.jsonl, row 1", "no step was taken"],
+        code=1,
+    )
     assert (folder / "run" / "metrics.jsonl").read_text() == ""
     assert sorted(p.name for p in (folder / "run").iterdir()) == ["args.json", "metrics.jsonl"]
 
@@ -426,33 +652,83 @@ def test_data_refuses_a_broken_file(folder):
 
 def test_skip_bad_rows(folder, checkpoint):
     """Rows refused at reading, at encoding (too long, equal answers), and the run goes on; without the flag it does not."""
-    rows = [povid(), povid("gone.jpg"), povid(chosen="A. " * 400), povid(chosen="C."), povid(chosen="B.")]
+    rows = [
+        povid(),
+        povid("gone.jpg"),
+        povid(chosen="A. " * 400),
+        povid(chosen="C."),
+        povid(chosen="B."),
+    ]
     file = lines_of(folder / "rows.jsonl", rows)
-    args = ("--model", checkpoint, "--data", file, "--images", "images", "--steps", 1, "--batch-size", 2)
+    args = (
+        "--model",
+        checkpoint,
+        "--data",
+        file,
+        "--images",
+        "images",
+        "--steps",
+        1,
+        "--batch-size",
+        2,
+    )
     status, _, err = command("dpo.py", *args, "--out", "run", cwd=folder)
-    sentence(status, err, ["row 1: image 'gone.jpg'", "(1 of 5 rows are refused; --skip-bad-rows goes on without them)"])
+    sentence(
+        status,
+        err,
+        [
+            "row 1: image 'gone.jpg'",
+            "(1 of 5 rows are refused; --skip-bad-rows goes on without them)",
+        ],
+    )
     assert not (folder / "run").exists()
     status, _, err = command("dpo.py", *args, "--out", "run", "--skip-bad-rows", cwd=folder)
     assert status == 0, err
-    assert "rows.jsonl: 1 of 5 rows are skipped" in err and "2 of 4 rows are skipped at encoding" in err
+    assert (
+        "rows.jsonl: 1 of 5 rows are skipped" in err
+        and "2 of 4 rows are skipped at encoding" in err
+    )
     skipped = json.loads((folder / "run" / "skipped.json").read_text())
-    assert [(s["file"], s["row"]) for s in skipped] == [("rows.jsonl", 1), ("rows.jsonl", 2), ("rows.jsonl", 4)]
-    for entry, why in zip(skipped, ("image 'gone.jpg' is not", "prompt of ", "chosen and rejected are the same tokens")):
+    assert [(s["file"], s["row"]) for s in skipped] == [
+        ("rows.jsonl", 1),
+        ("rows.jsonl", 2),
+        ("rows.jsonl", 4),
+    ]
+    for entry, why in zip(
+        skipped,
+        ("image 'gone.jpg' is not", "prompt of ", "chosen and rejected are the same tokens"),
+    ):
         assert entry["why"].startswith(why)
     assert (folder / "run" / "adapter").is_dir() and "\n2 rows; template" in err
     # --model lets data.py see what is refused at encoding
-    status, out, err = command("data.py", file, "--images", "images", "--model", checkpoint, "--json", cwd=folder)
+    status, out, err = command(
+        "data.py", file, "--images", "images", "--model", checkpoint, "--json", cwd=folder
+    )
     found = json.loads(out)
     assert status == 0 and (found["rows"], found["pairs"]) == (5, 2), err
     assert [r["row"] for r in found["refused"]] == [1, 2, 4]
     assert found["tokens"]["rejected"] == dict.fromkeys(("min", "median", "p95", "max"), 4)
     assert found["tokens"]["prompt"]["min"] > 4
-    status, out, err = command("data.py", file, "--images", "images", "--model", checkpoint, cwd=folder)
-    assert "3 rows refused" in out and "refused: 1, first row 2: prompt of" in out and "tokens of prompt: min" in out
+    status, out, err = command(
+        "data.py", file, "--images", "images", "--model", checkpoint, cwd=folder
+    )
+    assert (
+        "3 rows refused" in out
+        and "refused: 1, first row 2: prompt of" in out
+        and "tokens of prompt: min" in out
+    )
 
 
 def test_skip_bad_rows_that_are_all(folder, say, checkpoint):
     args = ["--model", checkpoint, "--images", folder / "images", "--skip-bad-rows", "--data"]
-    say(dpo.main, [*args, lines_of(folder / "gone.jsonl", [povid("a.jpg")] * 2)], ["row 0: image", "2 of 2 rows are refused"])
-    say(dpo.main, [*args, lines_of(folder / "same.jsonl", [povid(chosen="B.")])], ["row 0: chosen", "1 of 1 rows are refused"])
+    say(
+        dpo.main,
+        [*args, lines_of(folder / "gone.jsonl", [povid("a.jpg")] * 2)],
+        ["row 0: image", "2 of 2 rows are refused"],
+    )
+    say(
+        dpo.main,
+        [*args, lines_of(folder / "same.jsonl", [povid(chosen="B.")])],
+        ["row 0: chosen", "1 of 1 rows are refused"],
+    )
     assert not (folder / "runs").exists()

@@ -21,8 +21,16 @@ ANSWER = "A red cup is on the table. No, there is no dog in the image. Two banan
 
 def settings(**changed):
     """The flags that drawing looks at."""
-    flags = dict(rho=0.5, no_guidance=False, noise_steps=0, tries=3, threshold=0.97, embedder=None, temperature=1.0,
-                 max_new_tokens=12)  # fmt: skip
+    flags = dict(
+        rho=0.5,
+        no_guidance=False,
+        noise_steps=0,
+        tries=3,
+        threshold=0.97,
+        embedder=None,
+        temperature=1.0,
+        max_new_tokens=12,
+    )
     return SimpleNamespace(**(flags | changed))
 
 
@@ -32,8 +40,14 @@ def examples(llava, tmp_path):
     _, processor = llava
     found = []
     for i, answer in enumerate((ANSWER, "Yes", "There is a cup.\nThere is a dog! Is it? It is.")):
-        Image.frombytes("RGB", (28, 28), random.Random(i).randbytes(28 * 28 * 3)).save(tmp_path / f"{i}.png")
-        found.append(processor.encode(data.Record(f"row {i}", tmp_path / f"{i}.png", ("Describe the image.",), (answer,))))
+        Image.frombytes("RGB", (28, 28), random.Random(i).randbytes(28 * 28 * 3)).save(
+            tmp_path / f"{i}.png"
+        )
+        found.append(
+            processor.encode(
+                data.Record(f"row {i}", tmp_path / f"{i}.png", ("Describe the image.",), (answer,))
+            )
+        )
     return found
 
 
@@ -85,7 +99,9 @@ def test_cuts_follow_their_probabilities(llava, examples):
                 kept = len(s.text[s.start : s.cut].split())
                 places[k][kept] = places[k].get(kept, 0) + 1
             else:
-                assert s.text.startswith("A red cup is on the table. Yes, there") and s.cut >= s.start + len("Yes,")
+                assert s.text.startswith(
+                    "A red cup is on the table. Yes, there"
+                ) and s.cut >= s.start + len("Yes,")
     assert abs(swaps - n / 2) < 5 * math.sqrt(n / 4)
     for k, words in ((0, 7), (2, 6)):  # kept: none to all but one
         assert sorted(places[k]) == list(range(words))
@@ -98,12 +114,17 @@ def test_no_word_of_a_longer_word_is_swapped(llava, examples):
     _, processor = llava
     example = replace(examples[0], record=replace(examples[0].record, answers=("None of them.",)))
     example = processor.encode(example.record)
-    assert not any(bdhs.cut_sentences(example, processor, random.Random(i))[0].swapped for i in range(20))
+    assert not any(
+        bdhs.cut_sentences(example, processor, random.Random(i))[0].swapped for i in range(20)
+    )
 
 
 def test_join():
-    plan = [bdhs.Sentence("A cup.", 0, 1, False, None, 1, " dog."), bdhs.Sentence("A cup.\n\nThere it is.", 8, 8, False, None, 2, " No."),
-            bdhs.Sentence("A cup.\n\nThere it is. Yes", 21, 24, True, None, 2, "")]  # fmt: skip
+    plan = [
+        bdhs.Sentence("A cup.", 0, 1, False, None, 1, " dog."),
+        bdhs.Sentence("A cup.\n\nThere it is.", 8, 8, False, None, 2, " No."),
+        bdhs.Sentence("A cup.\n\nThere it is. Yes", 21, 24, True, None, 2, ""),
+    ]
     assert bdhs.join(plan, "A cup.\n\nThere it is. No!") == "A dog.\n\nNo. Yes"
 
 
@@ -111,7 +132,9 @@ def test_join():
 
 
 def test_default_rho():
-    assert bdhs.default_rho(576) == pytest.approx(0.99) and bdhs.default_rho(2880) == pytest.approx(0.99)
+    assert bdhs.default_rho(576) == pytest.approx(0.99) and bdhs.default_rho(2880) == pytest.approx(
+        0.99
+    )
     assert bdhs.default_rho(36) == pytest.approx(0.84) and bdhs.default_rho(4) == 0
 
 
@@ -136,7 +159,9 @@ def test_hidden_tokens_are_seen_by_nobody_but_themselves():
 def test_nothing_flows_from_a_hidden_token(build):
     """The gradient of all other hidden states, in the last layer, with respect to a hidden embedding is exactly 0."""
     model = build(dtype=torch.float64)
-    batch = pack([torch.randint(1, 90, (9,))], [[torch.randint(1, 90, (4,)), torch.randint(1, 90, (3,))]])
+    batch = pack(
+        [torch.randint(1, 90, (9,))], [[torch.randint(1, 90, (4,)), torch.randint(1, 90, (3,))]]
+    )
     hidden = torch.zeros(1, 16, dtype=torch.bool)
     hidden[0, 3:6] = True
     x = model.embed(batch.input_ids).detach().requires_grad_()
@@ -152,8 +177,12 @@ def test_all_hidden_is_blind_and_nothing_hidden_is_ordinary(llava, examples):
     draw = lambda pixels, mask: model.sample(
         prompts, pixels, 2, 10, image_mask=mask, generator=torch.Generator().manual_seed(1)
     )
-    hide = lambda rho: bdhs.image_mask(prompts, processor.image_token_id, rho, torch.Generator().manual_seed(0))
-    same = lambda a, b: all(torch.equal(x, y) for p, q in zip(a.log_probs, b.log_probs) for x, y in zip(p, q))
+    hide = lambda rho: bdhs.image_mask(
+        prompts, processor.image_token_id, rho, torch.Generator().manual_seed(0)
+    )
+    same = lambda a, b: all(
+        torch.equal(x, y) for p, q in zip(a.log_probs, b.log_probs) for x, y in zip(p, q)
+    )
     assert same(draw(pixels, hide(1.0)), draw(torch.randn_like(pixels), hide(1.0)))
     assert same(draw(pixels, hide(0.0)), draw(pixels, None))
     assert not same(draw(pixels, hide(1.0)), draw(pixels, None))
@@ -161,16 +190,25 @@ def test_all_hidden_is_blind_and_nothing_hidden_is_ordinary(llava, examples):
 
 def test_diffusion():
     """The schedule's published numbers; a mean and a variance; step 0 leaves the pixels alone."""
-    for steps, signal, noise in ((300, 0.981, 0.194), (500, 0.863, 0.505), (700, 0.594, 0.804), (999, 0.285, 0.959)):
+    for steps, signal, noise in (
+        (300, 0.981, 0.194),
+        (500, 0.863, 0.505),
+        (700, 0.594, 0.804),
+        (999, 0.285, 0.959),
+    ):
         abar = bdhs.alpha_bar(steps)
-        assert math.sqrt(abar) == pytest.approx(signal, abs=2e-3) and math.sqrt(1 - abar) == pytest.approx(noise, abs=2e-3)
+        assert math.sqrt(abar) == pytest.approx(signal, abs=2e-3) and math.sqrt(
+            1 - abar
+        ) == pytest.approx(noise, abs=2e-3)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     m, s = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     pixels = (torch.full((1, 3, 200, 200), 0.5) - m) / s
     assert torch.equal(bdhs.diffuse(pixels, 0, mean, std, None), pixels)
     noisy = bdhs.diffuse(pixels, 300, mean, std, torch.Generator().manual_seed(0)) * s + m
     assert noisy.min() >= -1e-6 and noisy.max() <= 1 + 1e-6
-    assert noisy.mean() == pytest.approx(0.981 * 0.5, abs=5e-3) and noisy.std() == pytest.approx(0.194, abs=5e-3)
+    assert noisy.mean() == pytest.approx(0.981 * 0.5, abs=5e-3) and noisy.std() == pytest.approx(
+        0.194, abs=5e-3
+    )
 
 
 # ---- completion
@@ -198,16 +236,23 @@ def test_sampling_from_cuts_is_sampling_from_prefixes(llava, examples):
     model, processor = llava
     prompts = [e.prompt for e in examples]
     pixels = torch.stack([processor.pixels(e.record.image) for e in examples])
-    hidden = bdhs.image_mask(prompts, processor.image_token_id, 0.5, torch.Generator().manual_seed(3))
-    given = [[(examples[0].answers[0], [0, 4, 9]), (examples[2].answers[0][:5], [5])], [(examples[1].answers[0], [1])],
-             [(examples[2].answers[0], [2, 3])]]  # fmt: skip
+    hidden = bdhs.image_mask(
+        prompts, processor.image_token_id, 0.5, torch.Generator().manual_seed(3)
+    )
+    given = [
+        [(examples[0].answers[0], [0, 4, 9]), (examples[2].answers[0][:5], [5])],
+        [(examples[1].answers[0], [1])],
+        [(examples[2].answers[0], [2, 3])],
+    ]
     samples = model.sample(prompts, pixels, 1, 6, 0, processor.stop_ids, hidden, given)
     for b, texts in enumerate(given):
         branches = [(tokens, cut) for tokens, cuts in texts for cut in cuts]
         assert len(samples.tokens[b]) == len(branches)
         for (tokens, cut), drawn in zip(branches, samples.tokens[b]):
             hide = hidden[b, : len(prompts[b])]
-            assert drawn.tolist() == slow_completion(model, prompts[b], tokens, cut, pixels[b], hide, processor.stop_ids, 6)
+            assert drawn.tolist() == slow_completion(
+                model, prompts[b], tokens, cut, pixels[b], hide, processor.stop_ids, 6
+            )
 
 
 def test_guided_answers_keep_their_beginnings(llava, examples):
@@ -224,8 +269,16 @@ def test_guided_answers_keep_their_beginnings(llava, examples):
     drawer.complete = watch
     negatives = drawer.hallucinate(examples, 5)
     for example, plan, negative in zip(examples, seen, negatives):
-        answer, spans, at = example.record.answers[0], bdhs.split_sentences(example.record.answers[0]), 0
-        assert len(plan) == len(spans) == len(negative.cuts) and negative.guided and negative.tries == 1
+        answer, spans, at = (
+            example.record.answers[0],
+            bdhs.split_sentences(example.record.answers[0]),
+            0,
+        )
+        assert (
+            len(plan) == len(spans) == len(negative.cuts)
+            and negative.guided
+            and negative.tries == 1
+        )
         for s, (start, _) in zip(plan, spans):
             assert s.text[:start] == answer[:start]  # the sentences before it are the true ones
             ids = s.given[: s.kept]
@@ -242,7 +295,9 @@ def test_one_prefill_a_try(llava, examples, monkeypatch):
     model, processor = llava
     images, rows = [], []
     encode, decode = model.image_features, model.decode
-    monkeypatch.setattr(model, "image_features", lambda pixels, sizes: images.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        model, "image_features", lambda pixels, sizes: images.append(len(pixels)) or encode(pixels)
+    )
     monkeypatch.setattr(model, "decode", lambda x, *rest: rows.append(x.shape) or decode(x, *rest))
     bdhs.Drawer(model, processor, settings(tries=1)).hallucinate(examples, 0)
     assert images == [3]
@@ -263,9 +318,15 @@ def test_tries(llava, examples):
     assert not torch.equal(masks[0][0], masks[1][0]) and not torch.equal(masks[1][0], masks[2][0])
     easy = bdhs.Drawer(model, processor, settings(tries=3, threshold=2.0, max_new_tokens=4))
     assert all(n.tries == 1 and n.guided for n in easy.hallucinate(examples, 0) if n.text)
-    assert easy.hallucinate(examples, 7) == easy.hallucinate(examples, 7) != easy.hallucinate(examples, 8)
+    assert (
+        easy.hallucinate(examples, 7)
+        == easy.hallucinate(examples, 7)
+        != easy.hallucinate(examples, 8)
+    )
     single = bdhs.Drawer(model, processor, settings(tries=1, threshold=-1.0))
-    assert all(n.guided for n in single.hallucinate(examples, 0))  # N = 1: guided, whatever comes out
+    assert all(
+        n.guided for n in single.hallucinate(examples, 0)
+    )  # N = 1: guided, whatever comes out
 
 
 def test_word_cosine():
@@ -283,7 +344,11 @@ def test_embedder(tmp_path, parts):
     import transformers
 
     config = transformers.BertConfig(
-        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+        vocab_size=400,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
     )
     torch.manual_seed(0)
     model = transformers.BertModel(config).eval()
@@ -294,9 +359,15 @@ def test_embedder(tmp_path, parts):
     a, b = ["A red cup.", "A dog sleeps under the table."], ["A red cup.", "Two bananas"]
     got = bdhs.load_embedder(tmp_path)(a, b)
     with torch.no_grad():
-        one = lambda text: model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        one = lambda text: (
+            model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        )
         want = [float(torch.cosine_similarity(one(x), one(y), dim=0)) for x, y in zip(a, b)]
-    assert got == pytest.approx(want, abs=1e-5) and got[0] == pytest.approx(1, abs=1e-5) and abs(got[1]) < 0.999
+    assert (
+        got == pytest.approx(want, abs=1e-5)
+        and got[0] == pytest.approx(1, abs=1e-5)
+        and abs(got[1]) < 0.999
+    )
 
 
 def test_a_real_embedder():
@@ -313,7 +384,9 @@ def test_a_real_embedder():
 
 
 def test_dpo_loss_by_hand():
-    losses, chosen, rejected = bdhs.dpo_loss(*(torch.tensor([float(v)]) for v in (-3, -8, -4, -6)), 0.5)
+    losses, chosen, rejected = bdhs.dpo_loss(
+        *(torch.tensor([float(v)]) for v in (-3, -8, -4, -6)), 0.5
+    )
     assert (
         losses.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.5 * 3))))
         and chosen.item() == 0.5
@@ -325,8 +398,14 @@ def test_dpo_loss_by_hand():
 def test_distorted_answer(llava, examples):
     """POVID's tokens and both sums, one position at a time; with clean pixels y- is what the model says anyway."""
     model, processor = llava
-    examples = [replace(e, answers=[e.answers[0], torch.tensor([5, 6, 2])], scored=[e.scored[0], torch.ones(3, dtype=torch.bool)])
-                for e in examples[:2]]  # fmt: skip
+    examples = [
+        replace(
+            e,
+            answers=[e.answers[0], torch.tensor([5, 6, 2])],
+            scored=[e.scored[0], torch.ones(3, dtype=torch.bool)],
+        )
+        for e in examples[:2]
+    ]
     batch, noisy = processor.collate(examples), torch.randn(2, 3, 28, 28)
     wrong = bdhs.distorted(model, batch, noisy)
     rows = bdhs.distorted_log_probs(model, batch, wrong, 2)
@@ -334,8 +413,15 @@ def test_distorted_answer(llava, examples):
     assert torch.allclose(rows[[0, 2]], model.answer_log_probs(batch).view(2, 2).T)
     weight, at = model.llm.get_output_embeddings().weight, 0
     for b, example in enumerate(examples):
-        clean = model.hidden(replace(pack([example.prompt], [example.answers[:1]]), pixel_values=batch.pixel_values[b : b + 1]))
-        dirty = model.hidden(replace(pack([example.prompt], [example.answers[:1]]), pixel_values=noisy[b : b + 1]))
+        clean = model.hidden(
+            replace(
+                pack([example.prompt], [example.answers[:1]]),
+                pixel_values=batch.pixel_values[b : b + 1],
+            )
+        )
+        dirty = model.hidden(
+            replace(pack([example.prompt], [example.answers[:1]]), pixel_values=noisy[b : b + 1])
+        )
         total, P = 0.0, len(example.prompt)
         for t in range(len(example.answers[0])):
             logits = dirty[0, P - 1 + t] @ weight.t()
@@ -351,7 +437,11 @@ def test_equal_negatives_are_left_out(llava, examples):
     blank = bdhs.Negative("", 0.0, 1, True, 0, 0, [], [])
     negatives = [replace(blank, text=ANSWER), blank, replace(blank, text="A dog.")]
     (kept,) = bdhs.with_negatives(examples, negatives, processor)
-    assert kept.record.where == "row 2" and processor.text(kept.answers[1]) == "A dog." and len(kept.answers) == 2
+    assert (
+        kept.record.where == "row 2"
+        and processor.text(kept.answers[1]) == "A dog."
+        and len(kept.answers) == 2
+    )
 
 
 # ---- the script
@@ -382,18 +472,41 @@ def files(tmp_path_factory):
     (folder / "images").mkdir()
     rows = []
     for i in range(5):
-        Image.frombytes("RGB", (28, 28), random.Random(i).randbytes(28 * 28 * 3)).save(folder / "images" / f"{i}.png")
-        said = ("No, there is no dog.", "A red cup is on the table. Two bananas are in a bowl.")[i % 2]
-        turns = lambda text: [{"from": "human", "value": "<image>\nIs there a dog?"}, {"from": "gpt", "value": text}]
+        Image.frombytes("RGB", (28, 28), random.Random(i).randbytes(28 * 28 * 3)).save(
+            folder / "images" / f"{i}.png"
+        )
+        said = ("No, there is no dog.", "A red cup is on the table. Two bananas are in a bowl.")[
+            i % 2
+        ]
+        turns = lambda text: [
+            {"from": "human", "value": "<image>\nIs there a dog?"},
+            {"from": "gpt", "value": text},
+        ]
         rows.append(
-            {"id": str(i), "image": f"{i}.png", "conversations": turns(said), "rejected_conversations": turns("A dog.")}
+            {
+                "id": str(i),
+                "image": f"{i}.png",
+                "conversations": turns(said),
+                "rejected_conversations": turns("A dog."),
+            }
         )
     (folder / "povid.json").write_text(json.dumps(rows))
     return folder
 
 
 def test_offline_file_is_read_by_dpo_and_resumes(run, files, checkpoint):
-    flags = ("--model", checkpoint, "--data", "povid.json", "--images", "images", "--batch-size", 2, "--max-new-tokens", 8)
+    flags = (
+        "--model",
+        checkpoint,
+        "--data",
+        "povid.json",
+        "--images",
+        "images",
+        "--batch-size",
+        2,
+        "--max-new-tokens",
+        8,
+    )
     out, _ = run(*flags, "--out", "whole", cwd=files)
     rows = json.loads((files / "whole" / "preferences.json").read_text())
     found = data.read(files / "whole" / "preferences.json", files / "images")
@@ -407,17 +520,38 @@ def test_offline_file_is_read_by_dpo_and_resumes(run, files, checkpoint):
     for name in ("preferences.json", "statistics.json"):
         (files / "part" / name).unlink()
     lines = (files / "part" / "negatives.jsonl").read_text().splitlines(keepends=True)
-    (files / "part" / "negatives.jsonl").write_text("".join(lines[:3]) + lines[3][:10])  # killed while writing
+    (files / "part" / "negatives.jsonl").write_text(
+        "".join(lines[:3]) + lines[3][:10]
+    )  # killed while writing
     run(*flags, "--out", "part", "--resume", cwd=files)
     for name in ("negatives.jsonl", "preferences.json"):
         assert (files / "part" / name).read_text() == (files / "whole" / name).read_text()
 
 
-@pytest.mark.parametrize("more", [[], ["--gamma", "0.5"], ["--povid"], ["--povid", "--gamma", "0.5", "--grad-accum", "2"],
-                                  ["--lora-rank", "0", "--no-guidance"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--gamma", "0.5"],
+        ["--povid"],
+        ["--povid", "--gamma", "0.5", "--grad-accum", "2"],
+        ["--lora-rank", "0", "--no-guidance"],
+    ],
+)
 def test_online_starts_at_ln_2(run, files, checkpoint, more):
     name = "online" + "".join(more)
-    flags = ("--model", checkpoint, "--data", "povid.json", "--images", "images", "--batch-size", 2, "--max-new-tokens", 8)
+    flags = (
+        "--model",
+        checkpoint,
+        "--data",
+        "povid.json",
+        "--images",
+        "images",
+        "--batch-size",
+        2,
+        "--max-new-tokens",
+        8,
+    )
     run("--online", *flags, *more, "--steps", 3, "--lr", "1e-3", "--out", name, cwd=files)
     lines = [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3
@@ -429,8 +563,25 @@ def test_online_starts_at_ln_2(run, files, checkpoint, more):
 
 
 def test_online_resumed_is_uninterrupted(run, files, checkpoint):
-    flags = ("--online", "--model", checkpoint, "--data", "povid.json", "--images", "images", "--batch-size", 2,
-             "--max-new-tokens", 8, "--lr", "1e-3", "--steps", 4, "--save-every", 2)  # fmt: skip
+    flags = (
+        "--online",
+        "--model",
+        checkpoint,
+        "--data",
+        "povid.json",
+        "--images",
+        "images",
+        "--batch-size",
+        2,
+        "--max-new-tokens",
+        8,
+        "--lr",
+        "1e-3",
+        "--steps",
+        4,
+        "--save-every",
+        2,
+    )
     run(*flags, "--out", "straight", cwd=files)
     run(*flags, "--out", "again", cwd=files)
     for path in ("checkpoints/step-000004",):
@@ -455,18 +606,42 @@ def test_online_resumed_is_uninterrupted(run, files, checkpoint):
     ],
 )
 def test_bad_flags(run, files, checkpoint, flags, words):
-    _, err = run("--model", checkpoint, "--data", "povid.json", "--images", "images", *flags, cwd=files, ok=False)
+    _, err = run(
+        "--model",
+        checkpoint,
+        "--data",
+        "povid.json",
+        "--images",
+        "images",
+        *flags,
+        cwd=files,
+        ok=False,
+    )
     assert words in err and "Traceback" not in err
 
 
 def test_row_without_a_picture(run, files, checkpoint):
     turns = lambda text: [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": text}]
     (files / "text.json").write_text(
-        json.dumps([{"id": "1", "conversations": turns("Yes."), "rejected_conversations": turns("No.")}])
+        json.dumps(
+            [{"id": "1", "conversations": turns("Yes."), "rejected_conversations": turns("No.")}]
+        )
     )
     _, err = run("--model", checkpoint, "--data", "text.json", cwd=files, ok=False)
     assert "text.json, row 0: no picture" in err and "--skip-bad-rows" in err
-    flags = ("--model", checkpoint, "--data", "text.json", "--data", "povid.json", "--images", "images", "--skip-bad-rows")
+    flags = (
+        "--model",
+        checkpoint,
+        "--data",
+        "text.json",
+        "--data",
+        "povid.json",
+        "--images",
+        "images",
+        "--skip-bad-rows",
+    )
     run(*flags, "--max-new-tokens", 8, "--out", "skipped", cwd=files)
-    assert [row["file"] for row in json.loads((files / "skipped" / "skipped.json").read_text())] == ["text.json"]
+    assert [
+        row["file"] for row in json.loads((files / "skipped" / "skipped.json").read_text())
+    ] == ["text.json"]
     assert json.loads((files / "skipped" / "statistics.json").read_text())["answers"] == 5

@@ -15,7 +15,13 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-LLM = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+LLM = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+}
 TINY = {"vision": VISION, "llm": LLM, "batch": 2, "steps": 2, "words": 6}
 
 
@@ -41,7 +47,9 @@ def test_json_and_table(tmp_path, capsys):
     assert figures["step"].keys() == {"ours"} and figures["head"] == {}
     ours, kinds = figures["step"]["ours"], {"seconds", "seconds_3_epochs", "peak_mib"}
     assert ours.keys() == kinds | {f"{k}_ratio" for k in kinds}
-    assert ours["seconds_ratio"] == ours["seconds_3_epochs_ratio"] == {"median": 1, "min": 1, "max": 1}
+    assert (
+        ours["seconds_ratio"] == ours["seconds_3_epochs_ratio"] == {"median": 1, "min": 1, "max": 1}
+    )
     assert ours["seconds_3_epochs"]["median"] < ours["seconds"]["median"]
     assert "\n| ours | " in capsys.readouterr().out
 
@@ -50,7 +58,9 @@ def test_figures_of_a_process_that_disagrees_are_refused(tmp_path, monkeypatch):
     answers = iter([[[-10.0, -11.0]], [[-10.0, -11.01]]])
 
     def run(*_, **__):
-        line = json.dumps({"seconds": 1, "peak_mib": 1, "losses": [math.log(2)], "log_probs": next(answers)})
+        line = json.dumps(
+            {"seconds": 1, "peak_mib": 1, "losses": [math.log(2)], "log_probs": next(answers)}
+        )
         return bench.subprocess.CompletedProcess([], 0, line, "")
 
     monkeypatch.setattr(bench.subprocess, "run", run)
@@ -60,5 +70,8 @@ def test_figures_of_a_process_that_disagrees_are_refused(tmp_path, monkeypatch):
 
 def test_both_ways_to_negatives_draw_the_same(tmp_path):
     bench.build(tmp_path, TINY)
-    one, apart = bench.negatives("one-prefill", tmp_path), bench.negatives("prefill-a-sentence", tmp_path)
+    one, apart = (
+        bench.negatives("one-prefill", tmp_path),
+        bench.negatives("prefill-a-sentence", tmp_path),
+    )
     assert one["log_probs"][0] == pytest.approx(apart["log_probs"][0], abs=1e-3)

@@ -17,7 +17,11 @@ from data import TEMPLATES, Processor, Record
 from model import BadInput, LoRALinear, pack
 
 MISTRAL = {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # one layer of each kind
+SLIDING = {
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 1,
+}  # one layer of each kind
 SIDE, PATCH, VOCAB, IMAGE_ID = 28, 7, 270, 261  # 16 patches
 
 
@@ -30,13 +34,20 @@ def tiny_tokenizer(image=True, bos=True, chatml=True):
     """Bytes, with BOS in front, as a Llama tokenizer has it; 261 is <image>. bos=False: as Qwen's. chatml: its two tokens."""
     words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"] if chatml else ["<a>", "<b>"], special_tokens=True)
+    tokenizer.add_tokens(
+        ["<|im_start|>", "<|im_end|>"] if chatml else ["<a>", "<b>"], special_tokens=True
+    )
     if image:
         tokenizer.add_tokens(["<image>"], special_tokens=True)
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -44,15 +55,31 @@ def tiny_tokenizer(image=True, bos=True, chatml=True):
 
 
 def clip_config():
-    return transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                                         num_attention_heads=4, image_size=SIDE, patch_size=PATCH)  # fmt: skip
+    return transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
 
 
 def llm_config(kind="llama", vocab_size=VOCAB, **more):
     return transformers.AutoConfig.for_model(
-        kind, vocab_size=vocab_size, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=None, **more,
-    )  # fmt: skip
+        kind,
+        vocab_size=vocab_size,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        **more,
+    )
 
 
 def scatter(model):
@@ -65,24 +92,38 @@ def scatter(model):
 
 def tiny_llava(kind="llama", layer=-2, strategy="default", **more):
     config = transformers.LlavaConfig(
-        vision_config=clip_config(), text_config=llm_config(kind, **more), image_token_index=IMAGE_ID,
-        vision_feature_layer=layer, vision_feature_select_strategy=strategy,
-    )  # fmt: skip
+        vision_config=clip_config(),
+        text_config=llm_config(kind, **more),
+        image_token_index=IMAGE_ID,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+    )
     return scatter(transformers.LlavaForConditionalGeneration(config))
 
 
 NAMINGS = {  # in memory of transformers 5.23 -> on disk, written out by hand from what each version produced
-    "H": {"model.vision_tower.": "vision_tower.vision_model.", "model.multi_modal_projector.": "multi_modal_projector.",
-          "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
-          "model.image_newline": "image_newline"},
+    "H": {
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.image_newline": "image_newline",
+    },
     "M4": {"model.vision_tower.": "model.vision_tower.vision_model."},
     "M5": {},
-    "H5": {"model.vision_tower.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector.",
-           "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
-           "model.image_newline": "image_newline"},
-    "X": {"model.vision_tower.": "model.vision_tower.vision_model.",
-          "model.language_model.": "model.language_model.model.", "lm_head.": "language_model.lm_head."},
-}  # fmt: skip
+    "H5": {
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.image_newline": "image_newline",
+    },
+    "X": {
+        "model.vision_tower.": "model.vision_tower.vision_model.",
+        "model.language_model.": "model.language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    },
+}
 
 
 def renamed(tensors, naming, prefix=""):
@@ -124,7 +165,9 @@ def folder(hf, tmp_path_factory):
 
 def from_transformers(folder):
     """transformers only warns of missing, unexpected and mismatched weights: here there are none."""
-    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(info.values()), info
     return model.eval()
 
@@ -152,7 +195,9 @@ def their_logits(model, rows, pixels):
 
 
 def difference(ours, theirs, rows):
-    return max((ours[b, : len(r)] - theirs[b, : len(r)]).abs().max().item() for b, r in enumerate(rows))
+    return max(
+        (ours[b, : len(r)] - theirs[b, : len(r)]).abs().max().item() for b, r in enumerate(rows)
+    )
 
 
 # ---- the same numbers
@@ -185,7 +230,9 @@ def test_logits_are_those_of_transformers(tmp_path, kind, layer, strategy, more)
     ours, want = our_logits(model, rows, pixels), their_logits(theirs, rows, pixels)
     assert difference(ours, want, rows) <= 1e-5
     assert want.std() > 0.3, "the logits are too flat to tell anything"
-    assert difference(our_logits(model, rows, pixels.flip(0)), want, rows) > 1e-2, "the pictures do not matter"
+    assert difference(our_logits(model, rows, pixels.flip(0)), want, rows) > 1e-2, (
+        "the pictures do not matter"
+    )
     alone = our_logits(model, rows[1:2], None)
     assert difference(alone, want[1:2], rows[1:2]) <= 1e-5
 
@@ -193,7 +240,9 @@ def test_logits_are_those_of_transformers(tmp_path, kind, layer, strategy, more)
 def test_greedy_sampling_is_generate(folder, hf):
     model, processor = load(folder)
     rows, pixels = prompts(), torch.randn(2, 3, SIDE, SIDE)
-    samples = model.sample(rows, pixels, max_new_tokens=12, temperature=0, stop_ids=processor.stop_ids)
+    samples = model.sample(
+        rows, pixels, max_new_tokens=12, temperature=0, stop_ids=processor.stop_ids
+    )
     seen = set()
     for row, picture, tokens in zip(rows, (pixels[:1], None, pixels[1:]), samples.tokens):
         inputs = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}
@@ -235,7 +284,9 @@ def test_shards_old_buffers_and_dtype(tmp_path, hf, folder):
     (new / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     model, _ = load(new)
     want, _ = load(folder)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), want.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), want.state_dict().values())
+    )
     half, _ = load(new, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and {p.dtype for p in half.parameters()} == {torch.bfloat16}
     computed, want = half.llm.model.rotary_emb.inv_freq, hf.model.language_model.rotary_emb.inv_freq
@@ -269,15 +320,32 @@ def test_config_of_an_early_version(tmp_path, hf):
     """image_token_id for image_token_index, a wrong vocab_size, null patch_size, image processors of 4.x and 5.x."""
     new = write(tmp_path / "m", hf)
     text = json.loads((new / "config.json").read_text())["text_config"]
-    edit(new / "config.json", image_token_index=None, image_token_id=IMAGE_ID, text_config=text | {"vocab_size": 31064})
-    (new / "processor_config.json").write_text('{"processor_class": "LlavaProcessor", "patch_size": null}')
+    edit(
+        new / "config.json",
+        image_token_index=None,
+        image_token_id=IMAGE_ID,
+        text_config=text | {"vocab_size": 31064},
+    )
+    (new / "processor_config.json").write_text(
+        '{"processor_class": "LlavaProcessor", "patch_size": null}'
+    )
     _, processor = load(new)
-    assert processor.image_mean == checkpoints.CLIP_MEAN and processor.image_std == checkpoints.CLIP_STD
-    assert (processor.image_token_id, processor.image_size, processor.image_tokens) == (IMAGE_ID, SIDE, 16)
+    assert (
+        processor.image_mean == checkpoints.CLIP_MEAN
+        and processor.image_std == checkpoints.CLIP_STD
+    )
+    assert (processor.image_token_id, processor.image_size, processor.image_tokens) == (
+        IMAGE_ID,
+        SIDE,
+        16,
+    )
     images = {"image_mean": [0.5, 0.5, 0.5], "crop_size": 28, "size": {"shortest_edge": 28}}
     (new / "preprocessor_config.json").write_text(json.dumps(images))
     assert load(new)[1].image_mean == (0.5, 0.5, 0.5)
-    edit(new / "processor_config.json", image_processor={"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 28}})
+    edit(
+        new / "processor_config.json",
+        image_processor={"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 28}},
+    )
     assert load(new)[1].image_mean == (0.1, 0.2, 0.3)
     edit(new / "processor_config.json", image_processor={"size": {"shortest_edge": 14}})
     with pytest.raises(BadInput, match="tower takes 28"):
@@ -311,9 +379,15 @@ def test_a_config_it_cannot_compute_is_refused(tmp_path, hf, values, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias"), "missing: vision_tower.*fc1.bias"),
+        (
+            lambda t: t.pop("vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias"),
+            "missing: vision_tower.*fc1.bias",
+        ),
         (lambda t: t.update({"image_newline": torch.ones(48)}), "unexpected: image_newline"),
-        (lambda t: t.update({"multi_modal_projector.linear_1.bias": torch.ones(7)}), r"1.bias has the shape \(7,\)"),
+        (
+            lambda t: t.update({"multi_modal_projector.linear_1.bias": torch.ones(7)}),
+            r"1.bias has the shape \(7,\)",
+        ),
         (lambda t: t.update({"lm_head.weight": torch.ones(VOCAB, 48)}), "there twice"),
     ],
 )
@@ -324,7 +398,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, hf, change, message):
 
 def test_missing_and_broken_files_are_refused(tmp_path, hf, monkeypatch):
     new = write(tmp_path / "m", hf)
-    files = {"tokenizer.json": "tokenizer", "model.safetensors": "safetensors", "config.json": "JSON"}
+    files = {
+        "tokenizer.json": "tokenizer",
+        "model.safetensors": "safetensors",
+        "config.json": "JSON",
+    }
     for file, message in files.items():
         whole = (new / file).read_bytes()
         (new / file).write_bytes(b"{")
@@ -355,7 +433,12 @@ def test_missing_and_broken_files_are_refused(tmp_path, hf, monkeypatch):
 
 @pytest.mark.parametrize(
     "kind, strategy, tie",
-    [("llama", "default", False), ("mistral", "full", True), ("qwen2", "default", True), ("qwen3", "default", False)],
+    [
+        ("llama", "default", False),
+        ("mistral", "full", True),
+        ("qwen2", "default", True),
+        ("qwen3", "default", False),
+    ],
 )
 def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
     more = MISTRAL if kind == "mistral" else SLIDING if kind == "qwen3" else {}
@@ -364,16 +447,26 @@ def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
     save(model, processor, tmp_path / "out")
     theirs = from_transformers(tmp_path / "out")
     rows, pixels = prompts(processor.image_tokens), torch.randn(2, 3, SIDE, SIDE)
-    assert difference(our_logits(model, rows, pixels), their_logits(theirs, rows, pixels), rows) <= 1e-5
+    assert (
+        difference(our_logits(model, rows, pixels), their_logits(theirs, rows, pixels), rows)
+        <= 1e-5
+    )
     names = set(load_file(tmp_path / "out" / "model.safetensors"))
     assert ("language_model.lm_head.weight" in names) is not tie
-    assert all(n.startswith(("vision_tower.vision_model.", "multi_modal_projector.", "language_model.")) for n in names)
+    assert all(
+        n.startswith(("vision_tower.vision_model.", "multi_modal_projector.", "language_model."))
+        for n in names
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "float32" and "_name_or_path" not in config["text_config"]
-    assert config["text_config"]["rope_theta"] == (1e6 if kind == "mistral" else 1e4), "4.x looks for it there"
+    assert config["text_config"]["rope_theta"] == (1e6 if kind == "mistral" else 1e4), (
+        "4.x looks for it there"
+    )
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast", "4.x knows no other name"
-    assert config["model_input_names"] == ["input_ids", "attention_mask"], "generate of 4.x stops at token_type_ids"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"], (
+        "generate of 4.x stops at token_type_ids"
+    )
     assert "local_files_only" not in config
     assert not list(tmp_path.glob(".out*")), "the folder written aside is still there"
 
@@ -381,23 +474,34 @@ def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("bos", [True, False])
 def test_autoprocessor_makes_the_same_input(tmp_path, hf, template, bos):
-    model, processor = load(write(tmp_path / "m", hf, bos=bos), template=template, image_aspect="checkpoint")
+    model, processor = load(
+        write(tmp_path / "m", hf, bos=bos), template=template, image_aspect="checkpoint"
+    )
     save(model, processor, tmp_path / "out")
     theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     picture = Image.effect_noise((40, 28), 60).convert("RGB")
     picture.save(tmp_path / "p.png")
     record = Record("here", tmp_path / "p.png", ("What is this?", "A cat", "Sure?"), ("Yes",))
     text = lambda value: {"type": "text", "text": value}
-    chat = [{"role": "user", "content": [text("What is this?"), {"type": "image"}]},
-            {"role": "assistant", "content": [text("A cat")]}, {"role": "user", "content": "Sure?"}]  # fmt: skip
-    out = theirs(images=picture, text=theirs.apply_chat_template(chat, add_generation_prompt=True), return_tensors="pt")
+    chat = [
+        {"role": "user", "content": [text("What is this?"), {"type": "image"}]},
+        {"role": "assistant", "content": [text("A cat")]},
+        {"role": "user", "content": "Sure?"},
+    ]
+    out = theirs(
+        images=picture,
+        text=theirs.apply_chat_template(chat, add_generation_prompt=True),
+        return_tensors="pt",
+    )
     example = processor.encode(record)
     assert (example.prompt[0].item() == 1) is bos
     assert out["input_ids"][0].tolist() == example.prompt.tolist()
     assert (example.prompt == IMAGE_ID).sum() == 16
     assert (out["pixel_values"][0] - processor.pixels(picture)).abs().max() < 1e-5
     chat.append({"role": "assistant", "content": "Yes"})
-    whole = theirs(images=picture, text=theirs.apply_chat_template(chat), return_tensors="pt")["input_ids"][0]
+    whole = theirs(images=picture, text=theirs.apply_chat_template(chat), return_tensors="pt")[
+        "input_ids"
+    ][0]
     assert whole.tolist() == [*example.prompt.tolist(), *example.answers[0].tolist()]
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert generation.eos_token_id == processor.stop_ids
@@ -412,7 +516,9 @@ def test_save_and_load_are_inverse(tmp_path, folder, monkeypatch):
     assert len(list((tmp_path / "a" / "out").glob("model-*-of-*.safetensors"))) > 2
     again, other = load(tmp_path / "a" / "out")
     assert model.state_dict().keys() == again.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
+    )
     assert vars(again.llm.config)["rope_parameters"] == vars(model.llm.config)["rope_parameters"]
     for field in fields(Processor):
         if field.name != "tokenizer":
@@ -422,7 +528,9 @@ def test_save_and_load_are_inverse(tmp_path, folder, monkeypatch):
     from_transformers(tmp_path / "a" / "out")
     monkeypatch.undo()
     save(model, processor, tmp_path / "half", dtype=torch.bfloat16)
-    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
     before = (tmp_path / "half" / "config.json").read_bytes()
     with pytest.raises(BadInput, match="exists"):
         save(model, processor, tmp_path / "half")
@@ -441,14 +549,23 @@ def test_a_failed_save_leaves_nothing(tmp_path, folder, monkeypatch):
 def test_compose(tmp_path, whole_clip, known_image):
     tower = scatter(transformers.CLIPVisionModel(clip_config()))
     if whole_clip:
-        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = transformers.CLIPConfig(text_config=text, vision_config=clip_config().to_dict(), projection_dim=8)
+        text = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        config = transformers.CLIPConfig(
+            text_config=text, vision_config=clip_config().to_dict(), projection_dim=8
+        )
         clip = scatter(transformers.CLIPModel(config))
         tower = clip.vision_model
         clip.save_pretrained(tmp_path / "clip")
     else:
         tower.save_pretrained(tmp_path / "clip")
-        (tmp_path / "clip" / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3], "crop_size": 28}')
+        (tmp_path / "clip" / "preprocessor_config.json").write_text(
+            '{"image_mean": [0.5, 0.4, 0.3], "crop_size": 28}'
+        )
     llm = scatter(transformers.LlamaForCausalLM(llm_config(vocab_size=270 if known_image else 261)))
     llm.save_pretrained(tmp_path / "llm")
     tiny_tokenizer(image=known_image).save_pretrained(tmp_path / "llm")
@@ -457,7 +574,10 @@ def test_compose(tmp_path, whole_clip, known_image):
     tower_weights = {k.removeprefix("vision_model."): v for k, v in tower.state_dict().items()}
     assert all(torch.equal(v, tower_weights[k]) for k, v in model.vision.state_dict().items())
     rows = llm.config.vocab_size
-    for ours, theirs in ((model.llm.model.embed_tokens, llm.model.embed_tokens), (model.llm.lm_head, llm.lm_head)):
+    for ours, theirs in (
+        (model.llm.model.embed_tokens, llm.model.embed_tokens),
+        (model.llm.lm_head, llm.lm_head),
+    ):
         assert torch.equal(ours.weight[:rows], theirs.weight)
         assert len(ours.weight) == model.llm.config.vocab_size == (270 if known_image else 263)
         for new in ours.weight[rows:]:
@@ -474,7 +594,10 @@ def test_compose(tmp_path, whole_clip, known_image):
     save(model, processor, tmp_path / "out")
     theirs = from_transformers(tmp_path / "out")
     batch, pixels = prompts(), torch.randn(2, 3, SIDE, SIDE)
-    assert difference(our_logits(model, batch, pixels), their_logits(theirs, batch, pixels), batch) <= 1e-5
+    assert (
+        difference(our_logits(model, batch, pixels), their_logits(theirs, batch, pixels), batch)
+        <= 1e-5
+    )
     for wrong, message in ((("llm", "llm"), "'llama'"), (("clip", "clip"), "clip")):
         with pytest.raises(BadInput, match=message):
             compose(*(tmp_path / w for w in wrong))
@@ -515,26 +638,51 @@ def test_peft_loads_our_adapter(tmp_path, folder, projector):
     wrapped = {n.split(".lora_")[0] for n in theirs.state_dict() if ".lora_B" in n}
     assert len(wrapped) == 14 and not [n for n in wrapped if "vision" in n]
     with theirs.disable_adapter():
-        assert difference(base, their_logits(theirs, rows, pixels), rows) <= 1e-5, "PEFT cannot switch it off"
+        assert difference(base, their_logits(theirs, rows, pixels), rows) <= 1e-5, (
+            "PEFT cannot switch it off"
+        )
     merged = theirs.merge_and_unload()
     assert difference(ours, their_logits(merged, rows, pixels), rows) <= 1e-5
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    peft_0_10 = {"peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r",
-                 "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-                 "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
-                 "alpha_pattern"}  # fmt: skip
+    peft_0_10 = {
+        "peft_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+    }
     assert config.keys() <= peft_0_10 and (config["r"], config["lora_alpha"]) == (4, 6)
     with pytest.raises(BadInput, match="exists"):
         save_adapter(model, tmp_path / "a", folder)
 
 
 @pytest.mark.parametrize("naming", ["H", "M4", "M5"])
-@pytest.mark.parametrize("targets", ["q_proj|v_proj", "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"])
+@pytest.mark.parametrize(
+    "targets", ["q_proj|v_proj", "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"]
+)
 def test_we_load_what_peft_saves(tmp_path, folder, naming, targets):
     peft = pytest.importorskip("peft")
     base = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=rf".*language_model.*\.({targets})",
-                             modules_to_save=["multi_modal_projector"] if naming != "M4" else None)  # fmt: skip
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=rf".*language_model.*\.({targets})",
+        modules_to_save=["multi_modal_projector"] if naming != "M4" else None,
+    )
     theirs = peft.get_peft_model(base, config).eval()
     with torch.no_grad():
         for p in theirs.parameters():
@@ -548,7 +696,12 @@ def test_we_load_what_peft_saves(tmp_path, folder, naming, targets):
     ours = our_logits(model, rows, pixels)
     assert difference(ours, their_logits(theirs, rows, pixels), rows) <= 1e-5
     with model.reference():
-        assert difference(our_logits(model, rows, pixels), our_logits(load(folder)[0], rows, pixels), rows) == 0
+        assert (
+            difference(
+                our_logits(model, rows, pixels), our_logits(load(folder)[0], rows, pixels), rows
+            )
+            == 0
+        )
     assert sum(isinstance(m, LoRALinear) for m in model.modules()) == 2 * len(targets.split("|"))
     save_adapter(model, tmp_path / "b", folder)
     again = load_adapter(load(folder)[0], tmp_path / "b")
@@ -575,7 +728,9 @@ def test_lora_is_merged_in_float32(tmp_path, folder):
     with torch.no_grad():
         layer.adapters["policy"].lora_B.normal_()
     save(model, processor, tmp_path / "out", dtype=torch.float32)
-    got = load_file(tmp_path / "out" / "model.safetensors")["language_model.model.layers.1.mlp.up_proj.weight"]
+    got = load_file(tmp_path / "out" / "model.safetensors")[
+        "language_model.model.layers.1.mlp.up_proj.weight"
+    ]
     lora = layer.adapters["policy"]
     assert torch.equal(got, layer.base.weight.float() + lora.scale * (lora.lora_B @ lora.lora_A))
 
@@ -604,16 +759,31 @@ def test_an_adapter_config_it_cannot_compute_is_refused(tmp_path, folder, values
 def test_adapter_weights_that_do_not_fit_are_refused(tmp_path, folder):
     save_adapter(tuned(folder)[0], tmp_path / "a", folder)
     file, prefix = tmp_path / "a" / "adapter_model.safetensors", "base_model.model."
-    layer, tower = prefix + "language_model.model.layers.1.mlp.up_proj.", prefix + "vision_tower.vision_model."
+    layer, tower = (
+        prefix + "language_model.model.layers.1.mlp.up_proj.",
+        prefix + "vision_tower.vision_model.",
+    )
     whole = load_file(file)
     for change, message in (
         ({layer + "lora_B.weight": None}, "missing: .*up_proj.lora_B"),
-        ({layer + "lora_A.weight": None, layer + "lora_B.weight": None}, "missing: .*up_proj.lora_A"),
+        (
+            {layer + "lora_A.weight": None, layer + "lora_B.weight": None},
+            "missing: .*up_proj.lora_A",
+        ),
         ({layer + "lora_magnitude_vector": torch.ones(3)}, "unexpected: .*magnitude"),
         ({layer + "lora_B.bias": torch.ones(3)}, "unexpected: .*bias"),
-        ({tower + "encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}, "unexpected: vision"),
-        ({prefix + "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 48)}, "q_proj.lora_A.weight is there twice"),
-        ({prefix + f"{m}multi_modal_projector.linear_2.bias": None for m in ("", "model.")}, "missing: multi_modal"),
+        (
+            {tower + "encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)},
+            "unexpected: vision",
+        ),
+        (
+            {prefix + "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 48)},
+            "q_proj.lora_A.weight is there twice",
+        ),
+        (
+            {prefix + f"{m}multi_modal_projector.linear_2.bias": None for m in ("", "model.")},
+            "missing: multi_modal",
+        ),
     ):
         save_file({k: v for k, v in (whole | change).items() if v is not None}, file)
         with pytest.raises(BadInput, match=message):
@@ -637,5 +807,13 @@ def test_no_weight_is_read_on_meta(checkpoint):
     model, processor = checkpoints.load(checkpoint, device="meta")
     _, whole = checkpoints.load(checkpoint)
     assert all(p.is_meta for p in model.parameters())
-    same = ("image_token_id", "image_size", "image_tokens", "image_mean", "image_std", "template", "max_length")
+    same = (
+        "image_token_id",
+        "image_size",
+        "image_tokens",
+        "image_mean",
+        "image_std",
+        "template",
+        "max_length",
+    )
     assert all(getattr(processor, name) == getattr(whole, name) for name in same)

@@ -10,7 +10,15 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 import data
 import layouts
@@ -21,7 +29,11 @@ HERE = Path(__file__).parent / "data"
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
 SIDE, PATCH = 28, 14  # 4 image tokens
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-QUESTION, CHOSEN, REJECTED = "What is on the desk?", "A lamp, and a café menu.", "A lamp and two phones."
+QUESTION, CHOSEN, REJECTED = (
+    "What is on the desk?",
+    "A lamp, and a café menu.",
+    "A lamp and two phones.",
+)
 
 
 # ---- tokenizers and processors made for the tests
@@ -54,21 +66,33 @@ def byte_level(merged=True, joined=()):
 
 def sentencepiece():
     """As transformers reads Llama's SentencePiece model: "▁" in front, no pre-tokenizer, byte fallback, a BOS."""
-    vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])}
+    vocab = {
+        w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])
+    }
     for c in "▁" + "".join(chr(c) for c in range(33, 127)):
         vocab[c] = len(vocab)
     merges = merge(["▁▁", *(p + word for word in WORDS.split() for p in ("▁", ""))], vocab)
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
     backend.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return finish(backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def finish(backend, **names):
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in [*names.values(), *SPECIAL]])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in [*names.values(), *SPECIAL]]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **names
+    )
 
 
 TOKENIZERS = {"byte_level": byte_level, "sentencepiece": sentencepiece}
@@ -76,7 +100,9 @@ TOKENIZERS = {"byte_level": byte_level, "sentencepiece": sentencepiece}
 
 def processor_of(tokenizer, template="vicuna_v1", image_aspect="pad", max_length=2000, side=SIDE):
     image = tokenizer.convert_tokens_to_ids("<image>")
-    return Processor(tokenizer, image, side, (side // PATCH) ** 2, MEAN, STD, template, image_aspect, max_length)
+    return Processor(
+        tokenizer, image, side, (side // PATCH) ** 2, MEAN, STD, template, image_aspect, max_length
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +142,11 @@ def test_povid(images):
         ),
     ]
     # the author's folder "./data/coco" is dropped, one that is there is not
-    assert [r.image for r in file.records] == [images / "lamp.jpg", None, images / "train2014" / "desk.png"]
+    assert [r.image for r in file.records] == [
+        images / "lamp.jpg",
+        None,
+        images / "train2014" / "desk.png",
+    ]
     assert file.records[2].where == "povid.json, row 2"
 
 
@@ -124,8 +154,15 @@ def test_rlhf_v_jsonl(images):
     file = data.read(HERE / "rlhf_v.jsonl", images)
     assert (file.layout, file.rows, file.refused) == ("rlhf_v", 4, [])
     # text as object, JSON string, base64 of a list, list; both sets of key names; nothing is a placeholder here
-    assert pairs(file) == [((QUESTION,), CHOSEN, REJECTED)] * 3 + [(("Is <image> a word?",), "No.", "Yes.")]
-    names = ["lamp.jpg", "lamp.jpg", "desk.png", "desk.png"]  # `image_path` before `image`, which may name a split
+    assert pairs(file) == [((QUESTION,), CHOSEN, REJECTED)] * 3 + [
+        (("Is <image> a word?",), "No.", "Yes.")
+    ]
+    names = [
+        "lamp.jpg",
+        "lamp.jpg",
+        "desk.png",
+        "desk.png",
+    ]  # `image_path` before `image`, which may name a split
     assert [r.image for r in file.records] == [images / name for name in names]
 
 
@@ -136,9 +173,20 @@ def png(colour, size=(20, 12)):
 
 
 def parquet_rows(n):
-    text = [{"question": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"It is {i + 1}."} for i in range(n)]
-    columns = {"text": [json.dumps(t) for t in text], "origin_dataset": ["demo"] * n, "idx": list(range(n))}
-    return {"ds_name": ["demo"] * n, **columns, "image_path": [f"not/there/{i}.jpg" for i in range(n)]}
+    text = [
+        {"question": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"It is {i + 1}."}
+        for i in range(n)
+    ]
+    columns = {
+        "text": [json.dumps(t) for t in text],
+        "origin_dataset": ["demo"] * n,
+        "idx": list(range(n)),
+    }
+    return {
+        "ds_name": ["demo"] * n,
+        **columns,
+        "image_path": [f"not/there/{i}.jpg" for i in range(n)],
+    }
 
 
 def test_rlhf_v_parquet(tmp_path, monkeypatch):
@@ -146,8 +194,12 @@ def test_rlhf_v_parquet(tmp_path, monkeypatch):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     n, colours = 7, [(i * 30, 0, 255 - i * 30) for i in range(7)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    cells = pa.array([{"bytes": png(c), "path": None if i % 2 else "x.png"} for i, c in enumerate(colours)], kind)
-    pq.write_table(pa.table({"image": cells, **parquet_rows(n)}), tmp_path / "demo.parquet", row_group_size=3)
+    cells = pa.array(
+        [{"bytes": png(c), "path": None if i % 2 else "x.png"} for i, c in enumerate(colours)], kind
+    )
+    pq.write_table(
+        pa.table({"image": cells, **parquet_rows(n)}), tmp_path / "demo.parquet", row_group_size=3
+    )
     assert pq.ParquetFile(tmp_path / "demo.parquet").num_row_groups == 3
     file = data.read(tmp_path / "demo.parquet")
     assert (file.layout, file.rows, file.refused) == ("rlhf_v", n, [])
@@ -173,7 +225,11 @@ def test_llava_rlhf(images):
     assert (file.layout, file.rows, file.refused) == ("llava_rlhf", 3, [])
     assert pairs(file) == [
         ((QUESTION,), CHOSEN, REJECTED),  # `<image>` stood at the end
-        (("Is there a lamp?", "Yes, one.", "What colour is it?"), "Red.", "Green."),  # [[...]], preference 2
+        (
+            ("Is there a lamp?", "Yes, one.", "What colour is it?"),
+            "Red.",
+            "Green.",
+        ),  # [[...]], preference 2
         (("Name a colour.",), "Blue.", "A dog."),
     ]
     assert [r.image for r in file.records] == [images / "lamp.jpg", images / "desk.png", None]
@@ -194,13 +250,33 @@ def test_vlfeedback(images):
     ]
     assert [r.image for r in file.records] == [images / "lamp.jpg"] * 3 + [images / "desk.png"] * 3
     assert file.records[2].where == "vlfeedback.jsonl, row 1, completions 2 > 1"
-    assert file.notes == {"pairs left out: equal ratings": 1, "pairs left out: a rating is not a number": 3}
+    assert file.notes == {
+        "pairs left out: equal ratings": 1,
+        "pairs left out: a rating is not a number": 3,
+    }
 
 
-@pytest.mark.parametrize("rating, mean", [("4", 4), (4, 4), ("4.5", 4.5), ("N/A", None), ("", None), (None, None),
-                                          ("nan", None), ("inf", None), ([4], None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "rating, mean",
+    [
+        ("4", 4),
+        (4, 4),
+        ("4.5", 4.5),
+        ("N/A", None),
+        ("", None),
+        (None, None),
+        ("nan", None),
+        ("inf", None),
+        ([4], None),
+    ],
+)
 def test_ratings(rating, mean):
-    assert layouts._mean_rating({"Helpfulness": {"Rating": rating}, "Visual Faithfulness": {"Rating": rating}}) == mean
+    assert (
+        layouts._mean_rating(
+            {"Helpfulness": {"Rating": rating}, "Visual Faithfulness": {"Rating": rating}}
+        )
+        == mean
+    )
 
 
 def test_llava_instruct(images):
@@ -218,13 +294,18 @@ def test_llava_instruct(images):
 def test_several_files_and_the_first_answer_only(images):
     files = [HERE / "povid.json", HERE / "vlfeedback.jsonl", HERE / "llava_instruct.json"]
     records = data.load(files, images, answers=1)
-    assert [len(r.answers) for r in records] == [1] * (3 + 6 + 3) and records[0].answers == (CHOSEN,)
+    assert [len(r.answers) for r in records] == [1] * (3 + 6 + 3) and records[0].answers == (
+        CHOSEN,
+    )
 
 
 def test_images_default_to_the_files_folder(images, tmp_path):
     shutil.copytree(images, tmp_path / "all")
     shutil.copy(HERE / "llava_rlhf.json", tmp_path / "all")
-    assert data.read(tmp_path / "all" / "llava_rlhf.json").records[0].image == tmp_path / "all" / "lamp.jpg"
+    assert (
+        data.read(tmp_path / "all" / "llava_rlhf.json").records[0].image
+        == tmp_path / "all" / "lamp.jpg"
+    )
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -243,7 +324,9 @@ def test_photos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for .cache
     names = ("povid.json", "llava_rlhf_preference.json", "vlfeedback.jsonl", "rlhf_v.parquet")
     pytest.importorskip("pyarrow")
-    povid, llava, vlfeedback, parquet = [data.read(PHOTOS / name, PHOTOS / "images") for name in names]
+    povid, llava, vlfeedback, parquet = [
+        data.read(PHOTOS / name, PHOTOS / "images") for name in names
+    ]
     assert not any(file.refused for file in (povid, llava, vlfeedback, parquet))
     assert len(povid.records) == 9 and pairs(povid) == pairs(llava) == pairs(parquet)
     assert [r.image for r in povid.records] == [r.image for r in llava.records]
@@ -253,7 +336,10 @@ def test_photos(tmp_path, monkeypatch):
     # four answers a row, the last without a rating: up to three pairs, the first of which is that of the other files
     assert list(dict.fromkeys(p for p in found if p in pairs(povid))) == pairs(povid)
     same = vlfeedback.notes["pairs left out: the same answer, rated twice"]
-    assert same > 0 and len(found) + same == 27 == vlfeedback.notes["pairs left out: a rating is not a number"]
+    assert (
+        same > 0
+        and len(found) + same == 27 == vlfeedback.notes["pairs left out: a rating is not a number"]
+    )
 
 
 # ---- prompts and tokens; the strings are section 3.9's of the formats that LLaVA's conversation.py produces
@@ -273,7 +359,12 @@ FORMS = {  # (prompt, answer) of an image and user Q1 / assistant A1 / user Q2; 
     ),
     "plain": ("<image>\nQ1\nA1\nEOSQ2\n", "A2\nEOS"),
 }
-TURNS = {"Q1": "What is on the desk?", "A1": "A lamp, 20 €.", "Q2": "And its colour?\n\nOne word.", "A2": "Red."}
+TURNS = {
+    "Q1": "What is on the desk?",
+    "A1": "A lamp, 20 €.",
+    "Q2": "And its colour?\n\nOne word.",
+    "A2": "Red.",
+}
 
 
 def spelled(text, eos, image_tokens, turns=TURNS):
@@ -297,7 +388,9 @@ def test_ids_are_those_of_the_whole_string(tokenizer, template, picture):
     example = processor.encode(record)
     assert (example.prompt == processor.image_token_id).sum() == (4 if picture else 0)
     for text, answer in zip(record.answers, example.answers):
-        prompt, end = (part if picture else part.replace("<image>\n", "") for part in FORMS[template])
+        prompt, end = (
+            part if picture else part.replace("<image>\n", "") for part in FORMS[template]
+        )
         written = spelled(prompt + end, whole.eos_token, 4, TURNS | {"A2": text})
         ids = [*example.prompt.tolist(), *answer.tolist()]
         assert ids == whole(written).input_ids
@@ -307,9 +400,13 @@ def test_ids_are_those_of_the_whole_string(tokenizer, template, picture):
         assert processor.text(answer) == text
         end_token = "<|im_end|>" if template == "chatml" else whole.eos_token
         assert answer[-1] == processor.end_id == whole.convert_tokens_to_ids(end_token)
-    assert all(s.all() for s in example.scored)  # the end token is scored, and the last token there is
+    assert all(
+        s.all() for s in example.scored
+    )  # the end token is scored, and the last token there is
     assert set(processor.stop_ids) == {processor.end_id, whole.eos_token_id}
-    assert torch.equal(processor.encode(Record("row 0", record.image, record.turns)).prompt, example.prompt)
+    assert torch.equal(
+        processor.encode(Record("row 0", record.image, record.turns)).prompt, example.prompt
+    )
 
 
 @pytest.mark.parametrize("template", FORMS)
@@ -323,8 +420,12 @@ def test_special_tokens_in_a_text_are_letters(tokenizer, template):
     special = [processor.tokenizer.convert_tokens_to_ids(t) for t in (eos, *SPECIAL)]
     for _ in range(2):  # the tokenizer remembers settings from call to call
         example = processor.encode(record)
-        for ids, expected in zip((example.prompt, *example.answers), (plain.prompt, *plain.answers)):
-            assert [i for i in ids.tolist() if i in special] == [i for i in expected.tolist() if i in special]
+        for ids, expected in zip(
+            (example.prompt, *example.answers), (plain.prompt, *plain.answers)
+        ):
+            assert [i for i in ids.tolist() if i in special] == [
+                i for i in expected.tolist() if i in special
+            ]
         assert processor.text(example.answers[0]) == nasty
 
 
@@ -338,10 +439,16 @@ def test_a_template_whose_tokens_are_missing_is_refused():
 
 def test_a_tokenizer_that_joins_prompt_and_answer_is_refused():
     processor = processor_of(byte_level(merged=False, joined=[":ĠRed"]))
-    with pytest.raises(BadInput, match="row 3: the tokenizer joins the end of the prompt with the answer 'Red.'"):
+    with pytest.raises(
+        BadInput, match="row 3: the tokenizer joins the end of the prompt with the answer 'Red.'"
+    ):
         processor.encode(Record("row 3", None, ("What colour?",), ("Red.", "Blue.")))
-    with pytest.raises(BadInput, match="row 4: the tokenizer joins"):  # in an earlier turn the mask would be off by one
-        processor.encode(Record("row 4", None, ("What colour?", "Red.", "Sure?"), ("No.",)), every_turn=True)
+    with pytest.raises(
+        BadInput, match="row 4: the tokenizer joins"
+    ):  # in an earlier turn the mask would be off by one
+        processor.encode(
+            Record("row 4", None, ("What colour?", "Red.", "Sure?"), ("No.",)), every_turn=True
+        )
 
 
 def test_every_turn_scores_assistant_turns_only():
@@ -364,7 +471,10 @@ def test_every_turn_in_vicunas_words():
     example = processor.encode(Record("row 0", Path("x.png"), turns, ("Yes.",)), every_turn=True)
     ids, scored, eos = example.answers[0], example.scored[0], "<|endoftext|>"
     assert processor.tokenizer.decode(ids[scored]) == f" A lamp.{eos} Red.{eos} Yes.{eos}"
-    assert processor.tokenizer.decode(ids[~scored]) == "USER: And its colour? ASSISTANT:USER: Sure? ASSISTANT:"
+    assert (
+        processor.tokenizer.decode(ids[~scored])
+        == "USER: And its colour? ASSISTANT:USER: Sure? ASSISTANT:"
+    )
 
 
 def test_length_and_equal_answers():
@@ -372,7 +482,9 @@ def test_length_and_equal_answers():
     row = Record("row 5", Path("x.png"), ("ab",), ("ef", "gh"))  # 4 + 4 tokens and 4
     processor.encode(row)
     processor.max_length = 11
-    with pytest.raises(BadInput, match="row 5: prompt of 8 and answer of 4 tokens; the limit is 11"):
+    with pytest.raises(
+        BadInput, match="row 5: prompt of 8 and answer of 4 tokens; the limit is 11"
+    ):
         processor.encode(row)
     with pytest.raises(BadInput, match="row 6: chosen and rejected are the same tokens"):
         processor.encode(Record("row 6", None, ("ab",), ("ef", "ef")))
@@ -383,7 +495,10 @@ def test_length_and_equal_answers():
 
 def test_share_prompt_is_exact(images, build):
     tokenizer = byte_level()
-    processor, model = processor_of(tokenizer), build(vocab_size=len(tokenizer), dtype=torch.float64)
+    processor, model = (
+        processor_of(tokenizer),
+        build(vocab_size=len(tokenizer), dtype=torch.float64),
+    )
     model.image_token_id = processor.image_token_id
     lamp, desk = images / "lamp.jpg", images / "train2014" / "desk.png"
     multi = Record("multi", lamp, ("What is this?", "A lamp.", "And its colour?"), ("Red.",))
@@ -400,17 +515,27 @@ def test_share_prompt_is_exact(images, build):
     order = [0, 2, 4, 6, 1, 3, 5]  # by picture; rows without one stay alone
     assert [len(e.answers) for e in shared] == [2 + 1 + 2 + 1, 2, 2, 1]
     assert (shared[0].prompt == processor.image_token_id).sum() == 4
-    assert tokenizer.decode(shared[0].prompt).endswith("\nWhat is")  # all four prompts about the lamp begin so
-    assert sum(int(s.sum()) for e in shared for s in e.scored) == sum(int(s.sum()) for e in examples for s in e.scored)
+    assert tokenizer.decode(shared[0].prompt).endswith(
+        "\nWhat is"
+    )  # all four prompts about the lamp begin so
+    assert sum(int(s.sum()) for e in shared for s in e.scored) == sum(
+        int(s.sum()) for e in examples for s in e.scored
+    )
     packed = processor.collate(shared)
     assert len(packed.pixel_values) == 2
     with torch.no_grad():
         together, _ = model.log_probs(packed)
         alone = []
         for i in order:
-            for answer, scored in zip(examples[i].answers, examples[i].scored):  # one row, one answer
-                pixels = examples[i].record.image and processor.pixels(examples[i].record.image)[None]
-                alone.append(model.log_probs(pack([examples[i].prompt], [[answer]], [[scored]], pixels))[0])
+            for answer, scored in zip(
+                examples[i].answers, examples[i].scored
+            ):  # one row, one answer
+                pixels = (
+                    examples[i].record.image and processor.pixels(examples[i].record.image)[None]
+                )
+                alone.append(
+                    model.log_probs(pack([examples[i].prompt], [[answer]], [[scored]], pixels))[0]
+                )
         sums = model.answer_log_probs(packed)
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=0)
     torch.testing.assert_close(sums, torch.stack([a.sum() for a in alone]), atol=1e-10, rtol=0)
@@ -432,15 +557,21 @@ SIZES = [(37, 53), (53, 37), (28, 28), (29, 100), (100, 29), (5, 7), (1, 9), (64
 
 
 def noise(size, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("side", [28, 42])
 def test_centre_crop_is_transformers(size, side):
     settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    clip = transformers.CLIPImageProcessorPil(**settings)(noise(size), return_tensors="pt").pixel_values[0]
-    llava = transformers.LlavaImageProcessorPil(**settings)(noise(size), return_tensors="pt").pixel_values[0]
+    clip = transformers.CLIPImageProcessorPil(**settings)(
+        noise(size), return_tensors="pt"
+    ).pixel_values[0]
+    llava = transformers.LlavaImageProcessorPil(**settings)(
+        noise(size), return_tensors="pt"
+    ).pixel_values[0]
     ours = processor_of(byte_level(), image_aspect="checkpoint", side=side).pixels(noise(size))
     assert ours.shape == (3, side, side) and ours.dtype == torch.float32
     assert (ours - clip).abs().max() <= 1e-6 and (ours - llava).abs().max() <= 1e-6
@@ -462,7 +593,9 @@ def test_pad_by_hand(wide):
     square[:] = (122, 116, 104)  # int(255 * mean)
     at = slice(7, 20)  # (28 - 13) // 2 = 7 in front, 8 behind
     square[at if wide else slice(None), slice(None) if wide else at] = np.asarray(picture)
-    expected = torch.tensor((square / 255 - np.array(MEAN)) / np.array(STD)).permute(2, 0, 1).float()
+    expected = (
+        torch.tensor((square / 255 - np.array(MEAN)) / np.array(STD)).permute(2, 0, 1).float()
+    )
     assert (processor_of(byte_level()).pixels(picture) - expected).abs().max() <= 1e-6
 
 
@@ -471,8 +604,17 @@ def opened(image, path, **how):
     return data.open_image(path)
 
 
-@pytest.mark.parametrize("orientation, turn", [(1, None), (3, "ROTATE_180"), (6, "ROTATE_270"), (8, "ROTATE_90"),
-                                               (2, "FLIP_LEFT_RIGHT"), (5, "TRANSPOSE")])  # fmt: skip
+@pytest.mark.parametrize(
+    "orientation, turn",
+    [
+        (1, None),
+        (3, "ROTATE_180"),
+        (6, "ROTATE_270"),
+        (8, "ROTATE_90"),
+        (2, "FLIP_LEFT_RIGHT"),
+        (5, "TRANSPOSE"),
+    ],
+)
 def test_exif_turn(tmp_path, orientation, turn):
     picture, exif = noise((6, 4)), Image.Exif()
     exif[0x0112] = orientation
@@ -484,7 +626,9 @@ def test_exif_turn(tmp_path, orientation, turn):
 
 def test_gray_palette_and_bits(tmp_path):
     gray = Image.fromarray(np.array([[0, 100, 255]], dtype=np.uint8))
-    assert np.asarray(opened(gray, tmp_path / "gray.png")).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
+    assert np.asarray(opened(gray, tmp_path / "gray.png")).tolist() == [
+        [[0] * 3, [100] * 3, [255] * 3]
+    ]
     bits = opened(gray.point(lambda v: v > 50, "1"), tmp_path / "1.png")
     assert np.asarray(bits).tolist() == [[[0] * 3, [255] * 3, [255] * 3]]
     palette = Image.fromarray(np.array([[0, 2, 1]], dtype=np.uint8), "L").convert("P")
@@ -497,10 +641,15 @@ def test_gray_palette_and_bits(tmp_path):
 
 
 def test_alpha_is_on_white(tmp_path):
-    rgba = Image.fromarray(np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [10, 20, 30, 51]]], dtype=np.uint8), "RGBA")
+    rgba = Image.fromarray(
+        np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [10, 20, 30, 51]]], dtype=np.uint8), "RGBA"
+    )
     expected = [[[255] * 3, [0] * 3, [206, 208, 210]]]  # (255 - 51) / 255 = 0.8 of white
     assert np.asarray(opened(rgba, tmp_path / "x.png")).tolist() == expected
-    assert np.asarray(opened(rgba, tmp_path / "x.webp", lossless=True, exact=True)).tolist() == expected
+    assert (
+        np.asarray(opened(rgba, tmp_path / "x.webp", lossless=True, exact=True)).tolist()
+        == expected
+    )
     la = Image.fromarray(np.array([[[100, 0], [100, 255]]], dtype=np.uint8), "LA")
     assert np.asarray(opened(la, tmp_path / "la.png")).tolist() == [[[255] * 3, [100] * 3]]
 
@@ -511,14 +660,19 @@ def test_cmyk(tmp_path):
     expected = [[[255, 0, 0], [0, 255, 255], [0, 0, 0], [255, 255, 255]]]
     assert np.asarray(opened(cmyk, tmp_path / "x.tif")).tolist() == expected
     big = cmyk.resize((64, 16), Image.Resampling.NEAREST)  # JPEG stores CMYK inverted
-    difference = np.asarray(opened(big, tmp_path / "x.jpg", quality=100)).astype(int) - np.asarray(big.convert("RGB"))
+    difference = np.asarray(opened(big, tmp_path / "x.jpg", quality=100)).astype(int) - np.asarray(
+        big.convert("RGB")
+    )
     assert np.abs(difference).max() <= 3
 
 
 @pytest.mark.parametrize("name, order", [("x.png", "<u2"), ("x.tif", "<u2"), ("big.tif", ">u2")])
 def test_16_bit_gray_is_scaled(tmp_path, name, order):
     values = np.array([[0, 0x1234, 0x80FF, 65535]], dtype=order)
-    shown = opened(Image.frombytes("I;16" if order == "<u2" else "I;16B", (4, 1), values.tobytes()), tmp_path / name)
+    shown = opened(
+        Image.frombytes("I;16" if order == "<u2" else "I;16B", (4, 1), values.tobytes()),
+        tmp_path / name,
+    )
     with Image.open(tmp_path / name) as file:
         assert file.mode.startswith("I;16")
     assert np.asarray(shown).tolist() == [[[0] * 3, [0x12] * 3, [0x80] * 3, [255] * 3]]
@@ -528,7 +682,12 @@ def test_collate_pairs_pictures_with_rows(images):
     processor = processor_of(byte_level())
     records = data.load([HERE / "povid.json"], images)
     batch = processor.collate([processor.encode(r) for r in records])
-    assert batch.answers == 6 and batch.pixel_values.shape == (2, 3, SIDE, SIDE)  # the second row is text
+    assert batch.answers == 6 and batch.pixel_values.shape == (
+        2,
+        3,
+        SIDE,
+        SIDE,
+    )  # the second row is text
     assert torch.equal(batch.pixel_values[1], processor.pixels(images / "train2014" / "desk.png"))
     assert ((batch.input_ids == processor.image_token_id).sum(1)).tolist() == [4, 0, 4]
     assert processor.collate([processor.encode(records[1])]).pixel_values is None

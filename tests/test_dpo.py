@@ -42,9 +42,14 @@ ROOT = Path(__file__).parents[1]
 )
 def test_losses_by_hand(kind, beta, want):
     t = torch.tensor
-    chosen, rejected = t([-10.0, -8.0, -30.0], requires_grad=True), t([-20.0, -9.0, -40.0], requires_grad=True)
+    chosen, rejected = (
+        t([-10.0, -8.0, -30.0], requires_grad=True),
+        t([-20.0, -9.0, -40.0], requires_grad=True),
+    )
     ref_chosen, ref_rejected = t([-12.0, -7.0, -30.0]), t([-17.0, -9.5, -40.0])
-    losses, reward_chosen, reward_rejected = preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind)
+    losses, reward_chosen, reward_rejected = preference_loss(
+        chosen, rejected, ref_chosen, ref_rejected, beta, kind
+    )
     assert torch.allclose(losses, t(want), rtol=1e-5, atol=1e-7)
     assert torch.allclose(reward_chosen, beta * t([2.0, -1.0, 0.0]))
     assert torch.allclose(reward_rejected, beta * t([-3.0, 0.5, 0.0]))
@@ -56,7 +61,9 @@ def test_losses_by_hand(kind, beta, want):
         "ipo": [2 * (x - 1 / (2 * beta)) for x in h],
         "slic": [-beta * (beta * x < 1) for x in h],
     }[kind]
-    assert torch.allclose(chosen.grad, t(slope), atol=1e-6) and torch.allclose(rejected.grad, -t(slope), atol=1e-6)
+    assert torch.allclose(chosen.grad, t(slope), atol=1e-6) and torch.allclose(
+        rejected.grad, -t(slope), atol=1e-6
+    )
 
 
 def test_dpo_loss_of_a_lost_pair_is_finite():
@@ -69,9 +76,19 @@ def test_dpo_loss_of_a_lost_pair_is_finite():
 
 
 PAIRS = [  # image, question, chosen, rejected; the letter Z is in row 4 alone
-    ("a.png", "What is there?", "A red cup on the table.", "A dog and two bananas are on the table of the kitchen."),
+    (
+        "a.png",
+        "What is there?",
+        "A red cup on the table.",
+        "A dog and two bananas are on the table of the kitchen.",
+    ),
     ("b.png", "Is there a dog?", "No, there is no dog in the image.", "Yes."),
-    ("a.png", "Describe the image in detail.", "Two bananas and a bowl.", "A bowl, a cup, a dog, a cat and a table."),
+    (
+        "a.png",
+        "Describe the image in detail.",
+        "Two bananas and a bowl.",
+        "A bowl, a cup, a dog, a cat and a table.",
+    ),
     (None, "Is a cup red?", "Some are.", "Yes, every cup is red, always."),
     ("c.png", "Is there a cup?", "Z: yes.", "No cup."),
     ("d.png", "What is on the left?", "A bowl stands on the left of the table.", "Nothing."),
@@ -81,7 +98,9 @@ PAIRS = [  # image, question, chosen, rejected; the letter Z is in row 4 alone
 def pictures(folder):
     """Four small pictures: a square of the tower's size, a large one, a wide one and a tall one."""
     folder.mkdir()
-    for i, (name, size) in enumerate({"a": (28, 28), "b": (60, 60), "c": (50, 30), "d": (31, 47)}.items()):
+    for i, (name, size) in enumerate(
+        {"a": (28, 28), "b": (60, 60), "c": (50, 30), "d": (31, 47)}.items()
+    ):
         picture = Image.new("RGB", size, (40 * i, 200 - 30 * i, 90))
         picture.paste((250, 60 * i, 10), (3, 5, 3 + size[0] // 2, 5 + size[1] // 3))
         picture.save(folder / f"{name}.png")
@@ -98,8 +117,14 @@ def world(tmp_path_factory):
         human = {"from": "human", "value": f"<image>\n{question}" if image else question}
         row = {"image": image} if image else {}
         answer = lambda text: [human, {"from": "gpt", "value": text}]
-        pairs.append(row | {"conversations": answer(chosen), "rejected_conversations": answer(rejected)})
-        more = [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}] if len(chosen) > 20 else []
+        pairs.append(
+            row | {"conversations": answer(chosen), "rejected_conversations": answer(rejected)}
+        )
+        more = (
+            [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+            if len(chosen) > 20
+            else []
+        )
         instruct.append(row | {"conversations": answer(chosen) + more})
     (folder / "povid.json").write_text(json.dumps(pairs))
     (folder / "instruct.json").write_text(json.dumps(instruct))
@@ -108,7 +133,9 @@ def world(tmp_path_factory):
 
 def run(folder, script, *flags, status=0):
     """Run a script as a user does, in `folder` -> stderr."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
@@ -116,9 +143,28 @@ def run(folder, script, *flags, status=0):
 
 
 def dpo(folder, model, out, *flags, images="images", batch=2, status=0):
-    return run(folder, "dpo.py", "--model", model, "--data", "povid.json", "--images", images, "--lora-rank", 4,
-               "--batch-size", batch, "--lr", 1e-3, "--projector-lr", 1e-4, "--out", out, *flags,
-               status=status)  # fmt: skip
+    return run(
+        folder,
+        "dpo.py",
+        "--model",
+        model,
+        "--data",
+        "povid.json",
+        "--images",
+        images,
+        "--lora-rank",
+        4,
+        "--batch-size",
+        batch,
+        "--lr",
+        1e-3,
+        "--projector-lr",
+        1e-4,
+        "--out",
+        out,
+        *flags,
+        status=status,
+    )
 
 
 def metrics(out):
@@ -131,9 +177,15 @@ def assert_near(out, other):
     """Metrics and weights of two runs that differ in rounding only."""
     for a, b in zip(metrics(out), metrics(other), strict=True):
         if a["step"] == 0:
-            a["rewards/accuracies"] = b["rewards/accuracies"] = 0  # of rewards that are 0 up to rounding
+            a["rewards/accuracies"] = b["rewards/accuracies"] = (
+                0  # of rewards that are 0 up to rounding
+            )
         assert a == pytest.approx(b, rel=1e-6, abs=1e-6)
-    file = "adapter/adapter_model.safetensors" if (out / "adapter").exists() else "model/model.safetensors"
+    file = (
+        "adapter/adapter_model.safetensors"
+        if (out / "adapter").exists()
+        else "model/model.safetensors"
+    )
     a, b = load_file(out / file), load_file(other / file)
     assert a.keys() == b.keys()
     gap = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
@@ -160,12 +212,17 @@ def test_first_step_is_ln_2(six):
     assert f"{first['loss']:.4f}" == "0.6931" and "0.6931" in said
     assert lines[-1]["loss"] < 0.68 and lines[-1]["rewards/margins"] > 0.01, "it learns nothing"
     for line in lines:
-        assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
+        assert line["rewards/margins"] == pytest.approx(
+            line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6
+        )
         assert line["logps/chosen"] < 0 and line["logps/rejected"] < 0 and line["grad_norm"] > 0
     # 3 % of 6 steps, rounded up, are one step of warm-up; then a cosine from 1 at step 1 towards 0 at step 6
     want = [1, 1, *(0.5 + 0.5 * math.cos(math.pi * i / 5) for i in range(1, 5))]
     assert [line["lr"] for line in lines] == pytest.approx([1e-3 * f for f in want])
-    assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (out / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["before"] is summary["after"] is None
     assert set(summary["seconds"]) == {"setup", "reference", "train", "eval"}
@@ -215,7 +272,11 @@ def test_resume_is_bit_equal(six, world, checkpoint):
     assert metrics(again) == metrics(out)
     for file in ("adapter/adapter_model.safetensors", "checkpoints/step-000006/state.safetensors"):
         assert (again / file).read_bytes() == (out / file).read_bytes(), file
-    assert sorted(p.name for p in (again / "checkpoints").iterdir()) == ["latest", "step-000003", "step-000006"]
+    assert sorted(p.name for p in (again / "checkpoints").iterdir()) == [
+        "latest",
+        "step-000003",
+        "step-000006",
+    ]
     assert (again / "checkpoints" / "latest").read_text() == "step-000006"
 
 
@@ -229,9 +290,15 @@ def test_reference_cache(six, world, checkpoint):
     for name in ("args.json", "metrics.jsonl"):
         shutil.copy(six[0] / name, again / name)
     said = dpo(world, checkpoint, "anew", "--steps", 6, "--save-every", 3, "--resume")
-    assert f"reference log-probs: .cache/{entry}" in said and "reference 6/6" not in said and entries() == [entry]
+    assert (
+        f"reference log-probs: .cache/{entry}" in said
+        and "reference 6/6" not in said
+        and entries() == [entry]
+    )
     assert metrics(again) == metrics(six[0])
-    adapters = [(out / "adapter" / "adapter_model.safetensors").read_bytes() for out in (again, six[0])]
+    adapters = [
+        (out / "adapter" / "adapter_model.safetensors").read_bytes() for out in (again, six[0])
+    ]
     assert adapters[0] == adapters[1]
 
 
@@ -249,19 +316,36 @@ def test_another_picture_is_not_in_the_cache(six, world, checkpoint):
 
 def test_resume_with_another_flag_is_refused(six, world, checkpoint):
     before = (six[0] / "metrics.jsonl").read_bytes()
-    said = dpo(world, checkpoint, "six", "--steps", 6, "--save-every", 3, "--resume", "--lr", 2e-3, status=2)
+    said = dpo(
+        world,
+        checkpoint,
+        "six",
+        "--steps",
+        6,
+        "--save-every",
+        3,
+        "--resume",
+        "--lr",
+        2e-3,
+        status=2,
+    )
     assert "--lr was 0.001 and is now 0.002" in said and "Traceback" not in said
     assert (six[0] / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("changed, value, named", [("batch_size", 3, "--batch-size"), ("data", None, "povid.json")])
+@pytest.mark.parametrize(
+    "changed, value, named", [("batch_size", 3, "--batch-size"), ("data", None, "povid.json")]
+)
 def test_a_run_folder_belongs_to_one_run(six, world, monkeypatch, tmp_path, changed, value, named):
     """Another flag, or other bytes in the data file."""
     shutil.copy(world / "povid.json", tmp_path)
     if changed == "data":
         (tmp_path / "povid.json").write_text("[]")
     monkeypatch.chdir(tmp_path)
-    flags = json.loads((six[0] / "args.json").read_text())["flags"] | {"out": str(six[0]), "resume": True}
+    flags = json.loads((six[0] / "args.json").read_text())["flags"] | {
+        "out": str(six[0]),
+        "resume": True,
+    }
     flags |= {} if value is None else {changed: value}
     with pytest.raises(BadInput, match=named):
         training.start(argparse.Namespace(**flags), "dpo")
@@ -291,15 +375,45 @@ def test_not_a_number_stops_the_run(world, checkpoint):
     assert 0 < len(done) < 3 and all(math.isfinite(v) for line in done for v in line.values())
     folder = world / "stopped" / "checkpoints"
     assert (folder / "latest").read_text() == f"step-{len(done):06d}"
-    assert all(t.isfinite().all() for t in load_file(folder / f"step-{len(done):06d}" / "state.safetensors").values())
-    assert len(list(folder.glob("step-*"))) == len(done) and not (world / "stopped" / "adapter").exists()
+    assert all(
+        t.isfinite().all()
+        for t in load_file(folder / f"step-{len(done):06d}" / "state.safetensors").values()
+    )
+    assert (
+        len(list(folder.glob("step-*"))) == len(done)
+        and not (world / "stopped" / "adapter").exists()
+    )
 
 
 def sft(world, model, out, batch, accumulate, *flags):
     """Four steps; the whole LLM, projector and tower train."""
-    return run(world, "sft.py", "--model", model, "--data", "instruct.json", "--images", "images", "--steps", 4,
-               "--batch-size", batch, "--grad-accum", accumulate, "--lr", 1e-4, "--projector-lr", 1e-4,
-               "--vision-lr", 1e-4, "--save-every", 2, "--out", out, *flags)  # fmt: skip
+    return run(
+        world,
+        "sft.py",
+        "--model",
+        model,
+        "--data",
+        "instruct.json",
+        "--images",
+        "images",
+        "--steps",
+        4,
+        "--batch-size",
+        batch,
+        "--grad-accum",
+        accumulate,
+        "--lr",
+        1e-4,
+        "--projector-lr",
+        1e-4,
+        "--vision-lr",
+        1e-4,
+        "--save-every",
+        2,
+        "--out",
+        out,
+        *flags,
+    )
 
 
 def test_sft_accumulated_and_resumed(world, checkpoint):
@@ -308,7 +422,10 @@ def test_sft_accumulated_and_resumed(world, checkpoint):
     sft(world, checkpoint, "sft-two", 2, 2)
     one = world / "sft-four"
     assert_near(one, world / "sft-two")
-    start, end = load_file(checkpoint / "model.safetensors"), load_file(one / "model" / "model.safetensors")
+    start, end = (
+        load_file(checkpoint / "model.safetensors"),
+        load_file(one / "model" / "model.safetensors"),
+    )
     moved = {name.split(".")[0] for name in start if (start[name] - end[name]).abs().max() > 5e-5}
     assert moved == {"language_model", "multi_modal_projector", "vision_tower"}
     assert metrics(one)[-1]["loss"] < metrics(one)[0]["loss"]
@@ -338,10 +455,14 @@ def test_loss_is_that_of_trl(checkpoint, tmp_path):
     import transformers
 
     folder = pictures(tmp_path / "images")
-    rows = [row for row in PAIRS if row[0] in ("a.png", "b.png")][:2]  # squares: transformers does not pad to a square
+    rows = [row for row in PAIRS if row[0] in ("a.png", "b.png")][
+        :2
+    ]  # squares: transformers does not pad to a square
     model, processor = checkpoints.load(checkpoint)
-    examples = [processor.encode(data.Record("row", folder / image, (question,), (chosen, rejected)))
-                for image, question, chosen, rejected in rows]  # fmt: skip
+    examples = [
+        processor.encode(data.Record("row", folder / image, (question,), (chosen, rejected)))
+        for image, question, chosen, rejected in rows
+    ]
     batch = processor.collate(examples)
     with torch.no_grad():
         reference = model.answer_log_probs(batch).view(-1, 2)
@@ -352,15 +473,30 @@ def test_loss_is_that_of_trl(checkpoint, tmp_path):
 
     template = data.TEMPLATES[processor.template]
     dataset = datasets.Dataset.from_list(
-        [{"prompt": "<s>" + template.start + template.user.replace("{}", f"<image>\n{question}"),
-          "chosen": template.answer.replace("{}", chosen) + "</s>",
-          "rejected": template.answer.replace("{}", rejected) + "</s>",
-          "images": [str(folder / image)]} for image, question, chosen, rejected in rows]
-    ).cast_column("images", datasets.List(datasets.Image()))  # fmt: skip
+        [
+            {
+                "prompt": "<s>"
+                + template.start
+                + template.user.replace("{}", f"<image>\n{question}"),
+                "chosen": template.answer.replace("{}", chosen) + "</s>",
+                "rejected": template.answer.replace("{}", rejected) + "</s>",
+                "images": [str(folder / image)],
+            }
+            for image, question, chosen, rejected in rows
+        ]
+    ).cast_column("images", datasets.List(datasets.Image()))
     llava = transformers.LlavaForConditionalGeneration
     for theirs, ours, beta in (("sigmoid", "dpo", 0.1), ("hinge", "slic", 0.02)):
-        config = trl.DPOConfig(output_dir=str(tmp_path / ours), loss_type=theirs, beta=beta, max_length=None,
-                               bf16=False, gradient_checkpointing=False, report_to=[], use_cpu=True)  # fmt: skip
+        config = trl.DPOConfig(
+            output_dir=str(tmp_path / ours),
+            loss_type=theirs,
+            beta=beta,
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            use_cpu=True,
+        )
         trainer = trl.DPOTrainer(
             llava.from_pretrained(tmp_path / "policy"),
             llava.from_pretrained(checkpoint),
@@ -369,21 +505,34 @@ def test_loss_is_that_of_trl(checkpoint, tmp_path):
             processing_class=transformers.AutoProcessor.from_pretrained(checkpoint),
         )
         inputs = trainer.data_collator([dict(row) for row in dataset])
-        tokens = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
-        assert tokens == [torch.cat([e.prompt, e.answers[k]]).tolist() for k in (0, 1) for e in examples]
+        tokens = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])
+        ]
+        assert tokens == [
+            torch.cat([e.prompt, e.answers[k]]).tolist() for k in (0, 1) for e in examples
+        ]
         assert torch.allclose(inputs["pixel_values"][:2], batch.pixel_values, atol=1e-5)
         their_loss = trainer.compute_loss(trainer.model, inputs)
         their_loss.backward()
 
         model.zero_grad()
         chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T
-        losses, reward_chosen, reward_rejected = preference_loss(chosen, rejected, *reference.T, beta, ours)
+        losses, reward_chosen, reward_rejected = preference_loss(
+            chosen, rejected, *reference.T, beta, ours
+        )
         losses.mean().backward()
         logged = {k: v[-1] for k, v in trainer._metrics["eval"].items()}
         assert losses.mean().item() == pytest.approx(their_loss.item(), abs=1e-5)
-        assert abs(losses.mean().item() - {"dpo": 0.6931, "slic": 1.0}[ours]) > 1e-2, "h is 0: says little"
-        for name, value in (("logps/chosen", chosen), ("logps/rejected", rejected), ("rewards/chosen", reward_chosen),
-                            ("rewards/rejected", reward_rejected)):  # fmt: skip
+        assert abs(losses.mean().item() - {"dpo": 0.6931, "slic": 1.0}[ours]) > 1e-2, (
+            "h is 0: says little"
+        )
+        for name, value in (
+            ("logps/chosen", chosen),
+            ("logps/rejected", rejected),
+            ("rewards/chosen", reward_chosen),
+            ("rewards/rejected", reward_rejected),
+        ):
             assert logged[name] == pytest.approx(value.mean().item(), rel=1e-5, abs=1e-5), name
         grads = dict(trainer.model.named_parameters())
         for name, p in model.llm.model.named_parameters():

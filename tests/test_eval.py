@@ -19,7 +19,9 @@ from model import BadInput
 
 ROOT = Path(__file__).parents[1]
 OFFICIAL = ROOT.parent / "shared" / "data" / "benchmarks"
-official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official benchmark files are not there")
+official = pytest.mark.skipif(
+    not OFFICIAL.is_dir(), reason="the official benchmark files are not there"
+)
 SPLITS = ("random", "popular", "adversarial")
 
 
@@ -33,7 +35,9 @@ def question(image="a.png", thing="dog", label="yes"):
 
 
 def run(script, *arguments):
-    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 # ---- POPE
@@ -75,13 +79,22 @@ def test_parse_answer(text, said):
 
 def plain_score(labels, answers):
     """The same arithmetic, written apart."""
-    no = [any(w in ("No", "no", "not") for w in a.partition(".")[0].replace(",", "").split(" ")) for a in answers]
+    no = [
+        any(w in ("No", "no", "not") for w in a.partition(".")[0].replace(",", "").split(" "))
+        for a in answers
+    ]
     pairs = list(zip([not n for n in no], [label == "yes" for label in labels]))
     tp, fp, fn = pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
     right = sum(a == b for a, b in pairs)
     p, r = tp / (tp + fp), tp / (tp + fn)
     f1 = 2 * p * r / (p + r)
-    return {"accuracy": right / len(pairs), "precision": p, "recall": r, "f1": f1, "yes_ratio": (tp + fp) / len(pairs)}
+    return {
+        "accuracy": right / len(pairs),
+        "precision": p,
+        "recall": r,
+        "f1": f1,
+        "yes_ratio": (tp + fp) / len(pairs),
+    }
 
 
 def test_score_against_another_scorer():
@@ -98,8 +111,24 @@ def test_score_against_another_scorer():
 
 def test_score_by_hand():
     labels = ["yes", "yes", "yes", "no", "no", "no", "no", "no"]
-    answers = ["Yes", "yes.", "No", "Yes", "no", "No, none", "not", "I see no dog"]  # tp 2, fn 1, fp 1, tn 4
-    expected = {"accuracy": 6 / 8, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 8, "n": 8}
+    answers = [
+        "Yes",
+        "yes.",
+        "No",
+        "Yes",
+        "no",
+        "No, none",
+        "not",
+        "I see no dog",
+    ]  # tp 2, fn 1, fp 1, tn 4
+    expected = {
+        "accuracy": 6 / 8,
+        "precision": 2 / 3,
+        "recall": 2 / 3,
+        "f1": 2 / 3,
+        "yes_ratio": 3 / 8,
+        "n": 8,
+    }
     assert eval_pope.score(labels, answers) == pytest.approx(expected)
 
 
@@ -147,7 +176,9 @@ def test_official_coco_files(split):
     assert (len(questions), labels.count("yes"), labels.count("no")) == (3000, 1500, 1500)
     assert len({q["image"] for q in questions}) == 500
     everything = eval_pope.score(labels, ["Yes"] * 3000)
-    assert everything == pytest.approx({"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": 2 / 3, "yes_ratio": 1, "n": 3000})
+    assert everything == pytest.approx(
+        {"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": 2 / 3, "yes_ratio": 1, "n": 3000}
+    )
 
 
 @official
@@ -159,14 +190,20 @@ def test_official_array_file_and_count_of_distinct_questions():
     assert eval_pope.split_name(path) == "popular"
     splits = eval_pope.read_splits([OFFICIAL / f"coco_pope_{split}.json" for split in SPLITS])
     asked = {(q["image"], q["text"]) for questions in splits.values() for q in questions}
-    assert f"of the 9000 official ones {len(asked)} are distinct" in (ROOT / "eval_pope.py").read_text()
+    assert (
+        f"of the 9000 official ones {len(asked)} are distinct"
+        in (ROOT / "eval_pope.py").read_text()
+    )
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
         ({"image": "a.png", "text": "?"}, "row 1: `label` is None"),
-        ({"image": "a.png", "text": "?", "label": "Yes"}, "row 1: `label` is 'Yes'; accepted are 'yes' and 'no'"),
+        (
+            {"image": "a.png", "text": "?", "label": "Yes"},
+            "row 1: `label` is 'Yes'; accepted are 'yes' and 'no'",
+        ),
         ({"image": 7, "text": "?", "label": "no"}, "row 1: `image` is 7"),
         ({"image": "a.png", "text": "", "label": "no"}, "row 1: `text` is ''"),
         ("yes", "row 1: `image` is None"),
@@ -190,7 +227,10 @@ def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
     dog = question("a.png", "dog")
     first = [dog, question("b.png", "cat", "no"), dog, question("b.png", "dog", "no")]
     second = [question("b.png", "cat", "yes"), question("a.png", "owl", "no")]
-    files = [write_lines(tmp_path / "x_random.json", first), write_lines(tmp_path / "own.json", second)]
+    files = [
+        write_lines(tmp_path / "x_random.json", first),
+        write_lines(tmp_path / "own.json", second),
+    ]
     out = tmp_path / "deep" / "out"
     metrics = eval_pope.evaluate(None, None, files, tmp_path, out, suffix=" Short.")
     prompt = lambda thing: (f"Is there a {thing} in the image? Short.",)
@@ -201,9 +241,23 @@ def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
     assert metrics["random"] == pytest.approx(
         {"accuracy": 0.75, "precision": 2 / 3, "recall": 1, "f1": 0.8, "yes_ratio": 0.75, "n": 4}
     )
-    assert metrics["own"] == {"accuracy": 0, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0.5, "n": 2}
+    assert metrics["own"] == {
+        "accuracy": 0,
+        "precision": 0,
+        "recall": 0,
+        "f1": 0,
+        "yes_ratio": 0.5,
+        "n": 2,
+    }
     assert metrics["mean"] == pytest.approx(
-        {"accuracy": 0.375, "precision": 1 / 3, "recall": 0.5, "f1": 0.4, "yes_ratio": 0.625, "n": 6}
+        {
+            "accuracy": 0.375,
+            "precision": 1 / 3,
+            "recall": 0.5,
+            "f1": 0.4,
+            "yes_ratio": 0.625,
+            "n": 6,
+        }
     )
     assert list(metrics) == ["random", "own", "mean"]
     assert json.loads((out / "metrics.json").read_text()) == metrics
@@ -226,13 +280,30 @@ def test_pope_answers_on_the_command_line(tmp_path):
     questions = [question(), question(label="no"), question(label="no"), question()]
     files = [write_lines(tmp_path / f"q_{s}.json", questions) for s in SPLITS[:2]]
     texts = ["Yes", "No", "Yes", "No"]
-    theirs = write_lines(tmp_path / "pope.jsonl", [{"question": "?", "answer": text} for text in texts])
-    llava = write_lines(tmp_path / "llava.jsonl", [{"question_id": 9, "prompt": "?", "text": "Yes"} for _ in texts])
-    done = run("eval_pope.py", "--questions", *files, "--answers", theirs, llava, "--out", tmp_path / "out")
+    theirs = write_lines(
+        tmp_path / "pope.jsonl", [{"question": "?", "answer": text} for text in texts]
+    )
+    llava = write_lines(
+        tmp_path / "llava.jsonl", [{"question_id": 9, "prompt": "?", "text": "Yes"} for _ in texts]
+    )
+    done = run(
+        "eval_pope.py", "--questions", *files, "--answers", theirs, llava, "--out", tmp_path / "out"
+    )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["random"] == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5, "n": 4}
-    assert (metrics["popular"]["yes_ratio"], metrics["mean"]["yes_ratio"], metrics["mean"]["n"]) == (1.0, 0.75, 8)
+    assert metrics["random"] == {
+        "accuracy": 0.5,
+        "precision": 0.5,
+        "recall": 0.5,
+        "f1": 0.5,
+        "yes_ratio": 0.5,
+        "n": 4,
+    }
+    assert (
+        metrics["popular"]["yes_ratio"],
+        metrics["mean"]["yes_ratio"],
+        metrics["mean"]["n"],
+    ) == (1.0, 0.75, 8)
     table = [line.split() for line in done.stdout.splitlines()]
     assert [row[0] for row in table] == ["split", "random", "popular", "mean"]
     assert table[1][1:] == ["0.5000"] * 5 + ["4"]
@@ -241,22 +312,43 @@ def test_pope_answers_on_the_command_line(tmp_path):
     write_lines(theirs, [{"question": "?", "answer": "Yes"}] * 3)
     done = run("eval_pope.py", "--questions", files[0], "--answers", theirs)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"eval_pope.py: {theirs}: 3 answers to 4 questions; one answer a question is needed.\n"
+    assert (
+        done.stderr
+        == f"eval_pope.py: {theirs}: 3 answers to 4 questions; one answer a question is needed.\n"
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ("--questions q_random.json", "--model, --images and --out are needed"),
-        ("--questions q_random.json --model m --images .", "--model, --images and --out are needed"),
+        (
+            "--questions q_random.json --model m --images .",
+            "--model, --images and --out are needed",
+        ),
         ("--questions q_random.json --model m --answers a.jsonl", "do not go with it"),
-        ("--questions q_random.json --answers a.jsonl a.jsonl", "--answers has 2 files, --questions 1"),
-        ("--questions q_random.json --answers a.jsonl --out full", "full exists and is not an empty folder"),
-        ("--questions q_random.json --answers a.jsonl --out a.jsonl", "a.jsonl exists and is not an empty folder"),
-        ("--questions q_random.json --answers bad.jsonl", "bad.jsonl, row 0: a string `answer` (POPE) or `text`"),
+        (
+            "--questions q_random.json --answers a.jsonl a.jsonl",
+            "--answers has 2 files, --questions 1",
+        ),
+        (
+            "--questions q_random.json --answers a.jsonl --out full",
+            "full exists and is not an empty folder",
+        ),
+        (
+            "--questions q_random.json --answers a.jsonl --out a.jsonl",
+            "a.jsonl exists and is not an empty folder",
+        ),
+        (
+            "--questions q_random.json --answers bad.jsonl",
+            "bad.jsonl, row 0: a string `answer` (POPE) or `text`",
+        ),
         ("--questions none.json --answers a.jsonl", "none.json: no such file"),
         ("--questions empty.json --answers a.jsonl", "empty.json: the file holds no question"),
-        ("--questions q_random.json --model m --images . --out new --batch-size 0", "--batch-size is 0"),
+        (
+            "--questions q_random.json --model m --images . --out new --batch-size 0",
+            "--batch-size is 0",
+        ),
         ("--questions q_random.json --model none --images . --out new", "none"),
     ],
 )
@@ -353,7 +445,10 @@ def test_mentions(vocabulary, text, nodes):
 def test_chair_by_hand(vocabulary):
     truth = {1: {"dog", "person"}, 2: {"bus"}, 3: set(), 4: {"oven", "chair", "couch"}}
     captions = [
-        (1, "A dog, a puppy and a bench; another bench."),  # 4 mentions, 2 false; 1 of 2 found; 9 words
+        (
+            1,
+            "A dog, a puppy and a bench; another bench.",
+        ),  # 4 mentions, 2 false; 1 of 2 found; 9 words
         (2, "Nothing here."),  # 0 of 1 found; 2 words
         (3, "A teddy bear."),  # 1 mention, 1 false; 3 words
         (4, "chairs, chairs and a stove"),  # 3 mentions; 2 of 3 found; 5 words
@@ -372,7 +467,9 @@ def test_chair_brute_force(vocabulary):
     for _ in range(100):
         truth = {i: set(rng.sample(nodes, rng.randrange(5))) for i in range(8)}
         said = [(rng.randrange(8), rng.choices(nodes, k=rng.randrange(6))) for _ in range(10)]
-        captions = [(i, "".join(f"There is the {node}. " for node in objects)) for i, objects in said]
+        captions = [
+            (i, "".join(f"There is the {node}. " for node in objects)) for i, objects in said
+        ]
         flat = [(i, o) for i, objects in said for o in objects]
         wrong = [(i, o) for i, o in flat if o not in truth[i]]
         hits = [o for i, objects in said for o in truth[i] if o in objects]
@@ -396,7 +493,19 @@ def test_official_synonyms():
         if form not in eval_chair.FIXED:
             assert eval_chair.mentions(f"There is a {form}.", vocabulary) == [node]
     plurals = "skis, scissors, doughnuts, giraffes, sandwiches, couches, geese, calves, ladies, oxen, ferries, skies"
-    objects = ["skis", "scissors", "donut", "giraffe", "sandwich", "couch", "bird", "cow", "person", "cow", "boat"]
+    objects = [
+        "skis",
+        "scissors",
+        "donut",
+        "giraffe",
+        "sandwich",
+        "couch",
+        "bird",
+        "cow",
+        "person",
+        "cow",
+        "boat",
+    ]
     assert eval_chair.mentions(plurals, vocabulary) == objects  # skies are no skis
     # what a port of the official script (Maxlinn/CHAIR-metric-standalone, outputs.json) finds in its first example
     text = (
@@ -439,7 +548,9 @@ def coco(tmp_path):
 
 
 def test_truth(coco, vocabulary):
-    pictures = eval_chair.read_pictures([coco / "instances.json"], [coco / "captions.json"], vocabulary)
+    pictures = eval_chair.read_pictures(
+        [coco / "instances.json"], [coco / "captions.json"], vocabulary
+    )
     assert list(pictures) == [42, 7, 1]
     truth = eval_chair.truth_of(pictures, pictures, vocabulary)
     assert truth == {42: {"dog", "person", "bench"}, 7: {"bus"}, 1: {"person"}}
@@ -448,8 +559,13 @@ def test_truth(coco, vocabulary):
 def test_truth_of_two_files(coco, vocabulary):
     more = {"images": [{"id": 5, "file_name": "COCO_5.jpg"}], "annotations": []}
     (coco / "more.json").write_text(json.dumps(COCO | more))
-    (coco / "more_captions.json").write_text(json.dumps({"annotations": [{"image_id": 5, "caption": "A couch."}]}))
-    files = [coco / "instances.json", coco / "more.json"], [coco / "more_captions.json", coco / "captions.json"]
+    (coco / "more_captions.json").write_text(
+        json.dumps({"annotations": [{"image_id": 5, "caption": "A couch."}]})
+    )
+    files = (
+        [coco / "instances.json", coco / "more.json"],
+        [coco / "more_captions.json", coco / "captions.json"],
+    )
     pictures = eval_chair.read_pictures(*files, vocabulary)
     assert eval_chair.truth_of([5, 7], pictures, vocabulary) == {5: {"couch"}, 7: {"bus"}}
 
@@ -464,23 +580,41 @@ def test_chair_evaluate(coco, monkeypatch):
     monkeypatch.setattr(data, "generate", generate)
     files = [coco / "instances.json"], [coco / "captions.json"], coco / "synonyms.txt"
     figures = eval_chair.evaluate(None, None, *files, coco, coco / "out", prompt="Tell.", limit=2)
-    assert figures == pytest.approx({"chair_i": 2 / 4, "chair_s": 1 / 2, "recall": 2 / 4, "length": 9 / 2, "n": 2})
+    assert figures == pytest.approx(
+        {"chair_i": 2 / 4, "chair_s": 1 / 2, "recall": 2 / 4, "length": 9 / 2, "n": 2}
+    )
     assert json.loads((coco / "out" / "metrics.json").read_text()) == figures
-    assert [json.loads(line) for line in (coco / "out" / "captions.jsonl").read_text().splitlines()] == [
-        {"image_id": 42, "image": "COCO_42.jpg", "caption": "A dog and a bus. A bus!", "hallucinated": ["bus", "bus"]},
+    assert [
+        json.loads(line) for line in (coco / "out" / "captions.jsonl").read_text().splitlines()
+    ] == [
+        {
+            "image_id": 42,
+            "image": "COCO_42.jpg",
+            "caption": "A dog and a bus. A bus!",
+            "hallucinated": ["bus", "bus"],
+        },
         {"image_id": 7, "image": "COCO_7.jpg", "caption": "A bus.", "hallucinated": []},
     ]
 
 
 def test_chair_answers_on_the_command_line(coco):
-    rows = [{"image_id": 42, "caption": "A dog, a bus."}, {"image_id": "COCO_7.jpg", "caption": "A bus."}]
-    files = [f"--{name}={coco / name}.json" for name in ("instances", "captions")] + [f"--synonyms={coco}/synonyms.txt"]
+    rows = [
+        {"image_id": 42, "caption": "A dog, a bus."},
+        {"image_id": "COCO_7.jpg", "caption": "A bus."},
+    ]
+    files = [f"--{name}={coco / name}.json" for name in ("instances", "captions")] + [
+        f"--synonyms={coco}/synonyms.txt"
+    ]
     (coco / "array.json").write_text(json.dumps(rows))
     first = run("eval_chair.py", *files, "--answers", coco / "array.json", "--out", coco / "out")
     assert first.returncode == 0, first.stderr
     metrics = json.loads((coco / "out" / "metrics.json").read_text())
-    assert metrics == pytest.approx({"chair_i": 1 / 3, "chair_s": 0.5, "recall": 2 / 4, "length": 3, "n": 2})
-    again = run("eval_chair.py", *files, "--answers", coco / "out" / "captions.jsonl")  # its own file is one too
+    assert metrics == pytest.approx(
+        {"chair_i": 1 / 3, "chair_s": 0.5, "recall": 2 / 4, "length": 3, "n": 2}
+    )
+    again = run(
+        "eval_chair.py", *files, "--answers", coco / "out" / "captions.jsonl"
+    )  # its own file is one too
     assert again.stdout == first.stdout and "chair_i     0.3333\n" in first.stdout
 
 
@@ -502,9 +636,14 @@ MISTAKES = {
         lambda c: change(c, "instances.json", images=[{"id": 42}]),
         "instances.json, images[0]: `file_name` is None; str is needed",
     ),
-    "no images": (lambda c: change(c, "instances.json", images=None), "instances.json: `images` is None"),
+    "no images": (
+        lambda c: change(c, "instances.json", images=None),
+        "instances.json: `images` is None",
+    ),
     "same id twice": (
-        lambda c: change(c, "instances.json", images=[*COCO["images"], {"id": 7, "file_name": "x.jpg"}]),
+        lambda c: change(
+            c, "instances.json", images=[*COCO["images"], {"id": 7, "file_name": "x.jpg"}]
+        ),
         "images[3]: id 7 is 'x.jpg' here and 'COCO_7.jpg' elsewhere",
     ),
     "no reference": (
@@ -515,8 +654,14 @@ MISTAKES = {
         lambda c: change(c, "captions.json", annotations=[{"image_id": 7}]),
         "captions.json, annotations[0]: `caption` is None; str is needed",
     ),
-    "no JSON": (lambda c: (c / "captions.json").write_text("{"), "captions.json: not a readable JSON file"),
-    "no synonyms": (lambda c: (c / "synonyms.txt").unlink(), "synonyms.txt: not a readable text file"),
+    "no JSON": (
+        lambda c: (c / "captions.json").write_text("{"),
+        "captions.json: not a readable JSON file",
+    ),
+    "no synonyms": (
+        lambda c: (c / "synonyms.txt").unlink(),
+        "synonyms.txt: not a readable text file",
+    ),
     "empty synonyms": (lambda c: (c / "synonyms.txt").write_text("\n"), "synonyms.txt: no word"),
     "two objects": (
         lambda c: (c / "synonyms.txt").write_text(SYNONYMS + "cat, dog\n"),
@@ -564,7 +709,9 @@ def world(tmp_path_factory):
 
 def test_toy_truth_agrees_with_its_scenes(world):
     vocabulary = eval_chair.read_synonyms(world / "synonyms.txt")
-    pictures = eval_chair.read_pictures([world / "instances.json"], [world / "captions.json"], vocabulary)
+    pictures = eval_chair.read_pictures(
+        [world / "instances.json"], [world / "captions.json"], vocabulary
+    )
     scenes = json.loads((world / "scenes.json").read_text())
     for picture in pictures.values():
         there = {thing["name"] for thing in scenes[picture.file]["things"]}
@@ -578,11 +725,16 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
     checkpoints.save(model, processor, tmp_path / "model")
     common = f"--images {world}/images --model {tmp_path}/model --dtype float32 --device cpu --batch-size 16"
     files = " ".join(f"{world}/pope_{split}.json" for split in SPLITS)
-    monkeypatch.setattr(sys, "argv", f"eval_pope.py --questions {files} {common} --out {tmp_path}/pope".split())
+    monkeypatch.setattr(
+        sys, "argv", f"eval_pope.py --questions {files} {common} --out {tmp_path}/pope".split()
+    )
     eval_pope.main()
     asked = {split: eval_pope.read_questions(world / f"pope_{split}.json") for split in SPLITS}
     for split, questions in asked.items():
-        lines = [json.loads(line) for line in (tmp_path / "pope" / f"answers_{split}.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / "pope" / f"answers_{split}.jsonl").read_text().splitlines()
+        ]
         assert [line["question"] for line in lines] == [q["text"] for q in questions]
     found = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in found] == ["split", *SPLITS, "mean"]
@@ -601,9 +753,17 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
         arguments = f"eval_chair.py {truth} {common} {more} --limit 5 --max-new-tokens 8 --out {tmp_path / out}"
         monkeypatch.setattr(sys, "argv", arguments.split())
         eval_chair.main()
-        said[out] = [json.loads(line) for line in (tmp_path / out / "captions.jsonl").read_text().splitlines()]
+        said[out] = [
+            json.loads(line)
+            for line in (tmp_path / out / "captions.jsonl").read_text().splitlines()
+        ]
         assert [line["image"] for line in said[out]] == [f"test_{i:05d}.png" for i in range(5)]
         assert json.loads((tmp_path / out / "metrics.json").read_text())["n"] == 5
-    records = [data.Record("here", world / "images" / line["image"], (eval_chair.PROMPT,)) for line in said["plain"]]
-    assert [line["caption"] for line in said["adapted"]] == [t for (t,) in data.generate(model, processor, records, 8)]
+    records = [
+        data.Record("here", world / "images" / line["image"], (eval_chair.PROMPT,))
+        for line in said["plain"]
+    ]
+    assert [line["caption"] for line in said["adapted"]] == [
+        t for (t,) in data.generate(model, processor, records, 8)
+    ]
     assert said["plain"] != said["adapted"]

@@ -27,23 +27,51 @@ def run(monkeypatch, **flags):
 
 
 def test_conversations_and_facts(tmp_path, monkeypatch, capsys):
-    (tmp_path / "coco.json").write_text(json.dumps({"annotations": [{"image_id": 25, "caption": "A red lamp. "}]}))
+    (tmp_path / "coco.json").write_text(
+        json.dumps({"annotations": [{"image_id": 25, "caption": "A red lamp. "}]})
+    )
     out, facts = tmp_path / "out.json", tmp_path / "facts.json"
-    flags = {"vqa_questions": HERE / "vqa_questions.json", "vqa_annotations": HERE / "vqa_annotations.json", "out": out,
-             "aokvqa": HERE / "aokvqa.json", "flickr": HERE / "karpathy.json", "coco_captions": tmp_path / "coco.json"}  # fmt: skip
+    flags = {
+        "vqa_questions": HERE / "vqa_questions.json",
+        "vqa_annotations": HERE / "vqa_annotations.json",
+        "out": out,
+        "aokvqa": HERE / "aokvqa.json",
+        "flickr": HERE / "karpathy.json",
+        "coco_captions": tmp_path / "coco.json",
+    }
     run(monkeypatch, **flags, facts=facts)
     err = capsys.readouterr().err
-    assert "1 VQA-v2 questions left out" in err and "1 Flickr30k pictures left out" in err and "out.json: 4 conver" in err
+    assert (
+        "1 VQA-v2 questions left out" in err
+        and "1 Flickr30k pictures left out" in err
+        and "out.json: 4 conver" in err
+    )
     nine, options = "000000000009.jpg", "\nA. sitting\nB. light\nC. eating\nD. play"
     vqa = turns(f"<image>\nIs it a lamp?{WORD}", "Yes", f"Is it on?{WORD}", "No")
-    aok = turns(f"<image>\nWhat is it for?{options}{LETTER}", "B. light", f"Where is it?\nA. desk\nB. bed{LETTER}", "A. desk")
+    aok = turns(
+        f"<image>\nWhat is it for?{options}{LETTER}",
+        "B. light",
+        f"Where is it?\nA. desk\nB. bed{LETTER}",
+        "A. desk",
+    )
     assert json.loads(out.read_text()) == [
         {"id": "vqa_000000000009", "image": nine, "conversations": vqa},
-        {"id": "vqa_000000000025", "image": "000000000025.jpg", "conversations": turns(f"<image>\nIs it red?{WORD}", "Yes")},
+        {
+            "id": "vqa_000000000025",
+            "image": "000000000025.jpg",
+            "conversations": turns(f"<image>\nIs it red?{WORD}", "Yes"),
+        },
         {"id": "aok_000000000009", "image": nine, "conversations": aok},
-        {"id": "flickr_lamp", "image": "lamp.jpg", "conversations": turns(f"<image>\n{instruct.CAPTION}", "A lamp.")},
+        {
+            "id": "flickr_lamp",
+            "image": "lamp.jpg",
+            "conversations": turns(f"<image>\n{instruct.CAPTION}", "A lamp."),
+        },
     ]
-    sentences = ['The answer to "What is it for?" is "light".', 'The answer to "Where is it?" is "desk".']
+    sentences = [
+        'The answer to "What is it for?" is "light".',
+        'The answer to "Where is it?" is "desk".',
+    ]
     assert layouts.captions(facts) == {
         "aok_000000000009.jpg": ["It is a lamp.", "A lamp gives light.", *sentences],
         "000000000025.jpg": ["A red lamp."],
@@ -57,18 +85,27 @@ def test_conversations_and_facts(tmp_path, monkeypatch, capsys):
 
 def test_flickr_files():
     notes = instruct.Counter()
-    assert instruct.flickr_captions(HERE / "flickr.csv", notes) == {"lamp.jpg": ["A lamp, on.", "A lamp."]}
+    assert instruct.flickr_captions(HERE / "flickr.csv", notes) == {
+        "lamp.jpg": ["A lamp, on.", "A lamp."]
+    }
     assert notes == {"Flickr30k pictures left out: not of the training split": 1}
     notes.clear()
     assert instruct.flickr_captions(HERE / "results.csv", notes) == {"lamp.jpg": ['A "lamp , on .']}
     assert notes == {"Flickr30k captions left out: the line has no comment": 1}
 
 
-@pytest.mark.parametrize("change, why", [({"correct_choice_idx": 4}, "`correct_choice_idx` is 4; 0 to 3"),
-                                         ({"correct_choice_idx": None}, "`correct_choice_idx` is None"),
-                                         ({"correct_choice_idx": True}, "`correct_choice_idx` is True"),
-                                         ({"choices": ["a"]}, r"`choices` is \['a'\]"), ({"rationales": "a"}, "`rationales` is 'a'"),
-                                         ({"question": " "}, "`question` is ' '"), ({"image_id": "9"}, "image id is '9'")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"correct_choice_idx": 4}, "`correct_choice_idx` is 4; 0 to 3"),
+        ({"correct_choice_idx": None}, "`correct_choice_idx` is None"),
+        ({"correct_choice_idx": True}, "`correct_choice_idx` is True"),
+        ({"choices": ["a"]}, r"`choices` is \['a'\]"),
+        ({"rationales": "a"}, "`rationales` is 'a'"),
+        ({"question": " "}, "`question` is ' '"),
+        ({"image_id": "9"}, "image id is '9'"),
+    ],
+)
 def test_bad_rows(tmp_path, change, why):
     row = json.loads((HERE / "aokvqa.json").read_text())[0]
     (tmp_path / "a.json").write_text(json.dumps([row, row | change]))

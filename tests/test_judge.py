@@ -23,8 +23,16 @@ KEY = "sk-secret-0123456789"
 
 def flags(**changed):
     """The flags of judge.add_flags."""
-    given = dict(annotator="endpoint", judge_url=None, judge_model=None, judge_key_file=None, judge_workers=2, facts=None,
-                 missing_facts="refuse", toy_world=None)  # fmt: skip
+    given = dict(
+        annotator="endpoint",
+        judge_url=None,
+        judge_model=None,
+        judge_key_file=None,
+        judge_workers=2,
+        facts=None,
+        missing_facts="refuse",
+        toy_world=None,
+    )
     return SimpleNamespace(**(given | changed))
 
 
@@ -44,7 +52,9 @@ def scene(record):
     """A kitchen with a red cup on the left and two bananas on the right."""
     thing = lambda *values: dict(zip(("name", "colour", "count", "column", "row"), values))
     things = [thing("cup", "red", 1, 0, 0), thing("banana", "yellow", 2, 2, 0)]
-    (record.image.parents[1] / "scenes.json").write_text(json.dumps({"0.png": {"kind": "kitchen", "things": things}}))
+    (record.image.parents[1] / "scenes.json").write_text(
+        json.dumps({"0.png": {"kind": "kitchen", "things": things}})
+    )
     return record
 
 
@@ -70,7 +80,9 @@ def test_oracle_silence_is_no_good_description(scene):
 
 def test_oracle_of_a_question(scene):
     asked = replace(scene, turns=("Is there a cup in the image?",))
-    (scores,) = judge.make(flags(annotator="oracle"))([asked], [["Yes", "Yes, there is a cup.", "No", "perhaps a dog"]])
+    (scores,) = judge.make(flags(annotator="oracle"))(
+        [asked], [["Yes", "Yes, there is a cup.", "No", "perhaps a dog"]]
+    )
     assert scores == pytest.approx([0.01, 0.01, -1, -1])
 
 
@@ -123,12 +135,17 @@ def asker(prefer):
     return ask, seen
 
 
-longer = lambda a, b: "Better: equal" if len(a) == len(b) else f"Better: {1 + (len(b) > len(a))}\nIt says more."
+longer = lambda a, b: (
+    "Better: equal" if len(a) == len(b) else f"Better: {1 + (len(b) > len(a))}\nIt says more."
+)
 
 
 def test_both_orders(record):
     ask, seen = asker(longer)
-    assert judge.pairwise(ask)([record] * 2, [["{a}", "bbbb"], ["ccccc", "d"]]) == [[-1, 1], [1, -1]]
+    assert judge.pairwise(ask)([record] * 2, [["{a}", "bbbb"], ["ccccc", "d"]]) == [
+        [-1, 1],
+        [1, -1],
+    ]
     assert seen == [("{a}", "bbbb"), ("bbbb", "{a}"), ("ccccc", "d"), ("d", "ccccc")]
 
 
@@ -140,9 +157,14 @@ def test_equal_texts_are_a_tie_unasked(record):
 
 def test_a_verdict_that_depends_on_the_place_is_none(record, capsys):
     for reply in ("Better: 1", "Better: 2", "no idea", None):
-        assert judge.pairwise(lambda questions, reply=reply: [reply] * len(questions))([record], [["a", "b"]]) == [[None, None]]
+        assert judge.pairwise(lambda questions, reply=reply: [reply] * len(questions))(
+            [record], [["a", "b"]]
+        ) == [[None, None]]
     told = capsys.readouterr().err
-    assert told.count("cannot be read") == 2 and told.count("changes when the answers change places") == 2
+    assert (
+        told.count("cannot be read") == 2
+        and told.count("changes when the answers change places") == 2
+    )
     half = lambda a, b: "Better: equal" if a == "a" else "Better: 1"
     assert judge.pairwise(asker(half)[0])([record], [["a", "b"]]) == [[None, None]]
 
@@ -170,7 +192,11 @@ def test_checkpoint_asks_greedily_with_the_picture(record, checkpoint, monkeypat
     score = judge.make(flags(annotator=str(checkpoint)))
     assert score([record] * 2, [["a", "bbbb"], ["a", "x" * 50]]) == [[-1, 1], [None, None]]
     ((records, tokens, rest),) = calls
-    assert [r.image for r in records] == [record.image] * 2 and tokens == 16 and "temperature" not in rest
+    assert (
+        [r.image for r in records] == [record.image] * 2
+        and tokens == 16
+        and "temperature" not in rest
+    )
 
 
 def test_checkpoint_for_real(record, checkpoint):
@@ -209,22 +235,32 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
     assert found[0][0] == found[0][2] != found[0][1]
     for r, row, scores in zip((record, other), texts, found):
         for text, score in zip(row, scores):
-            example = processor.rated(processor.encode(replace(r, answers=(text,))), "Good? Seen:\n- a dog")
+            example = processor.rated(
+                processor.encode(replace(r, answers=(text,))), "Good? Seen:\n- a dog"
+            )
             batch = processor.collate([example])
             with torch.no_grad(), base.use("reward"):
                 assert abs(base.values(batch, last_tokens(batch), "reward").item() - score) < 1e-5
-    assert judge.make(given, records=[record])([record], [["a cat", "cat " * 3000, "a dog"]])[0][1] is None, (
-        "too long to be read"
-    )
-    both = [replace(record, where="row 0"), replace(record, image=record.image.with_name("2.png"), where="row 0")]
+    assert (
+        judge.make(given, records=[record])([record], [["a cat", "cat " * 3000, "a dog"]])[0][1]
+        is None
+    ), "too long to be read"
+    both = [
+        replace(record, where="row 0"),
+        replace(record, image=record.image.with_name("2.png"), where="row 0"),
+    ]
     (tmp_path / "facts.json").write_text(json.dumps({"0.png": ["a dog"], "2.png": ["a cat"]}))
-    assert judge.make(given, records=both)(both[:1], [["a dog"]]) == judge.make(given, records=both[:1])(both[:1], [["a dog"]])
+    assert judge.make(given, records=both)(both[:1], [["a dog"]]) == judge.make(
+        given, records=both[:1]
+    )(both[:1], [["a dog"]])
     strange = replace(record, image=record.image.with_name("1.png"), where="row 2")
     with pytest.raises(BadInput, match=r"no caption of .*1.png \(1 of 2 rows"):
         judge.make(given, records=[record, strange])
     with pytest.raises(BadInput, match="--facts FILE is needed"):
         judge.make(flags(annotator=str(tmp_path / "run")))
-    with pytest.raises(BadInput, match="--facts is for a reward model that reads them; the annotator is oracle"):
+    with pytest.raises(
+        BadInput, match="--facts is for a reward model that reads them; the annotator is oracle"
+    ):
         judge.make(flags(annotator="oracle", facts="facts.json"))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "reward.json").write_text('{"question": "Good?"}')
@@ -233,7 +269,9 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
 
 
 def test_flags_of_another_annotator():
-    with pytest.raises(BadInput, match="--judge-url is for --annotator endpoint; the annotator is oracle"):
+    with pytest.raises(
+        BadInput, match="--judge-url is for --annotator endpoint; the annotator is oracle"
+    ):
         judge.make(flags(annotator="oracle", judge_url="http://localhost/v1"))
     with pytest.raises(BadInput, match="nowhere: no such folder"):
         judge.make(flags(annotator="nowhere"))
@@ -246,7 +284,14 @@ def test_flags_of_another_annotator():
 def server(monkeypatch):
     """A function (respond) -> (url, requests): a local server; respond(n, body) -> status, bytes or a completion's text."""
     running = []
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
+    for name in (
+        "http_proxy",
+        "HTTP_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+        "OPENAI_API_KEY",
+        "OPENAI_BASE_URL",
+    ):
         monkeypatch.delenv(name, raising=False)
 
     def start(respond):
@@ -260,7 +305,9 @@ def server(monkeypatch):
                     requests.append((self.path, dict(self.headers), body))
                 status, said, *headers = respond(n, body)
                 if isinstance(said, str):
-                    said = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
+                    said = json.dumps(
+                        {"choices": [{"message": {"role": "assistant", "content": said}}]}
+                    ).encode()
                 try:
                     self.send_response(status)
                     for name, value in headers:
@@ -307,7 +354,9 @@ def test_endpoint(server, record, monkeypatch):
         if picture:
             head, code = picture[0]["image_url"]["url"].split(",")
             file = Image.open(io.BytesIO(base64.b64decode(code)))
-            assert head == "data:image/jpeg;base64" and file.format == "JPEG" and file.size == (40, 28)
+            assert (
+                head == "data:image/jpeg;base64" and file.format == "JPEG" and file.size == (40, 28)
+            )
         else:
             assert "User: Hello?\nAssistant: Hello.\nUser: Who is there?" in text_of(body)
 
@@ -321,11 +370,24 @@ def test_no_key_no_header(server, record):
 def test_a_reply_without_text_is_unreadable_and_not_asked_again(server, record):
     null = json.dumps({"choices": [{"message": {"content": None, "refusal": "no"}}]}).encode()
     url, requests = server(lambda n, body: (200, null))
-    assert judge.pairwise(judge.endpoint(url, "m"))([record], [["a", "b"]]) == [[None, None]] and len(requests) == 2
+    assert (
+        judge.pairwise(judge.endpoint(url, "m"))([record], [["a", "b"]]) == [[None, None]]
+        and len(requests) == 2
+    )
 
 
-@pytest.mark.parametrize("trouble", [(429, b"slow down"), (500, b"oops"), (503, b""), (200, b"{not json"), (200, b'{"choices": []}'),
-                                     (200, b"[1]"), (200, b'"' + b"\xff" * 9)])  # fmt: skip
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        (429, b"slow down"),
+        (500, b"oops"),
+        (503, b""),
+        (200, b"{not json"),
+        (200, b'{"choices": []}'),
+        (200, b"[1]"),
+        (200, b'"' + b"\xff" * 9),
+    ],
+)
 def test_trouble_is_tried_again(server, record, trouble):
     url, requests = server(lambda n, body: trouble if n < 2 else (200, "Better: 1"))
     (reply,) = judge.endpoint(url, "m", pause=0.01)([(record, "?")])
@@ -334,14 +396,19 @@ def test_trouble_is_tried_again(server, record, trouble):
 
 def test_pauses_grow_and_heed_the_server(server, record):
     times = []
-    respond = lambda n, body: times.append(time.time()) or ((429, b"") if n < 3 else (200, "Better: 1"))
+    respond = lambda n, body: (
+        times.append(time.time()) or ((429, b"") if n < 3 else (200, "Better: 1"))
+    )
     url, _ = server(respond)
     judge.endpoint(url, "m", pause=0.05)([(record, "?")])
     gaps = [b - a for a, b in zip(times, times[1:])]
     assert gaps[0] >= 0.05 and gaps[1] >= 0.1 and gaps[2] >= 0.2
     times.clear()
     url, _ = server(
-        lambda n, body: times.append(time.time()) or ((429, b"", ("Retry-After", "1")) if n < 1 else (200, "Better: 1"))
+        lambda n, body: (
+            times.append(time.time())
+            or ((429, b"", ("Retry-After", "1")) if n < 1 else (200, "Better: 1"))
+        )
     )
     judge.endpoint(url, "m", pause=0.01)([(record, "?")])
     assert times[1] - times[0] >= 1
@@ -350,7 +417,11 @@ def test_pauses_grow_and_heed_the_server(server, record):
 @pytest.mark.parametrize(
     "respond, words, count",
     [
-        (lambda n, body: (503, b"down"), r"no answer after 3 tries, at last status 503 \(down\); --resume goes on", 3),
+        (
+            lambda n, body: (503, b"down"),
+            r"no answer after 3 tries, at last status 503 \(down\); --resume goes on",
+            3,
+        ),
         (
             lambda n, body: (200, b"<html>"),
             r"no answer after 3 tries, at last a reply that is no chat completion \(<html>\)",
@@ -361,7 +432,11 @@ def test_pauses_grow_and_heed_the_server(server, record):
             "no answer after 3 tries, at last no reply within 0.2 seconds",
             3,
         ),
-        (lambda n, body: (401, b"Incorrect API key provided: " + KEY.encode()), r"status 401 \(.*provided: \*\*\*\)", 1),
+        (
+            lambda n, body: (401, b"Incorrect API key provided: " + KEY.encode()),
+            r"status 401 \(.*provided: \*\*\*\)",
+            1,
+        ),
         (lambda n, body: (404, b"no such model"), r"status 404 \(no such model\)", 1),
         (lambda n, body: (400, b"too large"), r"status 400 \(too large\)", 1),
     ],
@@ -374,7 +449,9 @@ def test_an_endpoint_that_keeps_failing_stops_the_run(server, record, respond, w
 
 
 def test_nobody_there(record):
-    with pytest.raises(judge.NoAnswer, match="no answer after 2 tries, at last ConnectionRefusedError"):
+    with pytest.raises(
+        judge.NoAnswer, match="no answer after 2 tries, at last ConnectionRefusedError"
+    ):
         judge.endpoint("http://127.0.0.1:9/v1", "m", tries=2, pause=0.01)([(record, "?")])
 
 
@@ -389,7 +466,9 @@ def test_one_failure_ends_the_waiting_of_the_others(server, record):
 def test_the_key_does_not_follow_a_redirect(server, record):
     other, there = server(lambda n, body: (200, "Better: 1"))
     for status in (301, 302, 307, 308):
-        url, _ = server(lambda n, body, status=status: (status, b"", ("Location", other + "/chat/completions")))
+        url, _ = server(
+            lambda n, body, status=status: (status, b"", ("Location", other + "/chat/completions"))
+        )
         with pytest.raises(judge.NoAnswer, match=f"status {status}"):
             judge.endpoint(url, "m", KEY)([(record, "?")])
     assert not there
@@ -397,7 +476,11 @@ def test_the_key_does_not_follow_a_redirect(server, record):
 
 def test_a_server_with_a_temperature_of_its_own(server, record):
     def respond(n, body):
-        return (400, b"'temperature' does not support 0") if "temperature" in body else (200, "Better: 1")
+        return (
+            (400, b"'temperature' does not support 0")
+            if "temperature" in body
+            else (200, "Better: 1")
+        )
 
     url, requests = server(respond)
     ask = judge.endpoint(url, "m", pause=0.01, workers=2)
@@ -406,7 +489,14 @@ def test_a_server_with_a_temperature_of_its_own(server, record):
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://host/v1", "host/v1", f"http://user:{KEY}@host/v1", f"https://host/v1?key={KEY}", "http://"]
+    "url",
+    [
+        "ftp://host/v1",
+        "host/v1",
+        f"http://user:{KEY}@host/v1",
+        f"https://host/v1?key={KEY}",
+        "http://",
+    ],
 )
 def test_urls_that_are_refused(url):
     with pytest.raises(BadInput, match="--judge-url: http") as refused:
@@ -419,7 +509,11 @@ def test_keys(tmp_path, monkeypatch):
     assert judge.read_key() == ""
     (tmp_path / "key").write_text(KEY + "\n")
     assert judge.read_key(tmp_path / "key") == KEY
-    for text, words in (("", "holds no key"), (f"{KEY}\n{KEY}", "a key is one line"), (f"{KEY}é", "a key is one line")):
+    for text, words in (
+        ("", "holds no key"),
+        (f"{KEY}\n{KEY}", "a key is one line"),
+        (f"{KEY}é", "a key is one line"),
+    ):
         (tmp_path / "key").write_text(text)
         with pytest.raises(BadInput, match=words) as refused:
             judge.read_key(tmp_path / "key")

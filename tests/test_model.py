@@ -6,11 +6,31 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import BadInput, FusedLogProb, LastBlock, LoRALinear, attention_mask, fused_log_probs, pack
+from model import (
+    BadInput,
+    FusedLogProb,
+    LastBlock,
+    LoRALinear,
+    attention_mask,
+    fused_log_probs,
+    pack,
+)
 
-SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # layer 0 full, layer 1 sliding
-LLMS = [("llama", {}), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": 6}), ("qwen2", {}),
-        ("qwen2", SLIDING), ("qwen3", {}), ("qwen3", SLIDING), ("llama", {"tie_word_embeddings": True})]  # fmt: skip
+SLIDING = {
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 1,
+}  # layer 0 full, layer 1 sliding
+LLMS = [
+    ("llama", {}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 6}),
+    ("qwen2", {}),
+    ("qwen2", SLIDING),
+    ("qwen3", {}),
+    ("qwen3", SLIDING),
+    ("llama", {"tie_word_embeddings": True}),
+]
 IMAGE = 96  # the image token of `build`
 STOP = set(range(5, IMAGE, 9))
 
@@ -45,10 +65,15 @@ def head(p, dtype=torch.float64, N=200, D=64, V=1009):
     torch.manual_seed(0)
     weight = (torch.randn(V, D, dtype=torch.float64) * 0.1).to(dtype).double()
     h, targets = torch.randn(N, D, dtype=torch.float64), torch.randint(V, (N,))
-    low, high = torch.full((N, 1), -100.0, dtype=torch.float64), torch.full((N, 1), 100.0, dtype=torch.float64)
+    low, high = (
+        torch.full((N, 1), -100.0, dtype=torch.float64),
+        torch.full((N, 1), 100.0, dtype=torch.float64),
+    )
     for _ in range(60):
         middle = (low + high) / 2
-        too_much = plain_log_probs(h + middle * weight[targets], weight, targets)[0].exp()[:, None] > p
+        too_much = (
+            plain_log_probs(h + middle * weight[targets], weight, targets)[0].exp()[:, None] > p
+        )
         low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
     return (h + low * weight[targets]).to(dtype), weight.to(dtype), targets
 
@@ -102,14 +127,18 @@ def test_fused_in_bfloat16_is_as_good_as_autograd(p):
         assert (ours[0] - truth[0]).abs().mean() <= 1.05 * (plain[0] - truth[0]).abs().mean()
         assert (ours[1] - truth[1]).abs().mean() <= 1.05 * (plain[1] - truth[1]).abs().mean()
         for i in (2, 3):
-            assert row_error(ours[i], truth[i]).mean() <= 1.01 * row_error(plain[i], truth[i]).mean()
+            assert (
+                row_error(ours[i], truth[i]).mean() <= 1.01 * row_error(plain[i], truth[i]).mean()
+            )
 
 
 def test_fused_chunks_agree():
     h, weight, targets = head(0.5)
     incoming = torch.randn(len(h), dtype=torch.float64)
-    results = [with_gradients(lambda *a: fused_log_probs(*a, chunk), h, weight, targets, incoming)
-               for chunk in (1, 7, 10**9)]  # fmt: skip
+    results = [
+        with_gradients(lambda *a: fused_log_probs(*a, chunk), h, weight, targets, incoming)
+        for chunk in (1, 7, 10**9)
+    ]
     for other in results[1:]:
         assert max((a - b).abs().max() for a, b in zip(other, results[0])) <= 1e-12
 
@@ -172,8 +201,12 @@ def test_softmax_is_not_called_in_the_backward_pass(build, monkeypatch):
     """The same through the model: LoRA trains, the head is frozen."""
     model, calls, original = build(), [], FusedLogProb.minus_softmax
     model.prepare(lora_rank=2)
-    monkeypatch.setattr(FusedLogProb, "minus_softmax", staticmethod(lambda *a: calls.append(1) or original(*a)))
-    loss = model.answer_log_probs(pack(prompts(), [[ids(3), ids(5)]] * 3, pixel_values=pixels())).sum()
+    monkeypatch.setattr(
+        FusedLogProb, "minus_softmax", staticmethod(lambda *a: calls.append(1) or original(*a))
+    )
+    loss = model.answer_log_probs(
+        pack(prompts(), [[ids(3), ids(5)]] * 3, pixel_values=pixels())
+    ).sum()
     assert len(calls) == 1
     loss.backward()
     assert len(calls) == 1 and model.llm.lm_head.weight.grad is None
@@ -185,7 +218,12 @@ def test_softmax_is_not_called_in_the_backward_pass(build, monkeypatch):
 def test_pack_by_hand():
     t = torch.tensor
     scored = [[t([True, True]), t([True, False, True])], [t([True]), t([True, True])]]
-    batch = pack([t([5, 6, 7]), t([8])], [[t([10, 11]), t([20, 21, 22])], [t([30]), t([40, 41])]], scored, pad_id=1)
+    batch = pack(
+        [t([5, 6, 7]), t([8])],
+        [[t([10, 11]), t([20, 21, 22])], [t([30]), t([40, 41])]],
+        scored,
+        pad_id=1,
+    )
     # flat position              0   1   2   3   4   5   6   7      8   9  10  11 ...
     assert batch.input_ids.tolist() == [[5, 6, 7, 10, 11, 20, 21, 22], [8, 30, 40, 41, 1, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5], [0, 1, 1, 2, 0, 0, 0, 0]]
@@ -198,7 +236,9 @@ def test_pack_by_hand():
 
 
 def test_attention_mask_against_three_loops():
-    segments = pack([ids(4), ids(2), ids(1)], [[ids(3), ids(1), ids(2)], [ids(2)], [ids(1), ids(1)]]).segments
+    segments = pack(
+        [ids(4), ids(2), ids(1)], [[ids(3), ids(1), ids(2)], [ids(2)], [ids(1), ids(1)]]
+    ).segments
     B, L = segments.shape
     hidden = torch.rand(B, L) < 0.3
     got, got_hidden = attention_mask(segments), attention_mask(segments, hidden)
@@ -223,13 +263,20 @@ def padded_log_probs(model, prompts, answers, images):
             pictures += [images[place]] * has
         place += has
     length = max(len(p) + len(a) for p, a in rows)
-    tokens, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+    tokens, mask = (
+        torch.zeros(len(rows), length, dtype=torch.long),
+        torch.zeros(len(rows), length, dtype=torch.long),
+    )
     for i, (p, a) in enumerate(rows):
         tokens[i, : len(p) + len(a)], mask[i, : len(p) + len(a)] = torch.cat([p, a]), 1
     x = model.embed(tokens, torch.stack(pictures) if pictures else None)
     log_p = model.llm(inputs_embeds=x, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
-    return torch.stack([sum(log_p[i, len(p) + t - 1, token] for t, token in enumerate(a))
-                        for i, (p, a) in enumerate(rows)])  # fmt: skip
+    return torch.stack(
+        [
+            sum(log_p[i, len(p) + t - 1, token] for t, token in enumerate(a))
+            for i, (p, a) in enumerate(rows)
+        ]
+    )
 
 
 def gradients(model, log_probs):
@@ -237,7 +284,9 @@ def gradients(model, log_probs):
     loss = (log_probs * torch.linspace(-1, 1.5, len(log_probs), dtype=log_probs.dtype)).sum()
     model.zero_grad()
     loss.backward()
-    return loss.detach(), {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return loss.detach(), {
+        n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
+    }
 
 
 def assert_same(got, want, tolerance):
@@ -273,7 +322,10 @@ def test_packed_pair_is_padded_pair(build, kind, more, what):
     assert_same(got, want, 1e-6)
     trains = {n for n, g in got[1].items() if g is not None}
     if what == "lora":
-        assert all(".lora_" in n or n.startswith("projector.") for n in trains) and len(trains) == 2 * 7 * 2 + 4
+        assert (
+            all(".lora_" in n or n.startswith("projector.") for n in trains)
+            and len(trains) == 2 * 7 * 2 + 4
+        )
     else:
         assert {"vision.embeddings.class_embedding", "llm.model.embed_tokens.weight"} <= trains
 
@@ -305,16 +357,28 @@ def test_last_block_computes_wanted_rows_alone(build, monkeypatch, kind, more, k
         monkeypatch.setattr(LastBlock, "KNOWN", ())
     model = build(kind, torch.float64, **more).prepare(lora_rank=3)
     perturb(model.double())
-    assert isinstance(model.llm.model.layers[-1], LastBlock) == known and not isinstance(model.llm.model.layers[0], LastBlock)
-    batch = pack(prompts(), [[ids(3), ids(1)], [ids(2), ids(5)], [ids(1), ids(6)]], pixel_values=pixels().double())
+    assert isinstance(model.llm.model.layers[-1], LastBlock) == known and not isinstance(
+        model.llm.model.layers[0], LastBlock
+    )
+    batch = pack(
+        prompts(),
+        [[ids(3), ids(1)], [ids(2), ids(5)], [ids(1), ids(6)]],
+        pixel_values=pixels().double(),
+    )
     L, seen = batch.input_ids.shape[1], []
-    model.llm.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
-    rows = batch.index[torch.randperm(len(batch.index))]  # in any order; the first tokens' position comes twice
+    model.llm.model.layers[-1].mlp.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[:-1].numel())
+    )
+    rows = batch.index[
+        torch.randperm(len(batch.index))
+    ]  # in any order; the first tokens' position comes twice
     got = gradients(model, model.hidden(batch, rows=rows).sin().sum(-1))
     assert seen == [len(rows) if known else 3 * L]
     assert_same(got, gradients(model, model.hidden(batch).flatten(0, 1)[rows].sin().sum(-1)), 1e-6)
     early = torch.tensor([2, 2 * L + 20])  # a row of the prompt's
-    assert torch.allclose(model.hidden(batch, rows=early), model.hidden(batch).flatten(0, 1)[early], atol=1e-12)
+    assert torch.allclose(
+        model.hidden(batch, rows=early), model.hidden(batch).flatten(0, 1)[early], atol=1e-12
+    )
 
 
 def test_how_long_the_prefix_is(build):
@@ -327,7 +391,9 @@ def test_how_long_the_prefix_is(build):
     assert model.visible(batch, hidden)[1] == 4
     hidden[0, 1] = True
     assert model.visible(batch, hidden)[1] == 0
-    assert model.visible(batch, rows=batch.index)[1] == 3, "the prompt's last position predicts the first answer token"
+    assert model.visible(batch, rows=batch.index)[1] == 3, (
+        "the prompt's last position predicts the first answer token"
+    )
     assert model.visible(batch, rows=torch.tensor([2 * batch.input_ids.shape[1] + 1, 9]))[1] == 1
     assert model.visible(pack([ids(5), ids(5)], [[], []]))[1] == 4
     assert build("mistral", torch.float32, sliding_window=3).visible(batch)[1] == 0
@@ -345,18 +411,32 @@ def test_lora_in_bfloat16_is_that_of_float32(build):
     with torch.autocast("cpu", torch.bfloat16):
         for given in (x, x.bfloat16()):
             got = layer(given)
-            assert got.dtype == torch.bfloat16 and (got - want).norm() < 0.01 * want.norm() < 0.1 * (want - plain).norm() / 0.01
+            assert (
+                got.dtype == torch.bfloat16
+                and (got - want).norm() < 0.01 * want.norm() < 0.1 * (want - plain).norm() / 0.01
+            )
     got.float().sum().backward()
-    assert layer.adapters["policy"].lora_A.grad.dtype == torch.float32 and layer.adapters["policy"].lora_A.grad.abs().sum() > 0
+    assert (
+        layer.adapters["policy"].lora_A.grad.dtype == torch.float32
+        and layer.adapters["policy"].lora_A.grad.abs().sum() > 0
+    )
 
 
 def test_packed_pair_in_float32(build):
     """In the precision in which it is used: the rest is rounding."""
     model = build().prepare(lora_rank=3)
     perturb(model)
-    rows, images, answers = prompts(), pixels(), [[ids(7), ids(3)], [ids(2), ids(8)], [ids(1), ids(6)]]
+    rows, images, answers = (
+        prompts(),
+        pixels(),
+        [[ids(7), ids(3)], [ids(2), ids(8)], [ids(1), ids(6)]],
+    )
     want = gradients(model, padded_log_probs(model, rows, answers, images))
-    assert_same(gradients(model, model.answer_log_probs(pack(rows, answers, pixel_values=images))), want, 1e-5)
+    assert_same(
+        gradients(model, model.answer_log_probs(pack(rows, answers, pixel_values=images))),
+        want,
+        1e-5,
+    )
 
 
 def test_log_probs_of_some_tokens_and_entropy(build):
@@ -370,7 +450,9 @@ def test_log_probs_of_some_tokens_and_entropy(build):
         logits = model.llm.lm_head(model.hidden(batch)).flatten(0, 1)[batch.index]
     assert torch.equal(some, every.view(3, 4)[:, [0, 3]].flatten())
     assert torch.equal(some_entropy, entropy.view(3, 4)[:, [0, 3]].flatten())
-    assert torch.allclose(entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5)
+    assert torch.allclose(
+        entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5
+    )
 
 
 # ---- sampling
@@ -384,7 +466,10 @@ def greedy(model, prompt, image, steps, stop=(), mask=None):
         x = model.embed(tokens[None], image)
         more = {}
         if mask is not None:
-            more = {"attention_mask": mask(len(tokens)), "position_ids": torch.arange(len(tokens))[None]}
+            more = {
+                "attention_mask": mask(len(tokens)),
+                "position_ids": torch.arange(len(tokens))[None],
+            }
         log_p = model.llm(inputs_embeds=x, use_cache=False, **more).logits[0, -1].log_softmax(-1)
         allowed = log_p.clone()
         allowed[IMAGE] = -math.inf
@@ -411,7 +496,9 @@ def test_cached_sampling_is_uncached(build, kind, more):
         assert samples.tokens[b][0].tolist() == tokens.tolist()
         assert torch.allclose(samples.log_probs[b][0], log_probs, atol=1e-5)
     assert samples.finished == [[False]] * 3
-    assert len({t for row in samples.tokens for t in row[0].tolist()}) > 5, "the model repeats itself: says little"
+    assert len({t for row in samples.tokens for t in row[0].tolist()}) > 5, (
+        "the model repeats itself: says little"
+    )
 
 
 def test_text_only_sampling(build):
@@ -432,14 +519,23 @@ def test_ended_answers_leave_the_batch(build, kind, more):
         assert samples.tokens[b][0].tolist() == tokens.tolist()
         assert torch.allclose(samples.log_probs[b][0], log_probs, atol=1e-5)
         assert samples.finished[b] == [tokens[-1].item() in STOP]
-    assert len({len(row[0]) for row in samples.tokens}) >= 4, "the answers end together: says little"
+    assert len({len(row[0]) for row in samples.tokens}) >= 4, (
+        "the answers end together: says little"
+    )
 
 
 def test_sampled_log_probs_are_those_of_a_second_look(build):
     """Drawn at another temperature, while ended answers leave the batch; scored as training will score them."""
     model, rows, images = build(), prompts(), pixels()
-    samples = model.sample(rows, images, k=5, max_new_tokens=15, temperature=0.8, stop_ids=STOP,
-                           generator=torch.Generator().manual_seed(0))  # fmt: skip
+    samples = model.sample(
+        rows,
+        images,
+        k=5,
+        max_new_tokens=15,
+        temperature=0.8,
+        stop_ids=STOP,
+        generator=torch.Generator().manual_seed(0),
+    )
     lengths = {len(t) for row in samples.tokens for t in row}
     assert len(lengths) > 3
     with torch.no_grad():
@@ -449,8 +545,15 @@ def test_sampled_log_probs_are_those_of_a_second_look(build):
 
 def test_samples_stop_finish_and_repeat(build):
     model, rows, images = build(), prompts(), pixels()
-    draw = lambda seed, **how: model.sample(rows, images, k=6, max_new_tokens=8, stop_ids=STOP, **how,
-                                            generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    draw = lambda seed, **how: model.sample(
+        rows,
+        images,
+        k=6,
+        max_new_tokens=8,
+        stop_ids=STOP,
+        **how,
+        generator=torch.Generator().manual_seed(seed),
+    )
     samples = draw(0)
     assert [len(row) for row in samples.tokens] == [6, 6, 6]
     for row, flags in zip(samples.tokens, samples.finished):
@@ -459,7 +562,9 @@ def test_samples_stop_finish_and_repeat(build):
             assert finished == (tokens[-1].item() in STOP)
             assert finished or len(tokens) == 8
     assert {f for flags in samples.finished for f in flags} == {True, False}
-    assert any(not torch.equal(row[0], other) for row in samples.tokens for other in row[1:]), "k times the same"
+    assert any(not torch.equal(row[0], other) for row in samples.tokens for other in row[1:]), (
+        "k times the same"
+    )
     flat = lambda s: [t.tolist() for row in s.tokens for t in row]
     assert flat(draw(0)) == flat(samples) and flat(draw(1)) != flat(samples)
     one = model.sample(rows, images, max_new_tokens=1, temperature=0)
@@ -472,12 +577,21 @@ def test_frequencies_of_samples(build):
     prompt = ids(5, high=7)
     with torch.no_grad():
         first = model.llm(prompt[None]).logits[0, -1]
-        second = model.llm(torch.stack([torch.cat([prompt, torch.tensor([t])]) for t in range(8)])).logits[:, -1]
+        second = model.llm(
+            torch.stack([torch.cat([prompt, torch.tensor([t])]) for t in range(8)])
+        ).logits[:, -1]
     for temperature in (1.0, 2.0):
-        samples = model.sample([prompt], k=n, max_new_tokens=2, temperature=temperature,
-                               generator=torch.Generator().manual_seed(0))  # fmt: skip
+        samples = model.sample(
+            [prompt],
+            k=n,
+            max_new_tokens=2,
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(0),
+        )
         tokens = torch.stack(samples.tokens[0])  # (n, 2)
-        counts = torch.zeros(8, 8).index_put((tokens[:, 0], tokens[:, 1]), torch.ones(n), accumulate=True)
+        counts = torch.zeros(8, 8).index_put(
+            (tokens[:, 0], tokens[:, 1]), torch.ones(n), accumulate=True
+        )
         drawable = torch.arange(8) != 7  # the image token is never drawn
         p_first, p_second = (((x / temperature).softmax(-1) * drawable) for x in (first, second))
         p = (p_first / p_first.sum())[:, None] * p_second / p_second.sum(-1, keepdim=True)
@@ -492,14 +606,18 @@ def test_hidden_pictures(build):
     mask = torch.zeros(3, 14, dtype=torch.bool)
     for b, row in enumerate(rows):
         mask[b, : len(row)] = row == IMAGE
-    run = lambda images, mask=None: model.sample(rows, images, max_new_tokens=6, temperature=0, image_mask=mask)
+    run = lambda images, mask=None: model.sample(
+        rows, images, max_new_tokens=6, temperature=0, image_mask=mask
+    )
     hidden, other = run(images, mask), run(pixels() * 2, mask)
     for b in range(3):
         assert torch.equal(hidden.tokens[b][0], other.tokens[b][0])
         assert torch.equal(hidden.log_probs[b][0], other.log_probs[b][0])
     shown = run(images)
     assert not torch.allclose(shown.log_probs[0][0], hidden.log_probs[0][0], atol=1e-3)
-    assert torch.allclose(shown.log_probs[1][0], hidden.log_probs[1][0], atol=1e-6), "a row without a picture changed"
+    assert torch.allclose(shown.log_probs[1][0], hidden.log_probs[1][0], atol=1e-6), (
+        "a row without a picture changed"
+    )
 
 
 @pytest.mark.parametrize("kind, more", [LLMS[0], LLMS[2], LLMS[5]])
@@ -517,7 +635,9 @@ def test_image_mask_against_transformers(build, kind, more):
             see = torch.zeros(1, 1, length, length, dtype=torch.bool)
             for i in range(length):
                 for j in range(i + 1):
-                    see[0, 0, i, j] = i - j < width and (i == j or j >= len(rows[b]) or not mask[b, j])
+                    see[0, 0, i, j] = i - j < width and (
+                        i == j or j >= len(rows[b]) or not mask[b, j]
+                    )
             return see
 
         tokens, log_probs = greedy(model, rows[b], image, 8, mask=visible)
@@ -548,7 +668,9 @@ def test_lora_is_a_product_added_to_the_weight():
     lora = layer.adapters["policy"]
     torch.nn.init.normal_(lora.lora_B)
     x = torch.randn(4, 6)
-    want = x @ (layer.base.weight + 1.5 * lora.lora_B @ lora.lora_A).t() + layer.base.bias  # 3 / 2 = 1.5
+    want = (
+        x @ (layer.base.weight + 1.5 * lora.lora_B @ lora.lora_A).t() + layer.base.bias
+    )  # 3 / 2 = 1.5
     assert torch.allclose(layer(x), want, atol=1e-5)
 
 
@@ -606,7 +728,9 @@ def test_what_trains_is_float32(build, how, trains):
 @pytest.mark.parametrize("images, tokens", [(1, 8), (2, 4), (1, 0)])
 def test_features_and_image_tokens_must_agree(build, images, tokens):
     prompt = torch.cat([ids(2), torch.full((tokens,), IMAGE), ids(2)])
-    with pytest.raises(BadInput, match=f"{tokens} image tokens in the text against {images * 4} image features"):
+    with pytest.raises(
+        BadInput, match=f"{tokens} image tokens in the text against {images * 4} image features"
+    ):
         build().log_probs(pack([prompt], [[ids(2)]], pixel_values=pixels(images)))
 
 

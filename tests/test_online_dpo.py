@@ -51,10 +51,17 @@ def files(tmp_path_factory):
     (folder / "images").mkdir()
     rows, scenes = [], {}
     for i in range(6):
-        Image.frombytes("RGB", (28, 28), random.Random(i).randbytes(28 * 28 * 3)).save(folder / "images" / f"{i}.png")
+        Image.frombytes("RGB", (28, 28), random.Random(i).randbytes(28 * 28 * 3)).save(
+            folder / "images" / f"{i}.png"
+        )
         scenes[f"{i}.png"] = {"kind": "kitchen", "things": []}
-        said = ("No, there is no dog.", "A red cup is on the table. Two bananas are in a bowl.")[i % 2]
-        turns = lambda text: [{"from": "human", "value": "<image>\nIs there a dog?"}, {"from": "gpt", "value": text}]
+        said = ("No, there is no dog.", "A red cup is on the table. Two bananas are in a bowl.")[
+            i % 2
+        ]
+        turns = lambda text: [
+            {"from": "human", "value": "<image>\nIs there a dog?"},
+            {"from": "gpt", "value": text},
+        ]
         row = {"id": str(i), "image": f"{min(i, 4)}.png", "conversations": turns(said)}
         rows.append(row | {"rejected_conversations": turns(f"A dog {i}.")})
     (folder / "povid.json").write_text(json.dumps(rows))
@@ -68,8 +75,24 @@ def run(monkeypatch, capsys, files, checkpoint):
 
     def call(out, *args, annotator=None, script=online_dpo, status=0):
         monkeypatch.chdir(files)
-        command = ["--model", checkpoint, "--data", "povid.json", "--images", "images", "--lora-rank", 4, "--lr", "1e-3",
-                   "--projector-lr", "1e-4", "--batch-size", 2, "--out", out]  # fmt: skip
+        command = [
+            "--model",
+            checkpoint,
+            "--data",
+            "povid.json",
+            "--images",
+            "images",
+            "--lora-rank",
+            4,
+            "--lr",
+            "1e-3",
+            "--projector-lr",
+            "1e-4",
+            "--batch-size",
+            2,
+            "--out",
+            out,
+        ]
         if script is online_dpo:
             command += ["--max-new-tokens", 6]
         if annotator:
@@ -83,7 +106,9 @@ def run(monkeypatch, capsys, files, checkpoint):
         else:
             assert status == 0
         path = files / out / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [], capsys.readouterr().err
+        return [
+            json.loads(line) for line in path.read_text().splitlines()
+        ] if path.exists() else [], capsys.readouterr().err
 
     return call
 
@@ -94,7 +119,15 @@ def by(value):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--loss", "ipo"], ["--grad-accum", 2], ["--lora-rank", 0], ["--k", 4], ["--gradient-checkpointing"]]
+    "more",
+    [
+        [],
+        ["--loss", "ipo"],
+        ["--grad-accum", 2],
+        ["--lora-rank", 0],
+        ["--k", 4],
+        ["--gradient-checkpointing"],
+    ],
 )
 def test_step_0(run, files, more):
     name = "start" + "".join(map(str, more))
@@ -104,13 +137,19 @@ def test_step_0(run, files, more):
     for line in lines:
         parts = [line[f"annotator/{name}"] for name in ("pairs", "ties", "unreadable")]
         assert sum(parts) == pytest.approx(1) and parts[2] == 0
-        assert line["step_seconds"] == pytest.approx(sum(line[f"seconds/{name}"] for name in ("sample", "score", "train")))
+        assert line["step_seconds"] == pytest.approx(
+            sum(line[f"seconds/{name}"] for name in ("sample", "score", "train"))
+        )
         assert 1 <= line["response_length"] <= 6 and 0 <= line["annotator/score"] <= 2
     start = {"dpo": math.log(2), "ipo": (1 / (2 * 0.9)) ** 2}["ipo" if "ipo" in more else "dpo"]
     assert lines[0]["loss"] == pytest.approx(start * lines[0]["annotator/pairs"], abs=1e-5)
     assert lines[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5) == lines[0]["rewards/rejected"]
     assert (files / name / ("model" if 0 in more else "adapter")).is_dir()
-    assert json.loads((files / name / "summary.json").read_text())["seconds"].keys() >= {"sample", "score", "train"}
+    assert json.loads((files / name / "summary.json").read_text())["seconds"].keys() >= {
+        "sample",
+        "score",
+        "train",
+    }
 
 
 def test_all_offline_is_dpo(run, files):
@@ -125,7 +164,9 @@ def test_all_offline_is_dpo(run, files):
     assert len(got) == len(want) == 5  # the last step is half a batch
     for a, b in zip(got, want):
         for name, value in b.items():
-            if not name.endswith("seconds") and not (b["step"] == 0 and name == "rewards/accuracies"):  # 0 up to rounding
+            if not name.endswith("seconds") and not (
+                b["step"] == 0 and name == "rewards/accuracies"
+            ):  # 0 up to rounding
                 assert a[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
         assert a["annotator/pairs"] == 1 and a["response_length"] == 0
     a, b = load_file(files / "mixed" / ADAPTER), load_file(files / "offline" / ADAPTER)
@@ -151,7 +192,10 @@ def test_half_offline(run):
 def test_no_pair_no_gradient(run, files, value, name):
     lines, _ = run(name, "--steps", 2, annotator=by(lambda text: value))
     for line in lines:
-        assert line[f"annotator/{name}"] == 1 and line["loss"] == line["grad_norm"] == line["annotator/pairs"] == 0
+        assert (
+            line[f"annotator/{name}"] == 1
+            and line["loss"] == line["grad_norm"] == line["annotator/pairs"] == 0
+        )
     adapter = load_file(files / name / ADAPTER)
     assert all((t == 0).all() for k, t in adapter.items() if "lora_B" in k)
 
@@ -159,25 +203,41 @@ def test_no_pair_no_gradient(run, files, value, name):
 def test_the_pair_is_the_best_and_the_worst_as_drawn(run, monkeypatch):
     """Tokens go into the loss as they were drawn, best first, and the prompt's weight is 1 / prompts."""
     seen, drawn, collate, sample = [], [], data.Processor.collate, online_dpo.sample
-    monkeypatch.setattr(data.Processor, "collate", lambda self, pairs: seen.append((self, pairs)) or collate(self, pairs))
-    monkeypatch.setattr(online_dpo, "sample", lambda *args: drawn.append(sample(*args)) or drawn[-1])
+    monkeypatch.setattr(
+        data.Processor,
+        "collate",
+        lambda self, pairs: seen.append((self, pairs)) or collate(self, pairs),
+    )
+    monkeypatch.setattr(
+        online_dpo, "sample", lambda *args: drawn.append(sample(*args)) or drawn[-1]
+    )
     value = lambda text: sum(map(ord, text))
     run("tokens", "--steps", 2, "--k", 3, annotator=by(value))
     for (processor, pairs), answers in zip(seen, drawn, strict=True):
         assert len(pairs) == len(answers) == 2
         for pair, row in zip(pairs, answers):
             ranked = sorted(row, key=lambda tokens: value(processor.text(tokens)))
-            assert torch.equal(pair.answers[0], ranked[-1]) and torch.equal(pair.answers[1], ranked[0])
-            assert [len(s) for s in pair.scored] == [len(a) for a in pair.answers] and all(s.all() for s in pair.scored)
+            assert torch.equal(pair.answers[0], ranked[-1]) and torch.equal(
+                pair.answers[1], ranked[0]
+            )
+            assert [len(s) for s in pair.scored] == [len(a) for a in pair.answers] and all(
+                s.all() for s in pair.scored
+            )
 
 
 @torch.no_grad()
 def test_sampling_is_seeded_and_leaves_the_generators_alone(llava, files):
     model, processor = llava
     args = SimpleNamespace(k=2, max_new_tokens=6, temperature=1.0, gradient_checkpointing=False)
-    examples = [processor.encode(data.Record("row", files / "images" / f"{i}.png", ("Is there a dog?",))) for i in range(2)]
+    examples = [
+        processor.encode(data.Record("row", files / "images" / f"{i}.png", ("Is there a dog?",)))
+        for i in range(2)
+    ]
     state = torch.get_rng_state()
-    draw = lambda seed: [[t.tolist() for t in row] for row in online_dpo.sample(model, processor, examples, args, seed)]
+    draw = lambda seed: [
+        [t.tolist() for t in row]
+        for row in online_dpo.sample(model, processor, examples, args, seed)
+    ]
     assert draw("0/1/0") == draw("0/1/0") != draw("0/2/0")
     assert torch.equal(state, torch.get_rng_state())
 
@@ -187,13 +247,24 @@ def test_prompts_without_room_for_an_answer(run, llava, capsys):
     lines, err = run("room", "--steps", 1, "--max-new-tokens", 5000, annotator=by(len), status=2)
     assert "leaves no room for --max-new-tokens 5000" in err and not lines
     _, processor = llava
-    ask = lambda i, text: processor.encode(data.Record(f"f.json, row {i}, completions 1 > 2", None, (text,)))
+    ask = lambda i, text: processor.encode(
+        data.Record(f"f.json, row {i}, completions 1 > 2", None, (text,))
+    )
     examples, skipped = [ask(0, "Why?"), ask(1, "Why? " * 20), ask(2, "Why?")], []
     processor.max_length = len(examples[0].prompt) + 6
     assert data.with_room(processor, examples, 6, skipped) == [examples[0], examples[2]]
-    assert skipped == [{"file": "f.json", "row": 1, "why": "completions 1 > 2: the prompt leaves no room for --max-new-tokens"}]
+    assert skipped == [
+        {
+            "file": "f.json",
+            "row": 1,
+            "why": "completions 1 > 2: the prompt leaves no room for --max-new-tokens",
+        }
+    ]
     assert "1 of 3 prompts" in capsys.readouterr().err
-    with pytest.raises(data.BadInput, match=r"f.json, row 0, .* leaves no room for --max-new-tokens 7; .*\(3 of 3 prompts"):
+    with pytest.raises(
+        data.BadInput,
+        match=r"f.json, row 0, .* leaves no room for --max-new-tokens 7; .*\(3 of 3 prompts",
+    ):
         data.with_room(processor, examples, 7, skipped)
 
 
@@ -207,7 +278,9 @@ def test_resumed_is_uninterrupted(run, files):
     (files / "again" / "checkpoints" / "step-000004").rmdir()
     (files / "again" / "checkpoints" / "latest").write_text("step-000002")
     again, _ = run("again", *flags, "--resume", annotator=like)
-    timeless = lambda lines: [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+    timeless = lambda lines: [
+        {k: v for k, v in line.items() if "seconds" not in k} for line in lines
+    ]
     assert timeless(again) == timeless(whole)
     assert (files / "again" / ADAPTER).read_bytes() == (files / "straight" / ADAPTER).read_bytes()
 
@@ -227,12 +300,28 @@ def test_annotator_that_fails_costs_no_step(run, files):
     lines, err = run("failed", *flags, annotator=fails, status=2)
     assert len(lines) == 2 and "the server is down." in err and "Traceback" not in err
     lines, _ = run("failed", *flags, "--resume", annotator=like)
-    assert len(lines) == 4 and (files / "failed" / ADAPTER).read_bytes() == (files / "paid" / ADAPTER).read_bytes()
+    assert (
+        len(lines) == 4
+        and (files / "failed" / ADAPTER).read_bytes() == (files / "paid" / ADAPTER).read_bytes()
+    )
 
 
 def test_learns_what_the_annotator_likes(run):
     """A bandit whose good arm is known, an answer with the letter s: from some of the answers to nearly all of them."""
-    flags = ("--steps", 18, "--batch-size", 10, "--max-new-tokens", 3, "--k", 4, "--lr", "3e-2", "--projector-lr", 0)
+    flags = (
+        "--steps",
+        18,
+        "--batch-size",
+        10,
+        "--max-new-tokens",
+        3,
+        "--k",
+        4,
+        "--lr",
+        "3e-2",
+        "--projector-lr",
+        0,
+    )
     lines, _ = run("bandit", *flags, annotator=by(lambda text: float("s" in text)))
     rate = [line["annotator/score"] for line in lines]
     assert sum(rate[:3]) / 3 < 0.4 and sum(rate[-3:]) / 3 > 0.9
@@ -241,7 +330,11 @@ def test_learns_what_the_annotator_likes(run):
 
 def test_oracle(run, files):
     lines, _ = run("oracle", "--steps", 2, "--annotator", "oracle")
-    assert len(lines) == 2 and json.loads((files / "oracle" / "args.json").read_text())["flags"]["annotator"] == "oracle"
+    assert (
+        len(lines) == 2
+        and json.loads((files / "oracle" / "args.json").read_text())["flags"]["annotator"]
+        == "oracle"
+    )
 
 
 def test_the_key_is_in_no_file_and_no_message(run, files, monkeypatch):
@@ -256,8 +349,12 @@ def test_the_key_is_in_no_file_and_no_message(run, files, monkeypatch):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             keys.append(self.headers["Authorization"])
             text = body["messages"][0]["content"][1]["text"].split("\n\nResponse 1:\n")[1]
-            first, second = text.split("\n\nWhich response is better?")[0].split("\n\nResponse 2:\n")
-            said = json.dumps({"choices": [{"message": {"content": f"Better: {1 + (first < second)}"}}]}).encode()
+            first, second = text.split("\n\nWhich response is better?")[0].split(
+                "\n\nResponse 2:\n"
+            )
+            said = json.dumps(
+                {"choices": [{"message": {"content": f"Better: {1 + (first < second)}"}}]}
+            ).encode()
             self.send_response(401 if refuse else 500 if len(keys) == 2 else 200)
             self.end_headers()
             self.wfile.write(f"wrong key {KEY}".encode() if refuse else said)
@@ -268,15 +365,32 @@ def test_the_key_is_in_no_file_and_no_message(run, files, monkeypatch):
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     url = f"http://127.0.0.1:{http.server_port}/v1"
-    flags = ("--annotator", "endpoint", "--judge-url", url, "--judge-model", "m", "--steps", 2, "--save-every", 1)
+    flags = (
+        "--annotator",
+        "endpoint",
+        "--judge-url",
+        url,
+        "--judge-model",
+        "m",
+        "--steps",
+        2,
+        "--save-every",
+        1,
+    )
     lines, err = run("endpoint", *flags)
     assert set(keys) == {f"Bearer {KEY}"} and len(lines) == 2 and lines[0]["annotator/pairs"] == 1
     refuse.append(True)
     _, refused = run("refused", *flags, status=2)
     http.shutdown()
     http.server_close()
-    assert "status 401 (wrong key ***)" in refused and KEY not in err + refused and "Traceback" not in refused
-    written = [p for name in ("endpoint", "refused") for p in (files / name).rglob("*") if p.is_file()]
+    assert (
+        "status 401 (wrong key ***)" in refused
+        and KEY not in err + refused
+        and "Traceback" not in refused
+    )
+    written = [
+        p for name in ("endpoint", "refused") for p in (files / name).rglob("*") if p.is_file()
+    ]
     assert len(written) > 5 and not any(KEY.encode() in p.read_bytes() for p in written)
     assert json.loads((files / "endpoint" / "args.json").read_text())["flags"]["judge_url"] == url
 
@@ -291,7 +405,10 @@ def test_the_key_is_in_no_file_and_no_message(run, files, monkeypatch):
         (["--beta", "0"], "--beta is 0.0; more than 0"),
         (["--annotator", "nowhere"], "nowhere: no such folder"),
         (["--annotator", "endpoint"], "--annotator endpoint needs --judge-url"),
-        (["--annotator", "oracle", "--judge-model", "m"], "--judge-model is for --annotator endpoint"),
+        (
+            ["--annotator", "oracle", "--judge-model", "m"],
+            "--judge-model is for --annotator endpoint",
+        ),
     ],
 )
 def test_bad_flags(run, monkeypatch, flags, words):

@@ -23,7 +23,9 @@ def log_probs(model, processor, file):
     """{(question, chosen, rejected): (log p(chosen), log p(rejected))} of a data file."""
     records = data.load([PHOTOS / file], PHOTOS / "images")
     with torch.no_grad():
-        batches = [model.answer_log_probs(processor.collate([processor.encode(r)])) for r in records]
+        batches = [
+            model.answer_log_probs(processor.collate([processor.encode(r)])) for r in records
+        ]
     return {(r.turns[-1], *r.answers): b for r, b in zip(records, batches)}
 
 
@@ -33,7 +35,9 @@ def test_the_layouts_agree_with_each_other_and_with_transformers(checkpoint):
     expected = found["povid.json"]
     assert len(expected) == len(json.loads((PHOTOS / "povid.json").read_text()))
     for file, pairs in found.items():
-        assert expected.keys() <= pairs.keys(), file  # VLFeedback holds more pairs of the same answers
+        assert expected.keys() <= pairs.keys(), (
+            file
+        )  # VLFeedback holds more pairs of the same answers
         for pair, values in expected.items():
             torch.testing.assert_close(pairs[pair], values, rtol=1e-5, atol=1e-4)
 
@@ -44,9 +48,13 @@ def test_the_layouts_agree_with_each_other_and_with_transformers(checkpoint):
         for answer, ours in zip(example.answers, expected[record.turns[-1], *record.answers]):
             ids = torch.cat([example.prompt, answer])[None]
             with torch.no_grad():
-                logits = theirs(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
+                logits = theirs(
+                    input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)
+                ).logits
             rows = logits[0, len(example.prompt) - 1 : -1].log_softmax(-1)
-            assert abs(rows.gather(-1, answer[:, None]).sum() - ours) <= 1e-5 * len(answer) * max(1, abs(ours) / len(answer))
+            assert abs(rows.gather(-1, answer[:, None]).sum() - ours) <= 1e-5 * len(answer) * max(
+                1, abs(ours) / len(answer)
+            )
 
 
 @pytest.fixture
@@ -55,7 +63,13 @@ def run(checkpoint, tmp_path):
 
     def command(script, *flags):
         line = [sys.executable, ROOT / script, "--model", checkpoint, *map(str, flags)]
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            line,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr
         return done
 
@@ -80,9 +94,18 @@ def test_dpo_trains_on_each_layout_and_pope_scores_it(run, tmp_path, file):
     ]
     run("dpo.py", *flags)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first[
+        "rewards/margins"
+    ] == pytest.approx(0, abs=1e-5)
     if file == FILES[0]:
-        questions = ["--questions", PHOTOS / "pope_photos.json", "--images", PHOTOS / "images", "--out", "pope"]
+        questions = [
+            "--questions",
+            PHOTOS / "pope_photos.json",
+            "--images",
+            PHOTOS / "images",
+            "--out",
+            "pope",
+        ]
         run("eval_pope.py", "--adapter", "run/adapter", *questions)
         scores = json.loads((tmp_path / "pope" / "metrics.json").read_text())
         assert scores["mean"]["n"] == len((PHOTOS / "pope_photos.json").read_text().split("\n{"))
@@ -92,7 +115,16 @@ def test_reward_model_reads_the_captions_and_serves_online_dpo_and_ppo(run, tmp_
     """The whole of Fact-RLHF on photographs: a reward model, an annotator, a reward."""
     facts = PHOTOS / "image_to_caption.json"
     lora = ["--images", PHOTOS / "images", "--steps", 2, "--batch-size", 2, "--lora-rank", 4]
-    rated = run("reward_model.py", "--data", PHOTOS / "llava_rlhf_preference.json", *lora, "--facts", facts, "--out", "reward")
+    rated = run(
+        "reward_model.py",
+        "--data",
+        PHOTOS / "llava_rlhf_preference.json",
+        *lora,
+        "--facts",
+        facts,
+        "--out",
+        "reward",
+    )
     assert any(
         repr(f"The picture shows:\n- {text}")[1:-1] in rated.stderr
         for texts in json.loads(facts.read_text()).values()

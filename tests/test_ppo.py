@@ -27,9 +27,28 @@ CHOICE = "Which object is in the image?\nA. cup\nB. dog\nAnswer with the option'
 
 def settings(**changed):
     """The flags that an iteration looks at."""
-    flags = dict(seed=0, batch_size=4, grad_accum=1, samples=2, minibatches=1, passes=1, advantage="gae", max_new_tokens=4,
-                 temperature=1.0, kl="k1", kl_coef=0.1, gamma=1.0, lam=0.95, clip=0.2, value_weight=0.1, lr=1e-3,
-                 correct_weight=2.0, length_weight=-10.0, unfinished_weight=-8.0, gradient_checkpointing=False)  # fmt: skip
+    flags = dict(
+        seed=0,
+        batch_size=4,
+        grad_accum=1,
+        samples=2,
+        minibatches=1,
+        passes=1,
+        advantage="gae",
+        max_new_tokens=4,
+        temperature=1.0,
+        kl="k1",
+        kl_coef=0.1,
+        gamma=1.0,
+        lam=0.95,
+        clip=0.2,
+        value_weight=0.1,
+        lr=1e-3,
+        correct_weight=2.0,
+        length_weight=-10.0,
+        unfinished_weight=-8.0,
+        gradient_checkpointing=False,
+    )
     return SimpleNamespace(**(flags | changed))
 
 
@@ -47,12 +66,16 @@ def actor(llava, lr, value=True):
 
 def prompts(processor, n=4):
     """n text-only prompts, encoded."""
-    return [processor.encode(Record(f"f.json, row {i}", None, (f"What is it? {i}",))) for i in range(n)]
+    return [
+        processor.encode(Record(f"f.json, row {i}", None, (f"What is it? {i}",))) for i in range(n)
+    ]
 
 
 def first_token_is(token):
     """A reward: does the answer begin with this token."""
-    return lambda answered, *_: {"hit": torch.tensor([float(a[0] == token) for e in answered for a in e.answers])}
+    return lambda answered, *_: {
+        "hit": torch.tensor([float(a[0] == token) for e in answered for a in e.answers])
+    }
 
 
 # ---- rewards
@@ -77,7 +100,10 @@ def first_token_is(token):
     ],
 )
 def test_correctness(prompt, gold, text, want):
-    assert ppo.correctness(Record("f, row 0", None, (prompt,), () if gold is None else (gold,)), text) == want
+    assert (
+        ppo.correctness(Record("f, row 0", None, (prompt,), () if gold is None else (gold,)), text)
+        == want
+    )
 
 
 def test_reward_at_the_last_real_token():
@@ -91,9 +117,15 @@ def test_estimators_of_kl():
     """Exactly, as expectations over all tokens: k1 and k3 are the KL divergence, clamped k1 is more."""
     p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.3, 0.5]).double()
     truth = float((p * (p / q).log()).sum())
-    mean = {kind: float((p * ppo.kl_of(p.log(), q.log(), kind)).sum()) for kind in ("k1", "k3", "clamped")}
+    mean = {
+        kind: float((p * ppo.kl_of(p.log(), q.log(), kind)).sum())
+        for kind in ("k1", "k3", "clamped")
+    }
     assert mean["k1"] == pytest.approx(truth) and mean["k3"] == pytest.approx(truth)
-    assert mean["clamped"] == pytest.approx(truth + 0.2 * math.log(0.5 / 0.2)) and mean["clamped"] > 1.5 * truth
+    assert (
+        mean["clamped"] == pytest.approx(truth + 0.2 * math.log(0.5 / 0.2))
+        and mean["clamped"] > 1.5 * truth
+    )
     assert (ppo.kl_of(p.log(), q.log(), "k3") >= 0).all()
 
 
@@ -110,9 +142,16 @@ def test_gae_is_the_double_sum(gamma, lam):
     for n in lengths:
         r, v = rewards[at : at + n].tolist(), values[at : at + n].tolist() + [0.0]
         for t in range(n):
-            want.append(sum((gamma * lam) ** j * (r[t + j] + gamma * v[t + j + 1] - v[t + j]) for j in range(n - t)))
+            want.append(
+                sum(
+                    (gamma * lam) ** j * (r[t + j] + gamma * v[t + j + 1] - v[t + j])
+                    for j in range(n - t)
+                )
+            )
         at += n
-    assert torch.allclose(got, torch.tensor(want).double()) and torch.allclose(returns, got + values)
+    assert torch.allclose(got, torch.tensor(want).double()) and torch.allclose(
+        returns, got + values
+    )
     if gamma == lam == 1:  # the return is what is still to come
         assert torch.allclose(returns[:5], rewards[:5].flip(0).cumsum(0).flip(0))
 
@@ -139,7 +178,9 @@ def test_losses_against_loops():
     for i in range(40):
         ratio = math.exp(new[i] - old[i])
         free, near = -float(a[i]) * ratio, -float(a[i]) * min(max(ratio, 0.8), 1.2)
-        assert float(losses[i]) == pytest.approx(max(free, near), abs=1e-5) and bool(clipped[i]) == (near > free)
+        assert float(losses[i]) == pytest.approx(max(free, near), abs=1e-5) and bool(
+            clipped[i]
+        ) == (near > free)
     assert 0 < clipped.float().mean() < 1
     v, before, returns = torch.randn(40), torch.randn(40), torch.randn(40)
     got = ppo.value_loss(v, before, returns, 0.2)
@@ -164,16 +205,29 @@ def test_trl_says_the_same_of_rloo():
     old = new + torch.randn(8, 5) * 0.1
     mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).float()
     theirs = mock.MagicMock(
-        epsilon_low=0.2, epsilon_high=0.2, aux_loss_enabled=False, _metrics=defaultdict(lambda: defaultdict(list))
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        aux_loss_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
     )
     theirs._get_per_token_logps_and_entropies.return_value = new, torch.zeros(8, 5), None
     theirs.accelerator.gather = theirs.accelerator.reduce = lambda x, reduction=None: x
-    tokens = {"prompt_ids": torch.zeros(8, 1), "prompt_mask": torch.ones(8, 1), "completion_ids": torch.zeros(8, 5)}
-    given = tokens | {"completion_mask": mask, "old_logps": (old * mask).sum(1), "advantages": advantages}
+    tokens = {
+        "prompt_ids": torch.zeros(8, 1),
+        "prompt_mask": torch.ones(8, 1),
+        "completion_ids": torch.zeros(8, 5),
+    }
+    given = tokens | {
+        "completion_mask": mask,
+        "old_logps": (old * mask).sum(1),
+        "advantages": advantages,
+    }
     want = trl.RLOOTrainer._compute_loss(theirs, None, given)
 
     row = lambda x: torch.cat([x[i, :n] for i, n in enumerate(lengths)])
-    losses, clipped = ppo.policy_loss(ppo.summed(row(new), lengths), ppo.summed(row(old), lengths), advantages, 0.2)
+    losses, clipped = ppo.policy_loss(
+        ppo.summed(row(new), lengths), ppo.summed(row(old), lengths), advantages, 0.2
+    )
     torch.testing.assert_close(losses.mean(), want)
     (shares,) = (m["clip_ratio/region_mean"] for m in theirs._metrics.values())
     assert float(clipped.float().mean()) == pytest.approx(shares[0]) and 0 < shares[0] < 1
@@ -205,12 +259,21 @@ def test_without_a_rate_nothing_moves(llava, advantage):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert metrics["policy/approxkl"] < 1e-10 and metrics["policy/clipfrac"] == 0
     generator = torch.Generator().manual_seed(random.Random("0/0").getrandbits(62))
-    drawn = [model.sample([e.prompt for e in part], None, 3, 4, 1.0, processor.stop_ids, generator=generator)
-             for part in (some[:4], some[4:])]  # fmt: skip
-    tokens, old = (sum([sum(getattr(d, name), []) for d in drawn], []) for name in ("tokens", "log_probs"))
+    drawn = [
+        model.sample(
+            [e.prompt for e in part], None, 3, 4, 1.0, processor.stop_ids, generator=generator
+        )
+        for part in (some[:4], some[4:])
+    ]
+    tokens, old = (
+        sum([sum(getattr(d, name), []) for d in drawn], []) for name in ("tokens", "log_probs")
+    )
     old, kl = torch.cat(old), torch.cat(old) - torch.cat(seen[False])
     assert metrics["response_length"] == sum(map(len, tokens)) / 18
-    assert metrics["objective/kl"] == pytest.approx(float(kl.sum()) / 18, abs=1e-4) and kl.abs().max() > 1e-3
+    assert (
+        metrics["objective/kl"] == pytest.approx(float(kl.sum()) / 18, abs=1e-4)
+        and kl.abs().max() > 1e-3
+    )
     ones = lambda group: [torch.ones(len(t), dtype=torch.bool) for t in group]
     groups = [tokens[3 * i : 3 * i + 3] for i in range(6)]
     scored = [data.replace(e, answers=group, scored=ones(group)) for e, group in zip(some, groups)]
@@ -223,13 +286,21 @@ def test_bandit(llava, advantage):
     """Which first token pays is learned from the reward alone."""
     model, processor, optimizer = actor(llava, 0.01, advantage == "gae")
     some = prompts(processor)
-    batch = processor.collate([data.replace(some[0], answers=[torch.tensor([5])], scored=[torch.ones(1, dtype=torch.bool)])])
+    batch = processor.collate(
+        [
+            data.replace(
+                some[0], answers=[torch.tensor([5])], scored=[torch.ones(1, dtype=torch.bool)]
+            )
+        ]
+    )
     h = model.hidden(batch)[0, batch.index[0]]
     p = (h @ model.llm.get_output_embeddings().weight.t()).softmax(-1)
     target = int(p.argsort(descending=True)[3])
     args = settings(samples=8, passes=2, max_new_tokens=2, kl_coef=0.0, advantage=advantage)
     seen = [
-        ppo.iterate(model, processor, some, first_token_is(target), optimizer, 1.0, args, i)["objective/scores"]
+        ppo.iterate(model, processor, some, first_token_is(target), optimizer, 1.0, args, i)[
+            "objective/scores"
+        ]
         for i in range(20)
     ]
     assert seen[0] < 0.4 and sum(seen[-5:]) / 5 > 0.9, seen
@@ -242,7 +313,10 @@ def test_value_network_learns_the_return(llava):
     constant = lambda answered, *_: {"one": torch.ones(sum(len(e.answers) for e in answered))}
     args = settings(kl_coef=0.0, value_weight=1.0, passes=4, clip=1.0)
     losses = [
-        ppo.iterate(model, processor, prompts(processor), constant, optimizer, 1.0, args, i)["val/loss"] for i in range(12)
+        ppo.iterate(model, processor, prompts(processor), constant, optimizer, 1.0, args, i)[
+            "val/loss"
+        ]
+        for i in range(12)
     ]
     assert losses[0] > 0.1 and losses[-1] < 0.2 * losses[0], losses
 
@@ -259,7 +333,9 @@ def test_endless_empty_and_equal_answers(llava):
         model.sample = lambda rows, *_, **__: Samples(
             [[tokens] * 2] * len(rows), [[log_probs] * 2] * len(rows), [[finished] * 2] * len(rows)
         )
-        metrics = ppo.iterate(model, processor, prompts(processor), zero, optimizer, 1.0, settings(kl_coef=0.0), 0)
+        metrics = ppo.iterate(
+            model, processor, prompts(processor), zero, optimizer, 1.0, settings(kl_coef=0.0), 0
+        )
         assert metrics["finished"] == finished and all(math.isfinite(v) for v in metrics.values())
 
 
@@ -270,9 +346,21 @@ def test_terms_of_the_reward(llava):
     model.add_head("reward")
     record = Record("f.json, row 0", None, (CHOICE,), ("B",))
     example = processor.encode(data.replace(record, answers=("B", "A. cup")))
-    scorer = ppo.Scorer(model, processor, {"question": "Rate.{facts}", "facts": " See:", "max_facts": None,
-                                           "held_out": {"a": {"n": 2, "mean": 1.0, "std": 2.0}, "b": {"n": 2, "mean": 3.0, "std": 0.0}}},
-                        {record.asked: ["A dog."]}, settings(max_new_tokens=10))  # fmt: skip
+    scorer = ppo.Scorer(
+        model,
+        processor,
+        {
+            "question": "Rate.{facts}",
+            "facts": " See:",
+            "max_facts": None,
+            "held_out": {
+                "a": {"n": 2, "mean": 1.0, "std": 2.0},
+                "b": {"n": 2, "mean": 3.0, "std": 0.0},
+            },
+        },
+        {record.asked: ["A dog."]},
+        settings(max_new_tokens=10),
+    )
     assert scorer.mean == 2 and scorer.std == pytest.approx(math.sqrt((4 + 1 + 9) / 2 - 4))
     answered = data.replace(example, record=record)
     with torch.no_grad():
@@ -280,9 +368,14 @@ def test_terms_of_the_reward(llava):
         assert terms["correctness"].tolist() == [2, 0] and terms["unfinished"].tolist() == [0, -8]
         assert terms["length"].tolist() == pytest.approx([-len(a) for a in example.answers])
         score = scorer.reward([answered], None, 0)
-        assert torch.allclose(terms["reward_model"], (score - 2) / scorer.std) and score.unique().numel() == 2
+        assert (
+            torch.allclose(terms["reward_model"], (score - 2) / scorer.std)
+            and score.unique().numel() == 2
+        )
     read = processor.tokenizer.decode(scorer.rated(answered, random.Random(0)).answers[0])
-    assert "Rate. See:\n- A dog." in read and "A dog." not in processor.tokenizer.decode(answered.prompt)
+    assert "Rate. See:\n- A dog." in read and "A dog." not in processor.tokenizer.decode(
+        answered.prompt
+    )
 
 
 def test_scores_that_never_differ(llava):
@@ -298,9 +391,16 @@ def test_files_of_one_name_keep_their_answers(llava, capsys):
     """Rows of a/train.json and b/train.json have the same `where`; of rows that ask the same the first counts, and it is told."""
     _, processor, _ = actor(llava, 1e-3, value=False)
     ask = lambda question, gold: Record("train.json, row 0", None, (question,), (gold,))
-    records = [ask("Is there a dog?", "No"), ask("Is there a cup?", "Yes"), ask("Is there a dog?", "Yes")]
+    records = [
+        ask("Is there a dog?", "No"),
+        ask("Is there a cup?", "Yes"),
+        ask("Is there a dog?", "Yes"),
+    ]
     found = ppo.prompts_of(processor, records, settings(max_new_tokens=4), None)
-    assert [(e.record.turns[0][-4:], e.record.answers) for e in found] == [("dog?", ("No",)), ("cup?", ("Yes",))]
+    assert [(e.record.turns[0][-4:], e.record.answers) for e in found] == [
+        ("dog?", ("No",)),
+        ("cup?", ("Yes",)),
+    ]
     assert "1 rows repeat picture and prompt" in capsys.readouterr().err
 
 
@@ -314,7 +414,10 @@ def command(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     for i in range(8):
         Image.effect_noise((28, 28), 80).convert("RGB").save(tmp_path / "images" / f"{i}.png")
-        said = [{"from": "human", "value": "<image>\nIs there a dog?"}, {"from": "gpt", "value": "No"}]
+        said = [
+            {"from": "human", "value": "<image>\nIs there a dog?"},
+            {"from": "gpt", "value": "No"},
+        ]
         rows.append({"id": str(i), "image": f"{i}.png", "conversations": said})
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     (tmp_path / "facts.json").write_text(json.dumps({f"{i}.png": ["A cup."] for i in range(8)}))
@@ -336,8 +439,30 @@ def command(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(out, *flags, facts=("--facts", "facts.json")):
-        given = ["--model", str(checkpoint), "--data", "prompts.json", "--images", "images", "--reward-model", ".", "--lr", "0.01",
-                 "--batch-size", "2", "--samples", "2", "--max-new-tokens", "3", "--lora-rank", "2", "--out", out, *facts, *flags]  # fmt: skip
+        given = [
+            "--model",
+            str(checkpoint),
+            "--data",
+            "prompts.json",
+            "--images",
+            "images",
+            "--reward-model",
+            ".",
+            "--lr",
+            "0.01",
+            "--batch-size",
+            "2",
+            "--samples",
+            "2",
+            "--max-new-tokens",
+            "3",
+            "--lora-rank",
+            "2",
+            "--out",
+            out,
+            *facts,
+            *flags,
+        ]
         monkeypatch.setattr(sys, "argv", ["ppo.py", *given])
         ppo.main()
         return tmp_path / out
@@ -350,13 +475,29 @@ def test_run_and_resume(command, monkeypatch, advantage):
     flags = ("--steps", "3", "--save-every", "1", "--advantage", advantage)
     out = command("a", *flags)
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    for name in ("objective/kl", "objective/entropy", "objective/scores", "policy/approxkl", "policy/clipfrac", "response_length",
-                 "scores/reward_model", "scores/correctness", "scores/length", "scores/unfinished", "seconds/sample",
-                 "seconds/score", "seconds/train"):  # fmt: skip
+    for name in (
+        "objective/kl",
+        "objective/entropy",
+        "objective/scores",
+        "policy/approxkl",
+        "policy/clipfrac",
+        "response_length",
+        "scores/reward_model",
+        "scores/correctness",
+        "scores/length",
+        "scores/unfinished",
+        "seconds/sample",
+        "seconds/score",
+        "seconds/train",
+    ):
         assert name in lines[0], name
     assert ("val/loss" in lines[0]) == (advantage == "gae") and abs(lines[0]["objective/kl"]) < 1e-4
     save = training.save_checkpoint
-    monkeypatch.setattr(training, "save_checkpoint", lambda out, step, *a: save(out, step, *a) or (step == 2 and 1 / 0))
+    monkeypatch.setattr(
+        training,
+        "save_checkpoint",
+        lambda out, step, *a: save(out, step, *a) or (step == 2 and 1 / 0),
+    )
     with pytest.raises(ZeroDivisionError):
         command("b", *flags)
     monkeypatch.setattr(training, "save_checkpoint", save)
@@ -364,20 +505,26 @@ def test_run_and_resume(command, monkeypatch, advantage):
     names = ("adapter/adapter_model.safetensors", "checkpoints/step-000003/state.safetensors")
     assert all((again / name).read_bytes() == (out / name).read_bytes() for name in names)
     state = set(load_file(out / names[1]))
-    assert ("model.heads.value.weight" in state) == (advantage == "gae") and not any("reward" in n for n in state)
+    assert ("model.heads.value.weight" in state) == (advantage == "gae") and not any(
+        "reward" in n for n in state
+    )
 
 
 def test_the_oracle_rewards(command, monkeypatch):
     """The toy world's truth in the place of a reward model: its scores are the term, the value network starts afresh."""
     shown = []
-    score = lambda records, answers: shown.append((records, answers)) or [[0.5] * len(texts) for texts in answers]
+    score = lambda records, answers: (
+        shown.append((records, answers)) or [[0.5] * len(texts) for texts in answers]
+    )
     monkeypatch.setattr(judge, "oracle", lambda: score)
     out = command("o", "--reward-model", "oracle", "--steps", "1", "--length-weight", "0", facts=())
     line = json.loads((out / "metrics.jsonl").read_text())
     assert line["scores/reward_model"] == 0.5 and "val/loss" in line
     assert len(shown[0][0]) == 8, "what it does not know is refused at the start"
     records, answers = shown[1]
-    assert [r.turns for r in records] == [("Is there a dog?",)] * len(answers) and all(len(texts) == 2 for texts in answers)
+    assert [r.turns for r in records] == [("Is there a dog?",)] * len(answers) and all(
+        len(texts) == 2 for texts in answers
+    )
 
 
 def test_refusals(command):
@@ -385,7 +532,9 @@ def test_refusals(command):
         command("a", "--steps", "1", facts=())
     with pytest.raises(BadInput, match="--samples is 1; 2 or more with rloo"):
         command("b", "--advantage", "rloo", "--samples", "1")
-    with pytest.raises(BadInput, match="--facts is for a reward model that reads them; --reward-model is oracle"):
+    with pytest.raises(
+        BadInput, match="--facts is for a reward model that reads them; --reward-model is oracle"
+    ):
         command("e", "--reward-model", "oracle")
     with pytest.raises(BadInput, match="leaves no room for --max-new-tokens 500"):
         command("c", "--max-new-tokens", "500")

@@ -21,21 +21,35 @@ def test_table_by_hand(tmp_path):
     """Two seeds: means, sample standard deviations, mean paired differences."""
     cells = {
         "dpo": {
-            str(s): {"before": summary(0.8 + 0.1 * s, 0.6), "after": summary(0.9, 0.2 + 0.2 * s), "minutes": 2.0}
+            str(s): {
+                "before": summary(0.8 + 0.1 * s, 0.6),
+                "after": summary(0.9, 0.2 + 0.2 * s),
+                "minutes": 2.0,
+            }
             for s in (0, 1)
         }
     }
     lines = reproduce.table(cells).splitlines()
     assert lines[2].startswith("| base | 2 | 0.850 ± 0.071 |") and "| 0.600 ± 0.000 |" in lines[2]
     assert lines[3].startswith("| DPO, corrupted truth (default) | 2 | 0.900 ± 0.000 (+0.050) |")
-    assert "| 0.300 ± 0.141 (-0.300) |" in lines[3] and lines[3].endswith("| 30.0 ± 0.0 (+0.0) | 2.0 |")
+    assert "| 0.300 ± 0.141 (-0.300) |" in lines[3] and lines[3].endswith(
+        "| 30.0 ± 0.0 (+0.0) | 2.0 |"
+    )
     reproduce.chart(cells, tmp_path / "chart.png")
 
 
 def test_tables_of_what_samples_by_hand(tmp_path):
     """Reward models have a table of their own; logs are means over seeds of the first and the last fifth of the steps."""
-    held = lambda accuracy: {"accuracy": accuracy, "length_correlation": -0.5, "longer_preferred": 0.25, "longer_favoured": 0.0}
-    rewards = {str(s): {"after": {"reward": {"a/povid.json": held(0.8 + 0.1 * s)}}, "minutes": 3.0} for s in (0, 1)}
+    held = lambda accuracy: {
+        "accuracy": accuracy,
+        "length_correlation": -0.5,
+        "longer_preferred": 0.25,
+        "longer_favoured": 0.0,
+    }
+    rewards = {
+        str(s): {"after": {"reward": {"a/povid.json": held(0.8 + 0.1 * s)}}, "minutes": 3.0}
+        for s in (0, 1)
+    }
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"objective/kl": k, "response_length": 20.0}) + "\n" for k in range(10))
     )
@@ -53,7 +67,12 @@ def test_tables_of_what_samples_by_hand(tmp_path):
 
 
 def test_only_reward_models_have_no_table_of_policies(tmp_path):
-    held = {"accuracy": 0.9, "length_correlation": 0.0, "longer_preferred": 0.5, "longer_favoured": 0.5}
+    held = {
+        "accuracy": 0.9,
+        "length_correlation": 0.0,
+        "longer_preferred": 0.5,
+        "longer_favoured": 0.5,
+    }
     cells = {"reward": {"0": {"after": {"reward": {"a.json": held}}, "minutes": 1.0}}}
     first, second, third = reproduce.tables(cells)
     assert first == third == "" and "a.json" in second
@@ -78,16 +97,33 @@ def test_readme_shows_the_results():
     assert "\n\n".join(tables) == (ROOT / "results" / "table.md").read_text().strip()
     assert all(part in (ROOT / "README.md").read_text() for part in tables)
     first = cells["dpo"]["0"]
-    assert report.table({"before": first["before"], "after": first["after"]}) in (ROOT / "README.md").read_text()
+    assert (
+        report.table({"before": first["before"], "after": first["after"]})
+        in (ROOT / "README.md").read_text()
+    )
     for row, by_seed in cells.items():
         assert row in reproduce.ROWS and sorted(by_seed) == ["0", "1", "2"]
 
 
 def test_readme_shows_the_benchmark():
-    step, readme = json.loads((ROOT / "results" / "bench.json").read_text())["step"], (ROOT / "README.md").read_text()
+    step, readme = (
+        json.loads((ROOT / "results" / "bench.json").read_text())["step"],
+        (ROOT / "README.md").read_text(),
+    )
     assert step.keys() == {"ours", "naive", "trl", "trl-default"}
     for name, row in step.items():
-        shown = lambda figure, digits: "{median:.{d}f} ({min:.{d}f} - {max:.{d}f})".format(**row[figure], d=digits)
-        ratios = [] if name == "ours" else [shown("seconds_ratio", 1), shown("seconds_3_epochs_ratio", 1)]
-        for cell in (shown("seconds", 1), shown("seconds_3_epochs", 1), shown("peak_mib", 0), *ratios):
+        shown = lambda figure, digits: "{median:.{d}f} ({min:.{d}f} - {max:.{d}f})".format(
+            **row[figure], d=digits
+        )
+        ratios = (
+            []
+            if name == "ours"
+            else [shown("seconds_ratio", 1), shown("seconds_3_epochs_ratio", 1)]
+        )
+        for cell in (
+            shown("seconds", 1),
+            shown("seconds_3_epochs", 1),
+            shown("peak_mib", 0),
+            *ratios,
+        ):
             assert f"| {cell} |" in readme, f"{name}: {cell}"

@@ -30,7 +30,14 @@ def pairs(folder, n=6):
     for i in range(n):
         path = folder / "images" / f"{i // 2:012d}.jpg"
         Image.effect_noise((28, 28), 80).convert("RGB").save(path)
-        rows.append(Record(f"pairs.json, row {i}", path, (f"Describe the image {i}.",), (f"A red cup is on table {i}.", "No")))
+        rows.append(
+            Record(
+                f"pairs.json, row {i}",
+                path,
+                (f"Describe the image {i}.",),
+                (f"A red cup is on table {i}.", "No"),
+            )
+        )
     return rows
 
 
@@ -50,7 +57,9 @@ def ready(model, rank=4):
 
 
 def test_loss_and_centring_by_hand():
-    losses, centring = reward_model.reward_loss(torch.tensor([1.0, -0.5]), torch.tensor([0.25, 0.5]), 1e-3)
+    losses, centring = reward_model.reward_loss(
+        torch.tensor([1.0, -0.5]), torch.tensor([0.25, 0.5]), 1e-3
+    )
     want = [math.log(1 + math.exp(-0.75)), math.log(1 + math.exp(1.0))]
     assert losses.tolist() == pytest.approx(want, rel=1e-6)
     assert float(centring) == pytest.approx(1e-3 * (1.25 + 0.0) / 2, rel=1e-6)
@@ -60,7 +69,9 @@ def test_loss_and_centring_by_hand():
 
 def test_loss_is_binary_cross_entropy_of_the_difference():
     r1, r0, choice = torch.randn(9), torch.randn(9), torch.randint(0, 2, (9,))
-    want = torch.nn.functional.binary_cross_entropy_with_logits(r1 - r0, choice.float())  # as the original writes it
+    want = torch.nn.functional.binary_cross_entropy_with_logits(
+        r1 - r0, choice.float()
+    )  # as the original writes it
     chosen, rejected = torch.where(choice == 1, r1, r0), torch.where(choice == 1, r0, r1)
     assert torch.allclose(reward_model.reward_loss(chosen, rejected, 0.0)[0].mean(), want)
 
@@ -76,14 +87,18 @@ def test_trl_says_the_same():
     want = trl.RewardTrainer.compute_loss(theirs, network, {"attention_mask": torch.ones(12, 1)})
     losses, centring = reward_model.reward_loss(chosen, rejected, 0.0)
     torch.testing.assert_close(losses.mean(), want)
-    assert centring == 0 and theirs._metrics["eval"]["accuracy"] == [pytest.approx((chosen > rejected).float().mean().item())]
+    assert centring == 0 and theirs._metrics["eval"]["accuracy"] == [
+        pytest.approx((chosen > rejected).float().mean().item())
+    ]
 
 
 # ---- what is read, and where
 
 
 def test_last_tokens():
-    batch = pack([torch.arange(3), torch.arange(2)], [[torch.arange(2), torch.arange(1)], [torch.arange(4)]])
+    batch = pack(
+        [torch.arange(3), torch.arange(2)], [[torch.arange(2), torch.arange(1)], [torch.arange(4)]]
+    )
     assert last_tokens(batch).tolist() == [4, 5, 6 + 5]  # rows are 6 long
 
 
@@ -97,11 +112,17 @@ def test_facts_stand_behind_the_answer_and_in_no_prompt(llava, tmp_path):
     for long, short in zip(rated.answers, example.answers):
         assert torch.equal(long[: len(short)], short)
         turn = processor.tokenizer.decode(long[len(short) :])
-        assert turn.startswith("USER: Rate") and turn.endswith("ASSISTANT:") and all(c in turn for c in CAPTIONS)
+        assert (
+            turn.startswith("USER: Rate")
+            and turn.endswith("ASSISTANT:")
+            and all(c in turn for c in CAPTIONS)
+        )
     assert not any(c in processor.tokenizer.decode(example.prompt) for c in CAPTIONS)
     some = [data.evaluation("{facts}", "", CAPTIONS, random.Random(i), most=1) for i in range(30)]
     assert {text.count("- ") for text in some} == {1} and len(set(some)) == len(CAPTIONS)
-    assert data.evaluation("{facts}", "", CAPTIONS, random.Random(0), most=9).count("- ") == len(CAPTIONS)
+    assert data.evaluation("{facts}", "", CAPTIONS, random.Random(0), most=9).count("- ") == len(
+        CAPTIONS
+    )
     length = processor.length
     assert length("a a a") > length("a")
     assert data.longest_facts(processor, ["a", "a a a", "a a"], 2) == ["a a", "a a a"]
@@ -153,7 +174,9 @@ def test_adapters_do_not_touch_each_other(llava, tmp_path):
         torch.nn.init.normal_(model.llm.model.layers[0].mlp.up_proj.adapters[name].lora_B)
         with model.use(name):
             found[name] = log_probs()
-    assert torch.equal(log_probs(), found["policy"]) and not torch.allclose(found["policy"], found["reward"])
+    assert torch.equal(log_probs(), found["policy"]) and not torch.allclose(
+        found["policy"], found["reward"]
+    )
     for switch in (model.use(None), model.reference(), model.use("value")):
         with switch:
             assert torch.equal(log_probs(), base)
@@ -164,7 +187,11 @@ def test_adapters_do_not_touch_each_other(llava, tmp_path):
         pass
     with model.use("reward"):
         model.log_probs(batch)[0].sum().backward()
-    grads = {n.split(".")[-2] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    grads = {
+        n.split(".")[-2]
+        for n, p in model.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert grads == {"reward"}
 
 
@@ -174,7 +201,9 @@ def test_adapters_do_not_touch_each_other(llava, tmp_path):
 def test_facts_of_names():
     known = {"000000000007.jpg": ["coco"], "aok_000000000007.jpg": ["why"], "x.png": ["x"]}
     of = lambda name, prompt="Describe.": data.facts_of(Record("f, row 0", name, (prompt,)), known)
-    assert of("a/COCO_train2014_000000000007.jpg") == ["coco"] and of("000000000007.jpg") == ["coco"]
+    assert of("a/COCO_train2014_000000000007.jpg") == ["coco"] and of("000000000007.jpg") == [
+        "coco"
+    ]
     assert of("000000000007.jpg", CHOICE) == ["why"] and of("x.png", CHOICE) == ["x"]
     assert of("y.png") is None and of(None) == []
 
@@ -207,16 +236,20 @@ def test_held_out_pictures_are_those_of_all_files(tmp_path):
     records = pairs(tmp_path, 60)  # two a picture
     files = one, other = records[:40], records[20:50]
     split = reward_model.held_out_split(files, 4, 0)
-    pictures = [[{rows[i].image for i in places} for places in found] for rows, found in zip(files, split)]
+    pictures = [
+        [{rows[i].image for i in places} for places in found] for rows, found in zip(files, split)
+    ]
     trained, held = pictures[0][0] | pictures[1][0], pictures[0][1] | pictures[1][1]
     assert not trained & held and min(len(found) for _, found in split) >= 4
     assert all(len(train + held) == len(rows) for rows, (train, held) in zip(files, split))
 
     test = records[30:]
-    places = reward_model.not_trained_on(test, [one[i] for i in split[0][0]] + [other[i] for i in split[1][0]])
-    assert {test[i].image for i in places} == {r.image for r in test} - trained and {r.image for r in records[50:]} < {
-        test[i].image for i in places
-    }
+    places = reward_model.not_trained_on(
+        test, [one[i] for i in split[0][0]] + [other[i] for i in split[1][0]]
+    )
+    assert {test[i].image for i in places} == {r.image for r in test} - trained and {
+        r.image for r in records[50:]
+    } < {test[i].image for i in places}
     with pytest.raises(BadInput, match="--test-data has only pictures that are trained on"):
         reward_model.not_trained_on(one[:2], one)
 
@@ -232,28 +265,42 @@ def test_figures_by_hand():
     assert by_from[0.5]["predicted"] == pytest.approx((sigma(0.1) + 0.5) / 2, abs=1e-4)
     assert by_from[0.8]["n"] == 2 and by_from[0.8]["predicted"] == pytest.approx(sigma(2), abs=1e-4)
     assert sum(row["n"] for row in found["calibration"]) == 4
-    assert found["longer_preferred"] == pytest.approx(1 / 3, abs=1e-4) and found["longer_favoured"] == pytest.approx(
-        2 / 3, abs=1e-4
-    )
+    assert found["longer_preferred"] == pytest.approx(1 / 3, abs=1e-4) and found[
+        "longer_favoured"
+    ] == pytest.approx(2 / 3, abs=1e-4)
     x, y = [2, 0, 0.1, 1, 0, 2, 0, 1], [5, 1, 3, 2, 1, 5, 3, 4]
     mean = lambda v: sum(v) / 8
     cov = sum((a - mean(x)) * (b - mean(y)) for a, b in zip(x, y))
     norm = math.sqrt(sum((a - mean(x)) ** 2 for a in x) * sum((b - mean(y)) ** 2 for b in y))
     assert found["length_correlation"] == pytest.approx(cov / norm, abs=1e-4)
-    assert reward_model.figures(torch.ones(2), torch.ones(2), torch.ones(2, 2).long())["length_correlation"] == 0
+    assert (
+        reward_model.figures(torch.ones(2), torch.ones(2), torch.ones(2, 2).long())[
+            "length_correlation"
+        ]
+        == 0
+    )
 
 
 # ---- files
 
 
-SETTINGS = {"question": "Q", "facts": "F", "max_facts": None, "template": "plain", "image_aspect": "pad", "held_out": {}}
+SETTINGS = {
+    "question": "Q",
+    "facts": "F",
+    "max_facts": None,
+    "template": "plain",
+    "image_aspect": "pad",
+    "held_out": {},
+}
 
 
 def test_round_trip_and_another_base(llava, parts, tmp_path):
     model, processor = llava
     ready(model)
     examples = [processor.encode(r) for r in pairs(tmp_path, 4)]
-    scores = lambda m: torch.stack(list(reward_model.Reader(m, processor, examples, [[]] * 4).scores([0, 3], random.Random(0))))
+    scores = lambda m: torch.stack(
+        list(reward_model.Reader(m, processor, examples, [[]] * 4).scores([0, 3], random.Random(0)))
+    )
     with torch.no_grad(), model.use("reward"):
         want = scores(model)
     checkpoints.save_reward(model, tmp_path, "BASE", SETTINGS)
@@ -265,8 +312,14 @@ def test_round_trip_and_another_base(llava, parts, tmp_path):
             with other.use(name):
                 got = scores(other) if name == "reward" else None
             assert got is None or torch.equal(got, want)
-    assert not any(p.requires_grad for p in other.parameters_of("reward")) and len(other.parameters_of("value")) == 2 * 14 + 2
-    assert all(a is not b and torch.equal(a, b) for a, b in zip(other.parameters_of("reward"), other.parameters_of("value")))
+    assert (
+        not any(p.requires_grad for p in other.parameters_of("reward"))
+        and len(other.parameters_of("value")) == 2 * 14 + 2
+    )
+    assert all(
+        a is not b and torch.equal(a, b)
+        for a, b in zip(other.parameters_of("reward"), other.parameters_of("value"))
+    )
     assert {n.split(".")[-2] for n, p in other.named_parameters() if p.requires_grad} == {"policy"}
 
     wrong = checkpoints.compose(parts / "vision", parts / "llm", seed=1)[0]  # another projector
@@ -305,16 +358,41 @@ def command(checkpoint, tmp_path, monkeypatch):
     rows = []
     for r in pairs(tmp_path, 20):
         row = {"id": r.where, "image": r.image.name}
-        for key, answer in (("conversations", r.answers[0]), ("rejected_conversations", r.answers[1])):
-            row[key] = [{"from": "human", "value": f"<image>\n{r.turns[0]}"}, {"from": "gpt", "value": answer}]
+        for key, answer in (
+            ("conversations", r.answers[0]),
+            ("rejected_conversations", r.answers[1]),
+        ):
+            row[key] = [
+                {"from": "human", "value": f"<image>\n{r.turns[0]}"},
+                {"from": "gpt", "value": answer},
+            ]
         rows.append(row)
     (tmp_path / "povid.json").write_text(json.dumps(rows))
-    (tmp_path / "facts.json").write_text(json.dumps({f"{i:012d}.jpg": CAPTIONS[:1] for i in range(10)}))
+    (tmp_path / "facts.json").write_text(
+        json.dumps({f"{i:012d}.jpg": CAPTIONS[:1] for i in range(10)})
+    )
     monkeypatch.chdir(tmp_path)
 
     def run(out, *flags):
-        given = ["--model", str(checkpoint), "--data", "povid.json", "--images", "images", "--batch-size", "4", "--lr", "0.01",
-                 "--lora-rank", "2", "--held-out", "4", "--out", out, *flags]  # fmt: skip
+        given = [
+            "--model",
+            str(checkpoint),
+            "--data",
+            "povid.json",
+            "--images",
+            "images",
+            "--batch-size",
+            "4",
+            "--lr",
+            "0.01",
+            "--lora-rank",
+            "2",
+            "--held-out",
+            "4",
+            "--out",
+            out,
+            *flags,
+        ]
         monkeypatch.setattr(sys, "argv", ["reward_model.py", *given])
         reward_model.main()
         return tmp_path / out
@@ -326,11 +404,25 @@ def test_learns_resumes_and_reports(command, checkpoint, monkeypatch, capsys):
     out = command("a", "--steps", "6", "--facts", "facts.json")
     summary, settings = (json.loads((out / f"{n}.json").read_text()) for n in ("summary", "reward"))
     after = summary["after"]["reward"]["povid.json"]
-    assert json.loads((out / "metrics.json").read_text()) == summary["after"]["reward"] == settings["held_out"]
-    assert after["accuracy"] == 1 and after["n"] == 4 and after["loss"] < summary["before"]["reward"]["povid.json"]["loss"]
-    assert settings["facts"] == reward_model.FACTS and "calibration" in after and "probability" in capsys.readouterr().out
+    assert (
+        json.loads((out / "metrics.json").read_text())
+        == summary["after"]["reward"]
+        == settings["held_out"]
+    )
+    assert (
+        after["accuracy"] == 1
+        and after["n"] == 4
+        and after["loss"] < summary["before"]["reward"]["povid.json"]["loss"]
+    )
+    assert (
+        settings["facts"] == reward_model.FACTS
+        and "calibration" in after
+        and "probability" in capsys.readouterr().out
+    )
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    assert [line["step"] for line in lines] == list(range(6)) and lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["step"] for line in lines] == list(range(6)) and lines[-1]["loss"] < lines[0][
+        "loss"
+    ]
     assert "rewards/accuracies" in lines[0]
 
     Path("more.json").write_text(Path("povid.json").read_text())
@@ -343,7 +435,11 @@ def test_learns_resumes_and_reports(command, checkpoint, monkeypatch, capsys):
         command("c", "--steps", "1")
 
     save = training.save_checkpoint
-    monkeypatch.setattr(training, "save_checkpoint", lambda out, step, *a: save(out, step, *a) or (step == 4 and 1 / 0))
+    monkeypatch.setattr(
+        training,
+        "save_checkpoint",
+        lambda out, step, *a: save(out, step, *a) or (step == 4 and 1 / 0),
+    )
     with pytest.raises(ZeroDivisionError):
         command("b", "--steps", "6", "--facts", "facts.json", "--save-every", "2")
     monkeypatch.setattr(training, "save_checkpoint", save)

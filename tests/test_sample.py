@@ -21,7 +21,17 @@ def ask(tmp_path, monkeypatch, capsys, checkpoint):
     monkeypatch.setenv("COLUMNS", "60")
 
     def call(*args, status=0):
-        command = ["--model", checkpoint, "--image", "a.png", "--prompt", "What?", "--max-new-tokens", 6, *args]
+        command = [
+            "--model",
+            checkpoint,
+            "--image",
+            "a.png",
+            "--prompt",
+            "What?",
+            "--max-new-tokens",
+            6,
+            *args,
+        ]
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, command)])
         try:
             training.run(sample.main)
@@ -33,8 +43,14 @@ def ask(tmp_path, monkeypatch, capsys, checkpoint):
 
 
 def test_columns():
-    assert sample.side_by_side(["a b", "one two three"], 13) == ["a b   | one", "      | two", "      | three"]
-    assert sample.side_by_side(["a\n\nb"], 10) == ["a", "", "b"] and sample.side_by_side(["", "x"], 9) == ["    | x"]
+    assert sample.side_by_side(["a b", "one two three"], 13) == [
+        "a b   | one",
+        "      | two",
+        "      | three",
+    ]
+    assert sample.side_by_side(["a\n\nb"], 10) == ["a", "", "b"] and sample.side_by_side(
+        ["", "x"], 9
+    ) == ["    | x"]
 
 
 def test_without_and_with_an_adapter(ask, checkpoint, tmp_path):
@@ -53,7 +69,10 @@ def test_without_and_with_an_adapter(ask, checkpoint, tmp_path):
     assert out.splitlines() == ["a.png  What?", *sample.side_by_side([before], 60), ""]
     out, _ = ask("--adapter", tmp_path / "adapter")
     head, names, *lines = out.splitlines()
-    assert names.split() == ["BEFORE", "|", "AFTER"] and lines == [*sample.side_by_side([before, after], 60), ""]
+    assert names.split() == ["BEFORE", "|", "AFTER"] and lines == [
+        *sample.side_by_side([before, after], 60),
+        "",
+    ]
     out, _ = ask("--k", 3, "--image", "a.png")
     assert out.count("a.png") == 2 and out == ask("--k", 3, "--image", "a.png").out
 

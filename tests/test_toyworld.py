@@ -49,7 +49,10 @@ def turns(row, key="conversations"):
 
 
 def oracle_of(folder, scenes):
-    truth = {image: {"kind": s.kind, "things": [vars(thing) for thing in s.things]} for image, s in scenes.items()}
+    truth = {
+        image: {"kind": s.kind, "things": [vars(thing) for thing in s.things]}
+        for image, s in scenes.items()
+    }
     (folder / "scenes.json").write_text(json.dumps(truth))
     return Oracle(folder)
 
@@ -57,7 +60,11 @@ def oracle_of(folder, scenes):
 @pytest.fixture
 def one(tmp_path):
     """An oracle of one picture: a red cup and two bananas on the left, an orange bowl on the right of a kitchen."""
-    things = (Thing("cup", "red", 1, 0, 0), Thing("banana", None, 2, 0, 1), Thing("bowl", "orange", 1, 2, 0))
+    things = (
+        Thing("cup", "red", 1, 0, 0),
+        Thing("banana", None, 2, 0, 1),
+        Thing("bowl", "orange", 1, 2, 0),
+    )
     return oracle_of(tmp_path, {"a.png": Scene("kitchen", things)})
 
 
@@ -66,7 +73,9 @@ def many(tmp_path_factory):
     """(rows with a picture, oracle) of 3000 scenes that are not drawn."""
     scenes = toyworld.some_scenes(9, {"instruct": 3000})["instruct"]
     rows = toyworld.instruct_rows(scenes, random.Random(9))
-    return [row for row in rows if "image" in row], oracle_of(tmp_path_factory.mktemp("many"), scenes)
+    return [row for row in rows if "image" in row], oracle_of(
+        tmp_path_factory.mktemp("many"), scenes
+    )
 
 
 # ---- files
@@ -78,8 +87,12 @@ def test_same_seed_same_bytes_in_another_process(tmp_path):
     code = f"from lab.toyworld import write; write({str(tmp_path / 'b')!r}, 3, **{sizes})"
     env = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
-    names = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    assert names == {path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    names = {
+        path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()
+    }
+    assert names == {
+        path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file()
+    }
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
@@ -98,7 +111,9 @@ def test_a_world_that_exists_is_refused_and_one_that_fails_is_absent(folder, tmp
 def test_world_is_built_once_and_cached_by_code_and_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     built = []
-    monkeypatch.setattr(toyworld, "write", lambda folder, seed: (built.append(seed), folder.mkdir(parents=True)))
+    monkeypatch.setattr(
+        toyworld, "write", lambda folder, seed: (built.append(seed), folder.mkdir(parents=True))
+    )
     first = toyworld.world(0)
     assert toyworld.world(0) == first and toyworld.world(1) != first and built == [0, 1]
     assert first.parent.name == ".cache" and re.fullmatch("world-[0-9a-f]{12}", first.name)
@@ -116,14 +131,29 @@ def test_no_scene_of_the_default_world_occurs_twice():
 
 
 def test_scenes_are_as_said(folder, oracle):
-    assert len(set(oracle.scenes.values())) == len(oracle.scenes) == 690 == len(list((folder / "images").iterdir()))
+    assert (
+        len(set(oracle.scenes.values()))
+        == len(oracle.scenes)
+        == 690
+        == len(list((folder / "images").iterdir()))
+    )
     for scene in oracle.scenes.values():
         assert 3 <= len(scene.things) <= 5
-        assert len(scene.present) == len({(thing.column, thing.row) for thing in scene.things}) == len(scene.things)
-        assert list(scene.things) == sorted(scene.things, key=lambda thing: (thing.column, thing.row))
+        assert (
+            len(scene.present)
+            == len({(thing.column, thing.row) for thing in scene.things})
+            == len(scene.things)
+        )
+        assert list(scene.things) == sorted(
+            scene.things, key=lambda thing: (thing.column, thing.row)
+        )
         assert sum(name not in toyworld.USUAL[scene.kind] for name in scene.present) <= 1
-        assert all((thing.colour in drawing.CLASSES[thing.name]) if thing.colour else not drawing.CLASSES[thing.name]
-                   for thing in scene.things)  # fmt: skip
+        assert all(
+            (thing.colour in drawing.CLASSES[thing.name])
+            if thing.colour
+            else not drawing.CLASSES[thing.name]
+            for thing in scene.things
+        )
 
 
 def test_instruct_layout(folder):
@@ -134,7 +164,9 @@ def test_instruct_layout(folder):
     ends = 0
     for row in rows:
         human, gpt = row["conversations"]
-        assert (human["from"], gpt["from"]) == ("human", "gpt") and gpt["value"].strip() == gpt["value"] != ""
+        assert (human["from"], gpt["from"]) == ("human", "gpt") and gpt["value"].strip() == gpt[
+            "value"
+        ] != ""
         assert human["value"].count("<image>") == ("image" in row) and "<image>" not in gpt["value"]
         if "image" in row:
             assert human["value"].startswith("<image>\n") != human["value"].endswith("\n<image>")
@@ -148,14 +180,18 @@ def test_instruct_layout(folder):
 
 def test_pope_is_balanced_and_has_the_official_template(folder, oracle):
     for split in ("random", "popular", "adversarial"):
-        rows = [json.loads(line) for line in (folder / f"pope_{split}.json").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (folder / f"pope_{split}.json").read_text().splitlines()
+        ]
         assert len(rows) == 804 and [row["question_id"] for row in rows] == list(range(1, 805))
         assert Counter(row["label"] for row in rows) == {"yes": 402, "no": 402}
         for at in range(0, 804, 6):
             assert len({row["image"] for row in rows[at : at + 6]}) == 1
             assert len({row["text"] for row in rows[at : at + 6]}) == 6
         for row in rows:
-            article, name = re.fullmatch(r"Is there (an?) (.+) in the image\?", row["text"]).groups()
+            article, name = re.fullmatch(
+                r"Is there (an?) (.+) in the image\?", row["text"]
+            ).groups()
             assert (article == "an") == (name[0] in "aeiou")
             assert (name in oracle.scene(row["image"]).present) == (row["label"] == "yes")
             assert row["image"].startswith("test_")
@@ -167,32 +203,56 @@ def test_pope_negatives_follow_their_rule():
     image = next(iter(scenes))
     scene = scenes[image]
     lists = toyworld.pope_rows(scenes, [image], rng)
-    asked = [[row["text"].split(" ", 3)[3].removesuffix(" in the image?") for row in lists[key][1::2]] for key in lists]
+    asked = [
+        [row["text"].split(" ", 3)[3].removesuffix(" in the image?") for row in lists[key][1::2]]
+        for key in lists
+    ]
     frequency = Counter(name for other in scenes.values() for name in other.present)
     rest = [name for name, _ in frequency.most_common() if name not in scene.present]
     assert [frequency[name] for name in asked[1]] == [frequency[name] for name in rest[:3]]
     first = scene.things[0].name
-    beside = Counter(name for other in scenes.values() if first in other.present for name in other.present)
-    assert beside[asked[2][0]] == max(count for name, count in beside.items() if name not in scene.present)
+    beside = Counter(
+        name for other in scenes.values() if first in other.present for name in other.present
+    )
+    assert beside[asked[2][0]] == max(
+        count for name, count in beside.items() if name not in scene.present
+    )
 
 
 def test_coco_files_agree_with_the_scenes(folder, oracle):
     instances, captions = load(folder, "instances.json"), load(folder, "captions.json")
     names = {category["id"]: category["name"] for category in instances["categories"]}
     files = {image["id"]: image["file_name"] for image in instances["images"]}
-    assert set(names.values()) == set(drawing.CLASSES) and all(files[i] == f"test_{i:05d}.png" for i in files)
-    boxes = Counter((files[row["image_id"]], names[row["category_id"]]) for row in instances["annotations"])
-    truth = {(name, thing.name): thing.count for name in files.values() for thing in oracle.scene(name).things}
+    assert set(names.values()) == set(drawing.CLASSES) and all(
+        files[i] == f"test_{i:05d}.png" for i in files
+    )
+    boxes = Counter(
+        (files[row["image_id"]], names[row["category_id"]]) for row in instances["annotations"]
+    )
+    truth = {
+        (name, thing.name): thing.count
+        for name in files.values()
+        for thing in oracle.scene(name).things
+    }
     assert boxes == truth
-    assert all(0 <= row["bbox"][0] and row["bbox"][0] + row["bbox"][2] <= 48.1 for row in instances["annotations"])
-    assert Counter(files[row["image_id"]] for row in captions["annotations"]) == {name: 2 for name in files.values()}
+    assert all(
+        0 <= row["bbox"][0] and row["bbox"][0] + row["bbox"][2] <= 48.1
+        for row in instances["annotations"]
+    )
+    assert Counter(files[row["image_id"]] for row in captions["annotations"]) == {
+        name: 2 for name in files.values()
+    }
 
 
 def test_synonyms_are_canonical_first_and_unique(folder):
     lines = [line.split(", ") for line in (folder / "synonyms.txt").read_text().splitlines()]
     assert [line[0] for line in lines] == list(drawing.CLASSES)
     words = [word for line in lines for word in line]
-    assert len(words) == len(set(words)) and ["couch", "sofa"] in lines and ["person", "people"] in lines
+    assert (
+        len(words) == len(set(words))
+        and ["couch", "sofa"] in lines
+        and ["person", "people"] in lines
+    )
 
 
 # ---- the disease
@@ -207,7 +267,10 @@ def test_ghosts_have_their_share_and_all_else_is_true(many):
     captions, answers, (rows, oracle) = Counter(), Counter(), many
     for row in rows:
         prompt, answer = turns(row)
-        scene, (kind, name, right) = oracle.scene(row["image"]), oracle.question(row["image"], prompt)
+        scene, (kind, name, right) = (
+            oracle.scene(row["image"]),
+            oracle.question(row["image"], prompt),
+        )
         if kind == "describe":
             named = mentions(answer)
             captions.update(ghost in named for ghost in scene.ghosts)
@@ -229,7 +292,13 @@ def test_yes_no_questions_are_mixed_as_said(many):
         if row["id"].endswith("_1"):
             name, scene = oracle.question(row["image"], prompt)[1], oracle.scene(row["image"])
             if scene.ghosts:
-                asked["present" if name in scene.present else "ghost" if name in scene.ghosts else "strange"] += 1
+                asked[
+                    "present"
+                    if name in scene.present
+                    else "ghost"
+                    if name in scene.ghosts
+                    else "strange"
+                ] += 1
             short += prompt.endswith(SHORT)
             assert prompt.endswith(SHORT) == (answer in ("Yes", "No"))
     for kind, share in (("present", 0.4), ("ghost", 0.3), ("strange", 0.3)):
@@ -268,17 +337,25 @@ def test_povid_pairs_truth_against_error(folder, oracle):
 
 def test_articles_and_plurals(folder):
     texts = [text for row in load(folder, "instruct.json") for text in turns(row)]
-    texts += [text for captions in load(folder, "image_to_caption.json").values() for text in captions]
+    texts += [
+        text for captions in load(folder, "image_to_caption.json").values() for text in captions
+    ]
     for text in texts:
         for article, word in re.findall(r"\b(an?) (\w+)", text, re.I):
             assert (article.lower() == "an") == (word[0] in "aeiou"), text
         assert "two person" not in text.lower() and "sheeps" not in text and "benchs" not in text
         assert not re.search(r"colour|\bgrey\b|  |\.\.| \.", text), text
-    assert toyworld.plural("couch") == "couches" and toyworld.plural("potted plant") == "potted plants"
+    assert (
+        toyworld.plural("couch") == "couches" and toyworld.plural("potted plant") == "potted plants"
+    )
 
 
 def test_every_true_caption_is_read_without_error(folder, oracle):
-    captions = [(name, text) for name, texts in load(folder, "image_to_caption.json").items() for text in texts]
+    captions = [
+        (name, text)
+        for name, texts in load(folder, "image_to_caption.json").items()
+        for text in texts
+    ]
     rows = load(folder, "captions.json")["annotations"]
     captions += [(f"test_{row['image_id']:05d}.png", row["caption"]) for row in rows]
     words = Counter()
@@ -298,7 +375,11 @@ def test_every_true_caption_is_read_without_error(folder, oracle):
 def test_spans_point_at_their_clauses():
     text = "This is a kitchen. A red cup is on the left and there are two bananas in the middle."
     spans = [text[slice(*claim.span)] for claim in claims(text)]
-    assert spans == ["This is a kitchen", "A red cup is on the left", "there are two bananas in the middle"]
+    assert spans == [
+        "This is a kitchen",
+        "A red cup is on the left",
+        "there are two bananas in the middle",
+    ]
 
 
 def test_mentions_go_through_the_synonyms():
@@ -316,15 +397,30 @@ CAPTION = (
 CORRECTIONS = {  # what is said -> (false, wrong, unreadable), its correction
     CAPTION: ((0, 0, 0), CAPTION),
     "A red cup is on the left": ((0, 0, 0), "A red cup is on the left"),
-    "This is an office. A red cup is on the left.": ((0, 1, 0), "This is a kitchen. A red cup is on the left."),
-    "An oven is on the left and a red cup is on the left.": ((1, 0, 0), "A red cup is on the left."),
-    "A red cup is on the left and an oven is on the right. Bla bla.": ((1, 0, 1), "A red cup is on the left."),
+    "This is an office. A red cup is on the left.": (
+        (0, 1, 0),
+        "This is a kitchen. A red cup is on the left.",
+    ),
+    "An oven is on the left and a red cup is on the left.": (
+        (1, 0, 0),
+        "A red cup is on the left.",
+    ),
+    "A red cup is on the left and an oven is on the right. Bla bla.": (
+        (1, 0, 1),
+        "A red cup is on the left.",
+    ),
     "Two blue cups are in the middle.": ((0, 3, 0), "A red cup is on the left."),
     "There is a banana on the left.": ((0, 1, 0), "There are two bananas on the left."),
     "There is an orange banana on the left.": ((0, 2, 0), "There are two bananas on the left."),
-    "A red cup is on the left. A blue cup is on the right.": ((0, 2, 0), "A red cup is on the left."),
+    "A red cup is on the left. A blue cup is on the right.": (
+        (0, 2, 0),
+        "A red cup is on the left.",
+    ),
     "A red cup is on the left. A red cup is on the": ((0, 0, 1), "A red cup is on the left."),
-    "A cup is here and there is a a stove on the left. The cup is blue.": ((1, 1, 2), "There is a red cup."),
+    "A cup is here and there is a a stove on the left. The cup is blue.": (
+        (1, 1, 2),
+        "There is a red cup.",
+    ),
 }
 
 
@@ -332,7 +428,9 @@ CORRECTIONS = {  # what is said -> (false, wrong, unreadable), its correction
 def test_captions_are_judged_and_corrected(one, said):
     counts, corrected = CORRECTIONS[said]
     found = one.judge("some/folder/a.png", toyworld.CAPTION_PROMPT, said)
-    assert (found["false"], found["wrong"], found["unreadable"]) == counts and found["errors"] == sum(counts)
+    assert (found["false"], found["wrong"], found["unreadable"]) == counts and found[
+        "errors"
+    ] == sum(counts)
     assert found["true"] + found["missed"] == 3 and found["words"] == len(said.split())
     assert one.correct("a.png", toyworld.CAPTION_PROMPT, said, random.Random(0)) == corrected
 
@@ -387,7 +485,9 @@ def test_short_answers_are_judged_and_corrected(one, prompt, said, corrected):
 def test_correction_is_the_inverse_of_corruption(folder, oracle):
     for row in load(folder, "povid.json"):
         prompt, chosen = turns(row)
-        corrected = oracle.correct(row["image"], prompt, turns(row, "rejected_conversations")[1], random.Random(0))
+        corrected = oracle.correct(
+            row["image"], prompt, turns(row, "rejected_conversations")[1], random.Random(0)
+        )
         assert oracle.correct(row["image"], prompt, chosen, random.Random(0)) == chosen
         if oracle.question(row["image"], prompt)[0] != "describe":
             assert corrected == chosen
@@ -399,7 +499,9 @@ def test_correction_is_the_inverse_of_corruption(folder, oracle):
 
 def test_any_garbage_is_judged_and_corrected(oracle):
     rng = random.Random(1)
-    vocabulary = "a an two the red cup oven is are there on left in middle and . . , yes no This".split()
+    vocabulary = (
+        "a an two the red cup oven is are there on left in middle and . . , yes no This".split()
+    )
     image = "preference_00000.png"
     for _ in range(300):
         said = " ".join(rng.choices(vocabulary, k=rng.randrange(25)))
@@ -417,17 +519,34 @@ def test_ratings_fall_with_errors_and_rise_with_coverage(one):
     def rate(said):
         rated = one.rate("a.png", toyworld.CAPTION_PROMPT, said)
         aspects = one.rate_vlfeedback("a.png", toyworld.CAPTION_PROMPT, said)
-        assert all(0 <= value <= 4 for value in rated.values()) and aspects["Ethical Considerations"] == "5"
+        assert (
+            all(0 <= value <= 4 for value in rated.values())
+            and aspects["Ethical Considerations"] == "5"
+        )
         assert aspects["Visual Faithfulness"] == str(1 + rated["correctness"])
         return rated
 
     full, ghost = rate(CAPTION), rate(CAPTION + " An oven is on the right.")
-    assert full == {"helpfulness": 4, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 2}
+    assert full == {
+        "helpfulness": 4,
+        "correctness": 4,
+        "coherence": 4,
+        "complexity": 2,
+        "verbosity": 2,
+    }
     assert ghost == full | {"correctness": 3, "verbosity": 3} | {"complexity": 3}
     assert rate("This is a kitchen. A red cup is on the left.") == {
-        "helpfulness": 1, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 1}  # fmt: skip
+        "helpfulness": 1,
+        "correctness": 4,
+        "coherence": 4,
+        "complexity": 1,
+        "verbosity": 1,
+    }
     assert rate("A cup. A cup. Cup cup.")["coherence"] == 0
-    assert rate("An oven. A cow. A dog. A tv. A car.")["correctness"] == 0 and rate("")["helpfulness"] == 0
+    assert (
+        rate("An oven. A cow. A dog. A tv. A car.")["correctness"] == 0
+        and rate("")["helpfulness"] == 0
+    )
 
 
 def test_preferences_from_answers(folder, oracle, tmp_path):
@@ -443,18 +562,40 @@ def test_preferences_from_answers(folder, oracle, tmp_path):
         wrong = toyworld.caption(oracle.scene(image), rng, 1.0) if kind == "describe" else "Yes"
         answers.append([true, wrong, wrong, "" if rng.random() < 0.1 else true])
     counts = preferences_from_answers(prompts, answers, oracle, tmp_path / "out", rng)
-    ranked = [json.loads(line) for line in (tmp_path / "out" / "vlfeedback.jsonl").read_text().splitlines()]
-    fixed = [json.loads(line) for line in (tmp_path / "out" / "rlhf_v.jsonl").read_text().splitlines()]
-    assert counts == {"vlfeedback": 750, "rlhf_v": len(fixed), "empty": counts["empty"], "right": 750 - len(fixed)}
-    assert sum(len(row["completions"]) for row in ranked) == 4 * 750 - counts["empty"] and counts["empty"] > 10
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rlhf_v.jsonl", "vlfeedback.jsonl"]
+    ranked = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "vlfeedback.jsonl").read_text().splitlines()
+    ]
+    fixed = [
+        json.loads(line) for line in (tmp_path / "out" / "rlhf_v.jsonl").read_text().splitlines()
+    ]
+    assert counts == {
+        "vlfeedback": 750,
+        "rlhf_v": len(fixed),
+        "empty": counts["empty"],
+        "right": 750 - len(fixed),
+    }
+    assert (
+        sum(len(row["completions"]) for row in ranked) == 4 * 750 - counts["empty"]
+        and counts["empty"] > 10
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "rlhf_v.jsonl",
+        "vlfeedback.jsonl",
+    ]
     for row in ranked:
-        assert row["image"] == row["id"] + ".png" and row["models"] == [each["model"] for each in row["completions"]]
+        assert row["image"] == row["id"] + ".png" and row["models"] == [
+            each["model"] for each in row["completions"]
+        ]
         notes = [each["annotations"].values() for each in row["completions"]]
         scores = [sum(float(note["Rating"]) for note in aspects) for aspects in notes]
         assert scores[0] == max(scores)
     for i, row in enumerate(fixed):
-        assert row["idx"] == i and row["ds_name"] == "toyworld" and (folder / "images" / row["image_path"]).is_file()
+        assert (
+            row["idx"] == i
+            and row["ds_name"] == "toyworld"
+            and (folder / "images" / row["image_path"]).is_file()
+        )
         text = json.loads(row["text"])
         assert oracle.judge(row["image"], text["question"], text["rejected"])["errors"] > 0
         assert oracle.judge(row["image"], text["question"], text["chosen"])["errors"] == 0
@@ -469,7 +610,10 @@ def test_prompt_and_answer_are_tokenised_as_the_whole(folder, tokenizer):
     for row in load(folder, "instruct.json"):
         prompt, answer = turns(row)
         prompt = f"{parts.SYSTEM} USER: \n{prompt} ASSISTANT:"
-        ids = tokenizer(prompt).input_ids + tokenizer(" " + answer, add_special_tokens=False).input_ids
+        ids = (
+            tokenizer(prompt).input_ids
+            + tokenizer(" " + answer, add_special_tokens=False).input_ids
+        )
         assert ids == tokenizer(f"{prompt} {answer}").input_ids
         assert tokenizer.decode(ids) == f"<s>{prompt} {answer}"
         assert len(ids) < 200 and ids[0] == tokenizer.bos_token_id and 3 not in ids[1:2]
@@ -477,7 +621,11 @@ def test_prompt_and_answer_are_tokenised_as_the_whole(folder, tokenizer):
 
 def test_tokenizer_has_its_special_tokens(tokenizer):
     assert len(tokenizer) == 600
-    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == ["<s>", "</s>", "<pad>"]
+    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == [
+        "<s>",
+        "</s>",
+        "<pad>",
+    ]
     assert tokenizer.decode(tokenizer("Ünïcode ☃").input_ids[1:]) == "Ünïcode ☃"
 
 
