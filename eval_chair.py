@@ -24,11 +24,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
-from files import find_image, rows
-import training
-from eval_pope import add_flags, check_flags, load
-from model import BadInput
+from common import BadInput, Parser, positive_int, run, write_json
+from data import Record
+from evaluation import add_flags, check_flags, load
+from formats.files import find_image, rows
+from sampling import generate
 
 PROMPT = "Describe the image."
 TOKEN = re.compile(
@@ -242,7 +242,7 @@ def report(captions, truth, pictures, vocabulary, out):
                     "hallucinated": false,
                 }
                 file.write(json.dumps(row) + "\n")
-        training.write_json(Path(out) / "metrics.json", figures)
+        write_json(Path(out) / "metrics.json", figures)
     return figures
 
 
@@ -268,10 +268,10 @@ def evaluate(
     chosen = list(pictures)[:limit]
     truth = truth_of(chosen, pictures, vocabulary)
     records = [
-        data.Record(f"image id {n}", find_image(Path(images), pictures[n].file), (prompt,))
+        Record(f"image id {n}", find_image(Path(images), pictures[n].file), (prompt,))
         for n in chosen
     ]
-    texts = data.generate(
+    texts = generate(
         model, processor, records, max_new_tokens, batch_size=batch_size, label="CHAIR"
     )
     return report(
@@ -281,7 +281,7 @@ def evaluate(
 
 def main():
     """Let a model describe the pictures, or score a captions file."""
-    parser = training.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add(
         "--instances",
@@ -317,13 +317,13 @@ def main():
     )
     add(
         "--limit",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="the first N pictures of --instances; OPERA: 500 at random",
     )
     add(
         "--max-new-tokens",
-        type=int,
+        type=positive_int,
         default=128,
         metavar="N",
         help="cuts captions (default %(default)s; OPERA: 512)",
@@ -331,10 +331,8 @@ def main():
     add_flags(parser)
     args = parser.parse_args()
     check_flags(args)
-    if args.max_new_tokens < 1 or args.limit is not None and (args.limit < 1 or args.answers):
-        raise BadInput(
-            "--limit and --max-new-tokens are at least 1, and --limit does not go with --answers."
-        )
+    if args.limit and args.answers:
+        raise BadInput("--limit does not go with --answers: a captions file is scored whole.")
     if args.answers:
         vocabulary = read_synonyms(args.synonyms)
         pictures = read_pictures(args.instances, args.captions, vocabulary)
@@ -359,4 +357,4 @@ def main():
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

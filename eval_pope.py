@@ -23,10 +23,11 @@ import json
 import re
 from pathlib import Path
 
-import data
-from files import find_image, rows
-import training
-from model import BadInput
+from common import BadInput, Parser, run, write_json
+from data import Record
+from evaluation import add_flags, check_flags, load
+from formats.files import find_image, rows
+from sampling import generate
 
 SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's
 MAX_NEW_TOKENS = 16
@@ -113,7 +114,7 @@ def report(scores, out):
     metrics = {**scores, "mean": {**mean, "n": sum(s["n"] for s in scores.values())}}
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
-        training.write_json(Path(out) / "metrics.json", metrics)
+        write_json(Path(out) / "metrics.json", metrics)
     return metrics
 
 
@@ -129,14 +130,14 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
                 image = find_image(Path(images), q["image"])
             except BadInput as error:
                 raise BadInput(f"{path}, row {i}: {error}") from None
-            records[q["image"], q["text"]] = data.Record(
+            records[q["image"], q["text"]] = Record(
                 f"{path}, row {i}", image, (q["text"] + suffix,)
             )
     for split, questions in splits.items():
         asked = [(q["image"], q["text"]) for q in questions]
         # The splits share all questions whose answer is yes: of the 9000 official ones 5127 are distinct.
         new = [key for key in dict.fromkeys(asked) if key not in answers]
-        texts = data.generate(
+        texts = generate(
             model,
             processor,
             [records[key] for key in new],
@@ -155,81 +156,9 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
     return report(scores, out)
 
 
-def add_flags(parser):
-    """Flags that both evaluation scripts have."""
-    add = parser.add_argument
-    add("--images", metavar="DIR", help="folder of the pictures")
-    add("--model", metavar="DIR_OR_HUB_ID", help="LLaVA checkpoint to evaluate")
-    add(
-        "--adapter",
-        metavar="DIR",
-        help="PEFT adapter to put on it, such as adapter/ of a run folder",
-    )
-    add("--out", metavar="DIR", help="folder for answers and metrics.json; new or empty")
-    add(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="N",
-        help="prompts at a time; less memory with less (default 64)",
-    )
-    add(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16 on cuda, else float32",
-    )
-    add(
-        "--template",
-        help="prompt: vicuna_v1, mistral, chatml, plain (default: the checkpoint's own)",
-    )
-    add(
-        "--image-aspect",
-        default="pad",
-        choices=("pad", "checkpoint"),
-        help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does",
-    )
-
-
-def check_flags(args):
-    """Either --answers, or all that a model needs; --out must be new or empty."""
-    if args.answers and (args.model or args.adapter):
-        raise BadInput(
-            "--answers scores a file without a model; --model and --adapter do not go with it."
-        )
-    if not args.answers and not (args.model and args.images and args.out):
-        raise BadInput(
-            "--model, --images and --out are needed, or --answers FILE to score answers that exist."
-        )
-    if args.batch_size < 1:
-        raise BadInput(f"--batch-size is {args.batch_size}; at least 1 is needed.")
-    if (
-        args.out
-        and Path(args.out).exists()
-        and (not Path(args.out).is_dir() or any(Path(args.out).iterdir()))
-    ):
-        raise BadInput(f"--out {args.out} exists and is not an empty folder; give another.")
-
-
-def load(args):
-    """--model with --adapter -> (model, processor)."""
-    import checkpoints  # brings transformers; --help does without
-
-    device, dtype = training.device_and_dtype(args)
-    model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
-    if args.adapter:
-        checkpoints.load_adapter(model, args.adapter)
-    return model, processor
-
-
 def main():
     """Ask a model the questions of each file, or score an answers file."""
-    parser = training.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add(
         "--questions",
@@ -279,4 +208,4 @@ def main():
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

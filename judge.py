@@ -38,9 +38,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
-import data
-from model import BadInput, last_tokens
+from common import BadInput, positive_int
+from data import Record
+from facts import evaluation_turn, facts_for, last_tokens, with_evaluation
+from formats import adapters, checkpoints
+from formats.files import open_image
+from formats.layouts import captions
+from sampling import generate
 
 QUESTION = """You are an expert in comparing what is said of a picture with what the picture shows.
 
@@ -103,7 +107,7 @@ def add_flags(parser):
     )
     group.add_argument(
         "--judge-workers",
-        type=int,
+        type=positive_int,
         default=8,
         metavar="N",
         help="endpoint: requests at a time (default %(default)s)",
@@ -113,7 +117,7 @@ def add_flags(parser):
 def make(args, device="cpu", dtype=torch.float32, records=()):
     """The annotator that the flags name -> function (records, answers) -> scores.
 
-    records: `data.Record`s, here all that will be asked about: facts that a reward model needs and that are missing are told now;
+    records: `Record`s, here all that will be asked about: facts that a reward model needs and that are missing are told now;
     answers: for each a list of texts. Raises BadInput, and NoAnswer when an endpoint does not work. Sets args.judge_url where it
     came from the environment, and args.facts where it is the toy world's, so that a run folder tells them.
     """
@@ -124,7 +128,7 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
                     f"--{flag.replace('_', '-')} is for --annotator endpoint; the annotator is {args.annotator}."
                 )
     settings = (
-        checkpoints.reward_settings(args.annotator)
+        adapters.reward_settings(args.annotator)
         if (Path(args.annotator) / "reward.json").is_file()
         else None
     )
@@ -135,9 +139,9 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
             raise BadInput(
                 f"--annotator {args.annotator} was trained with facts; --facts FILE is needed."
             )
-        facts = data.facts_for(records, data.captions(args.facts), args.missing_facts)
+        facts = facts_for(records, captions(args.facts), args.missing_facts)
         return reward_model(
-            args.annotator, {r.asked: known for r, known in zip(records, facts)}, device, dtype
+            args.annotator, {r.prompt_key: known for r, known in zip(records, facts)}, device, dtype
         )
     if args.facts:
         raise BadInput(
@@ -156,8 +160,6 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
         raise BadInput(
             "--annotator endpoint needs --judge-url (or OPENAI_BASE_URL) and --judge-model."
         )
-    if args.judge_workers < 1:
-        raise BadInput(f"--judge-workers is {args.judge_workers}; at least 1 is needed.")
     return pairwise(
         endpoint(
             args.judge_url, args.judge_model, read_key(args.judge_key_file), args.judge_workers
@@ -204,22 +206,21 @@ def oracle():
 
 
 def reward_model(folder, facts, device="cpu", dtype=torch.float32):
-    """Score by a run of reward_model.py. facts: {`Record.asked`: the captions of its picture}, for one that reads them.
+    """Score by a run of reward_model.py. facts: {`Record.prompt_key`: the captions of its picture}, for one that reads them.
 
     The same answer to the same prompt scores the same every time; one that does not fit into the context cannot be read.
     """
-    settings = checkpoints.reward_settings(folder)
+    settings = adapters.reward_settings(folder)
     model, processor = checkpoints.load(
         settings["base_name"], dtype, device, settings["template"], settings["image_aspect"]
     )
-    checkpoints.load_reward(model, folder)
+    adapters.load_reward(model, folder)
 
     def read(record, text, turn):
         """The tokens of an answer and its evaluation turn; None where they do not fit."""
         try:
-            return processor.rated(
-                processor.encode(replace(record, answers=(text,))), turn
-            ).answers[0]
+            example = processor.encode(replace(record, answers=(text,)))
+            return with_evaluation(processor, example, turn).answers[0]
         except BadInput:
             return None
 
@@ -230,9 +231,9 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
         for record, row in zip(records, answers, strict=True):
             rng, known = (
                 random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}"),
-                facts.get(record.asked, []),
+                facts.get(record.prompt_key, []),
             )
-            turn = data.evaluation(
+            turn = evaluation_turn(
                 settings["question"], settings["facts"], known, rng, settings["max_facts"]
             )
             tokens = {text: read(record, text, turn) for text in row}
@@ -339,13 +340,13 @@ def checkpoint(name, device="cpu", dtype=torch.float32):
         """A reply a question; None where it does not fit."""
         replies, fits = [None] * len(questions), {}
         for i, (record, text) in enumerate(questions):
-            query = data.Record(record.where, record.image, (text,))
+            query = Record(record.where, record.image, (text,))
             try:
                 processor.encode(query)
             except BadInput:
                 continue
             fits[i] = query
-        said = data.generate(
+        said = generate(
             model, processor, list(fits.values()), VERDICT_TOKENS, batch_size=8, label="judge"
         )
         for i, (reply,) in zip(fits, said):
@@ -461,7 +462,7 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
         except (ValueError, LookupError, TypeError, RecursionError):
             return (
                 None,
-                f"a reply that is no chat completion ({clean(found[:200].decode('utf-8', 'replace'))})",
+                f"a reply that is no chat completion ({clean(found.decode('utf-8', 'replace'))})",
                 0,
             )
         return (reply if isinstance(reply, str) else ""), "", 0  # null: the model declined
@@ -499,5 +500,5 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
 def data_url(image):
     """A picture as a JPEG in a URL."""
     file = io.BytesIO()
-    data.open_image(image).save(file, "JPEG", quality=95)
+    open_image(image).save(file, "JPEG", quality=95)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,65 +1,81 @@
-"""Online and mixed direct preference optimization: each step the model answers, an annotator says which answer is better.
+"""Online and mixed direct preference optimization: each step the model answers, an annotator judges.
 
-    (y~+, y~-)  the better and the worse of two answers, y ~ pi(. | x), in the eyes of an annotator
-    Online-DPO  L_DPO(y~+, y~-, x)                                              Amirloo et al. 2024, section 2.3
-    Mixed-DPO   alpha L_DPO(y+, y-, x) + (1 - alpha) L_DPO(y~+, y~-, x)         ibid., eq. 4; alpha ~ Bernoulli(P)
-    L_DPO       as in dpo.py, eq. 3 (or IPO, SLiC); no gradient flows through the drawing and the judging
+    (y~+, y~-)  the better and the worse of two answers, y ~ pi(. | x), according to an annotator
+    Online-DPO  L_DPO(y~+, y~-, x)                                    Amirloo et al. 2024, section 2.3
+    Mixed-DPO   alpha L_DPO(y+, y-, x) + (1 - alpha) L_DPO(y~+, y~-, x)     eq. 4; alpha ~ Bernoulli(P)
+    L_DPO       as in dpo.py, eq. 3 (or IPO, SLiC); no gradient flows through drawing and judging
 
-    python online_dpo.py                                       # toy world, CPU, minutes; its truth is the annotator
-    python online_dpo.py --mix 0.5                             # Mixed-DPO
-    python online_dpo.py --model llava-hf/llava-v1.6-vicuna-7b-hf --data RLHF-V-Dataset.parquet     # LLaVA-1.6-34B annotates
-    python online_dpo.py --model ... --annotator endpoint --judge-url http://localhost:8000/v1 --judge-model NAME
+    python online_dpo.py                     # toy world, CPU, minutes; its truth is the annotator
+    python online_dpo.py --mix 0.5           # Mixed-DPO
+    python online_dpo.py --model llava-hf/llava-v1.6-vicuna-7b-hf --data RLHF-V-Dataset.parquet
+                                             # LLaVA-1.6-34B annotates
+    python online_dpo.py --model ... --annotator endpoint --judge-url http://localhost:8000/v1 \\
+        --judge-model NAME
 
-pi is the policy of this very step, so y~- is a mistake that the model makes now; one that it no longer makes costs nothing
-more. Of the data only pictures and prompts are used, with --mix also its pairs. pi_ref scores each step's answers in that step.
-Step 0 must print rewards 0 and loss ln 2 times the share of prompts with a pair, `annotator/pairs`: in the toy world about .4.
-There, over three seeds, CHAIR_s goes from .64 to .09 and recall loses .007 (offline, dpo.py: .08 at .025); half of the time is sampling.
+pi is the policy of this very step, so y~- is a mistake that the model makes now; mistakes that it
+has unlearned are no longer penalised. Only images and prompts of the data are used; with --mix also
+the pairs. pi_ref scores the answers of each step in that step.
+
+One step:
+1. batch    prompts; for each, alpha decides between the data's pair and answers of its own
+2. sample   k answers of the current policy
+3. judge    the best against the worst answer; ties and unreadable verdicts make no pair
+4. score    log pi and log pi_ref of both answers
+5. loss     and its gradient
+6. step     clip the gradient, update
+7. log
+
+Step 0 must print rewards 0 and loss ln 2 times the share of prompts with a pair, `annotator/pairs`:
+in the toy world about .4. There, over three seeds, CHAIR_s falls from .64 to .09 and recall loses
+.007 (offline, dpo.py: .08 and .025). Half of the time is sampling.
 
 Choices where the paper is silent, and deviations:
-1. Temperature 1, the policy itself (not given); two answers; --k draws more and takes the best against the worst.
-2. A prompt without a pair (tie, verdict that cannot be read or changes with the order, equal answers) adds no gradient but counts
-   in the batch's mean, so that its share does not change the weight of the others. The paper does not speak of ties. How answers
-   are judged: judge.py.
+1. The paper gives neither temperature nor sampling policy: temperature 1, the policy itself. Two
+   answers; --k draws more and takes the best against the worst.
+2. A prompt without a pair (a tie, a verdict that cannot be read or that changes with the order,
+   equal answers) adds no gradient but counts in the batch's mean, so that its share does not change
+   the weight of the others. The paper does not speak of ties. How answers are judged: judge.py.
 3. alpha is drawn for each example; P = .5 in the paper, 0 here: Online-DPO.
-4. An answer cut off at --max-new-tokens has no end token, and is judged and trained as it stands.
+4. An answer cut off at --max-new-tokens has no end token; it is judged and trained as it is.
 5. Grid, schedule, optimizer and pairs in one row as in dpo.py.
 
-Metrics: those of dpo.py, means over the step's prompts, where one without a pair counts 0 (`rewards/accuracies` of a perfect
-step is `annotator/pairs`). `annotator/pairs`, `annotator/ties`, `annotator/unreadable`: shares of the prompts, sum 1 (offline
-pairs of --mix are pairs); `annotator/score` mean score of the answers that were drawn (0 where the annotator compares);
-`response_length` their tokens; `seconds/sample`, `seconds/score`, `seconds/train`: what `step_seconds` is made of.
+Metrics: those of dpo.py, means over the step's prompts; prompts without a pair count as 0, so
+`rewards/accuracies` of a perfect step is `annotator/pairs`. `annotator/pairs`, `annotator/ties`,
+`annotator/unreadable` are shares of the prompts with sum 1 (the data's pairs of --mix are pairs).
+`annotator/score` is the mean score of the answers that were drawn (0 where the annotator only
+compares), `response_length` their tokens. `seconds/sample`, `seconds/score` and `seconds/train` are
+the parts of `step_seconds`.
 """
 
 import random
 import statistics
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-import checkpoints
-import data
 import judge
+import sampling
 import training
-from lab import report
-from model import BadInput
+from common import Parser, fraction, positive, positive_int, ranged, run
+from formats import checkpoints, dataset
+from lab import report, toy
 
+BETA = {"dpo": 0.1, "ipo": 0.9, "slic": 0.1}
+TOY_BETA = BETA | {"dpo": 0.5}
 TOY = {
     "data": ["rlhf_v.jsonl"],
     "steps": 230,
     "batch_size": 16,
     "lr": 1e-4,
-    "beta": 0.5,
     "projector_lr": 0.0,
     "lora_rank": 16,
     "save_every": 0,
     "annotator": "oracle",
     "max_new_tokens": 96,
 }
-METRICS = (
+METRICS = (  # of every step, also of one without a pair
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -72,67 +88,53 @@ METRICS = (
     "annotator/unreadable",
     "seconds/sample",
     "seconds/score",
+    "seconds/train",
 )
-BETA = {"dpo": 0.1, "ipo": 0.9, "slic": 0.1}
 
 
 def parse():
     """The command line."""
-    parser = training.Parser(__doc__)
+    parser = Parser(__doc__)
     training.add_training_flags(
         parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32
     )
-    group = parser.add_argument_group("preference optimization")
-    group.add_argument(
-        "--loss",
-        default="dpo",
-        choices=("dpo", "ipo", "slic"),
-        help="objective (default %(default)s)",
-    )
-    group.add_argument(
-        "--beta", type=float, help=f"strength of the pull to the reference (default {BETA})"
-    )
-    group = parser.add_argument_group("answers")
-    group.add_argument(
+    flag = parser.add_argument_group("preference optimization").add_argument
+    flag("--loss", default="dpo", choices=tuple(BETA), help="objective (default %(default)s)")
+    flag("--beta", type=positive, help=f"strength of the pull to the reference (default {BETA})")
+
+    flag = parser.add_argument_group("answers").add_argument
+    flag(
         "--mix",
-        type=float,
+        type=fraction,
         default=0.0,
         metavar="P",
-        help="share of examples that take their pair of the data instead (default %(default)s; paper: 0.5)",
+        help="share of examples that use the data's pair instead (default %(default)s; paper: 0.5)",
     )
-    group.add_argument(
+    flag(
         "--k",
-        type=int,
+        type=ranged(int, "2 or more", lambda k: k >= 2),
         default=2,
         help="answers a prompt, of which best and worst are used (default %(default)s)",
     )
-    group.add_argument(
-        "--temperature", type=float, default=1.0, help="of drawing (default %(default)s)"
-    )
-    group.add_argument(
+    flag("--temperature", type=positive, default=1.0, help="of sampling (default %(default)s)")
+    flag(
         "--max-new-tokens",
-        type=int,
+        type=positive_int,
         default=256,
         metavar="N",
         help="longest answer (default %(default)s)",
     )
     judge.add_flags(parser)
-    args = training.parse(parser, TOY)
-    args.beta = BETA[args.loss] if args.beta is None else args.beta
-    for name, value, good, accepted in (
-        ("beta", args.beta, args.beta > 0, "more than 0"),
-        ("mix", args.mix, 0 <= args.mix <= 1, "0 to 1"),
-        ("k", args.k, args.k >= 2, "2 or more"),
-        ("temperature", args.temperature, 0 < args.temperature < float("inf"), "more than 0"),
-        ("max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "1 or more"),
-    ):
-        if not good:
-            raise BadInput(f"--{name} is {value}; {accepted} is accepted.")
-    return args
+    return training.parse(parser)
 
 
-def preference_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind):
-    """Loss of each pair from its four summed log-probs, all (B,) -> losses (B,), rewards of chosen and rejected (B,)."""
+def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="dpo"):
+    """The loss of each pair from its four summed log-probs, all (B,).
+
+    -> losses (B,), rewards of the chosen and of the rejected answers (B,).
+    """
+    reward_chosen = beta * (logp_chosen - ref_chosen)
+    reward_rejected = beta * (logp_rejected - ref_rejected)
     h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
     if kind == "dpo":
         losses = -F.logsigmoid(beta * h)  # eq. 3
@@ -140,21 +142,16 @@ def preference_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, 
         losses = (h - 1 / (2 * beta)) ** 2
     elif kind == "slic":
         losses = (1 - beta * h).relu()
-    return (
-        losses,
-        beta * (logp_chosen - ref_chosen).detach(),
-        beta * (logp_rejected - ref_rejected).detach(),
-    )
+    return losses, reward_chosen.detach(), reward_rejected.detach()
 
 
 def sample(model, processor, examples, args, seed):
     """--k answers of the current policy to each prompt -> their tokens, B lists of k tensors (R,)."""
     generator = torch.Generator(model.device).manual_seed(random.Random(seed).getrandbits(62))
     pixel_values, image_sizes = processor.images(examples)
-    prompts = [e.prompt for e in examples]
-    model.eval()  # gradient checkpointing would switch off the cache
-    samples = model.sample(
-        prompts,
+    samples = sampling.sample(
+        model,
+        [e.prompt for e in examples],
         pixel_values,
         args.k,
         args.max_new_tokens,
@@ -163,107 +160,124 @@ def sample(model, processor, examples, args, seed):
         generator=generator,
         image_sizes=image_sizes,
     )
-    model.train(args.gradient_checkpointing)
     return samples.tokens
 
 
 def best_and_worst(scores):
-    """Places of the best and the worst score -> (best, worst); "ties" or "unreadable" where they make no pair."""
-    read = [i for i, score in enumerate(scores) if score is not None]
-    if len(read) < 2:
+    """Places of the best and the worst score -> (best, worst).
+
+    "ties" or "unreadable" where they make no pair; None is a score that could not be read.
+    """
+    readable = [i for i, score in enumerate(scores) if score is not None]
+    if len(readable) < 2:
         return "unreadable"
-    best, worst = max(read, key=scores.__getitem__), min(read, key=scores.__getitem__)
+    best, worst = max(readable, key=scores.__getitem__), min(readable, key=scores.__getitem__)
     return (best, worst) if scores[best] > scores[worst] else "ties"
+
+
+def pair_of(example, answers):
+    """The example with these two token sequences, the better first, as its answers."""
+    scored = [torch.ones(len(tokens), dtype=torch.bool) for tokens in answers]
+    return replace(example, answers=answers, scored=scored)
 
 
 def main():
     """Load, train on answers as they are drawn and judged, save, evaluate."""
-    args, begin = parse(), time.time()
+    args, clock = parse(), training.Clock()
+    toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
+    args.beta = args.beta or (TOY_BETA if args.toy_world else BETA)[args.loss]
+
+    # ---- load model, data and annotator
     device, dtype = training.device_and_dtype(args)
-    skipped = [] if args.skip_bad_rows else None
-    records = data.load(args.data, args.images, answers=2 if args.mix else 0, skipped=skipped)
-    if not args.mix:  # pairs that share picture and prompt are one task here
-        unique = {r.asked: r for r in records}
-        if len(unique) < len(records):
-            print(
-                f"{len(records) - len(unique)} rows repeat picture and prompt of another",
-                file=sys.stderr,
-            )
-        records = list(unique.values())
-    annotator = judge.make(args, device, dtype, records)
-    model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
-    processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    examples = data.with_room(
-        processor, data.encode_all(processor, records, skipped), args.max_new_tokens, skipped
+    model, processor = checkpoints.load(
+        args.model, dtype, device, args.template, args.image_aspect, args.max_length
     )
+    examples, skipped = dataset.load(
+        processor,
+        args.data,
+        args.images,
+        answers=2 if args.mix else 0,
+        skip_bad_rows=args.skip_bad_rows,
+        unique=None if args.mix else lambda record: record.prompt_key,
+        room=args.max_new_tokens,
+    )
+    annotator = judge.make(args, device, dtype, [e.record for e in examples])
     out = training.start(args, "online_dpo", skipped)
     report.show_start(processor, examples)
-    seconds = {"setup": time.time() - begin}
-    before = report.evaluate(model, processor, args, out / "before")
-    seconds["eval"] = time.time() - begin - seconds["setup"]
-    seconds |= {
-        "reference": 0.0,
-        "sample": 0.0,
-        "score": 0.0,
-    }  # the reference scores each step's answers in that step
+    clock.lap("setup")
+    before = report.evaluate_start(model, processor, args, out / "before")
+    clock.lap("eval")
 
+    # ---- choose what trains
     model.prepare(
-        args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0, keep_reference=True
+        args.lora_rank,
+        llm=args.lr > 0,
+        projector=args.projector_lr > 0,
+        keep_reference=True,
+        gradient_checkpointing=args.gradient_checkpointing,
     )
-    model.train(args.gradient_checkpointing)
-    if args.gradient_checkpointing:
-        model.llm.activation_checkpointing_enable({"use_reentrant": False})
+
+    # ---- train
+    model.train()
     optimizer = training.optimizer_for(model, args.lr, args.projector_lr)
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
     for step in range(first, steps):
-        step_begin, metrics, rows = time.time(), Counter(dict.fromkeys(METRICS, 0.0)), []
+        metrics = Counter(dict.fromkeys(METRICS, 0.0))
+        rows, all_scores, lengths = [], [], []
+
+        # 1. batch: eq. 4, pairs[i] is the data's pair, or None where the policy answers
         micro_batches = training.batch_of(step, args, len(examples))
-        prompts, read, lengths = sum(map(len, micro_batches)), [], []
+        prompts = sum(map(len, micro_batches))
         for number, micro in enumerate(micro_batches):
-            micro_begin, rng = time.time(), random.Random(f"{args.seed}/{step}/{number}/alpha")
-            pairs = [examples[i] if rng.random() < args.mix else None for i in micro]  # eq. 4
-            asked = [place for place, pair in enumerate(pairs) if pair is None]
-            if asked:
-                online = [examples[micro[place]] for place in asked]
-                answers = sample(model, processor, online, args, f"{args.seed}/{step}/{number}")
-                sampled = time.time()
+            seed = f"{args.seed}/{step}/{number}"
+            rng = random.Random(f"{seed}/alpha")
+            pairs = [examples[i] if rng.random() < args.mix else None for i in micro]
+            places = [i for i, pair in enumerate(pairs) if pair is None]
+            online = [examples[micro[i]] for i in places]
+
+            if online:
+                # 2. sample
+                answers = sample(model, processor, online, args, seed)
                 texts = [[processor.text(tokens) for tokens in row] for row in answers]
+                lengths += [len(tokens) for row in answers for tokens in row]
+                metrics["seconds/sample"] += clock.lap("sample")
+
+                # 3. judge
                 try:
                     scores = annotator([e.record for e in online], texts)
-                except judge.NoAnswer:
-                    if step > first:  # the state of this step's beginning; verdicts cost money
+                except judge.NoAnswer:  # verdicts cost money: keep the state before this step
+                    if step > first:
                         training.save_checkpoint(out, step, model, optimizer)
                     raise
-                for place, example, row, score in zip(asked, online, answers, scores, strict=True):
-                    found = best_and_worst(score)
-                    if isinstance(found, str):
-                        metrics[f"annotator/{found}"] += 1 / prompts
-                        continue
-                    two = [row[i] for i in found]
-                    pairs[place] = replace(
-                        example,
-                        answers=two,
-                        scored=[torch.ones(len(t), dtype=torch.bool) for t in two],
-                    )
-                read += [value for row in scores for value in row if value is not None]
-                lengths += [len(tokens) for row in answers for tokens in row]
-                metrics["seconds/sample"] += sampled - micro_begin
-                metrics["seconds/score"] += time.time() - sampled
+                for i, example, row, values in zip(places, online, answers, scores, strict=True):
+                    verdict = best_and_worst(values)
+                    if isinstance(verdict, str):
+                        metrics[f"annotator/{verdict}"] += 1 / prompts
+                    else:
+                        pairs[i] = pair_of(example, [row[place] for place in verdict])
+                all_scores += [value for row in scores for value in row if value is not None]
+                metrics["seconds/score"] += clock.lap("score")
+
             pairs = [pair for pair in pairs if pair is not None]
             metrics["annotator/pairs"] += len(pairs) / prompts
-            rows += [pair.record.where for pair in pairs]
             if not pairs:
                 continue
             batch = processor.collate(pairs).to(device)
+
+            # 4. score
             with torch.no_grad(), model.reference():
                 ref_chosen, ref_rejected = model.answer_log_probs(batch).view(-1, 2).T  # (B,), (B,)
-            chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T
-            losses, reward_chosen, reward_rejected = preference_loss(
+            chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T  # (B,), (B,)
+
+            # 5. loss: the mean over all prompts of the step
+            losses, reward_chosen, reward_rejected = dpo_loss(
                 chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss
             )
             (losses.sum() / prompts).backward()
+
+            rows += [pair.record.where for pair in pairs]
             for name, values in (
                 ("loss", losses),
                 ("rewards/chosen", reward_chosen),
@@ -274,27 +288,32 @@ def main():
                 ("logps/rejected", rejected),
             ):
                 metrics[name] += values.sum().item() / prompts
+            metrics["seconds/train"] += clock.lap("train")
+
+        # 6. step
+        metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], rows)
         factor = training.schedule(step, steps)
-        metrics["grad_norm"] = training.optimizer_step(optimizer, factor, metrics["loss"], rows)
-        metrics["lr"], metrics["step_seconds"] = args.lr * factor, time.time() - step_begin
-        metrics["annotator/score"] = statistics.fmean(read) if read else 0.0
+        training.take_step(optimizer, factor)
+
+        # 7. log
+        metrics["lr"] = args.lr * factor
+        metrics["annotator/score"] = statistics.fmean(all_scores) if all_scores else 0.0
         metrics["response_length"] = statistics.fmean(lengths) if lengths else 0.0
-        seconds["sample"] += metrics["seconds/sample"]
-        seconds["score"] += metrics["seconds/score"]
-        metrics["seconds/train"] = (
-            metrics["step_seconds"] - metrics["seconds/sample"] - metrics["seconds/score"]
-        )
+        metrics["seconds/train"] += clock.lap("train")
+        metrics["step_seconds"] = sum(metrics[f"seconds/{n}"] for n in ("sample", "score", "train"))
         log(step, ["loss", "rewards/margins", "annotator/pairs", "annotator/score"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
             training.save_checkpoint(out, step + 1, model, optimizer)
     model.eval()
-    seconds["train"] = time.time() - begin - sum(seconds.values())
+    clock.lap("train")
 
+    # ---- save, evaluate
     training.save_result(out, model, processor, args)
     after = report.evaluate(model, processor, args, out / "after")
-    seconds["eval"] += time.time() - begin - sum(seconds.values())
-    report.finish(out, before, after, seconds, args)
+    clock.lap("eval")
+    report.finish(out, before, after, clock.seconds, args)
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

@@ -12,51 +12,46 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-import checkpoints
-import data
 import training
-from model import BadInput
+from common import BadInput, Parser, not_negative, positive_int, run
+from data import Record
+from formats import adapters, checkpoints
+from lab import toy
+from sampling import generate
 
 
 def parse():
     """The command line."""
-    parser = training.Parser(__doc__)
-    group = training.add_model_flags(parser)
-    group.add_argument(
-        "--adapter", metavar="DIR", help="PEFT adapter: answer without it, then with it"
-    )
-    group = parser.add_argument_group("question")
-    group.add_argument(
+    parser = Parser(__doc__)
+    flag = training.add_model_flags(parser, "the toy base model of --seed").add_argument
+    flag("--adapter", metavar="DIR", help="PEFT adapter: answer without it, then with it")
+    flag = parser.add_argument_group("question").add_argument
+    flag(
         "--image",
         nargs="+",
         action="extend",
         required=True,
         metavar="FILE",
-        help="each picture is asked about alone",
+        help="each image is asked about alone",
     )
-    group.add_argument("--prompt", default="Describe the image.", help="(default %(default)r)")
-    group.add_argument("--k", type=int, default=1, help="answers a picture (default %(default)s)")
-    group.add_argument(
-        "--temperature", type=float, help="0 is greedy (default: 0 for one answer, else 1)"
+    flag("--prompt", default="Describe the image.", help="(default %(default)r)")
+    flag("--k", type=positive_int, default=1, help="answers an image (default %(default)s)")
+    flag(
+        "--temperature",
+        type=not_negative,
+        help="0 is greedy (default: 0 for one answer, else 1)",
     )
-    group.add_argument(
+    flag(
         "--max-new-tokens",
-        type=int,
+        type=positive_int,
         default=256,
         metavar="N",
         help="longest answer (default %(default)s)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of drawing, and of the toy base")
+    flag("--seed", type=int, default=0, help="of sampling, and of the toy base model")
     args = parser.parse_args()
     if args.temperature is None:
         args.temperature = 0.0 if args.k == 1 else 1.0
-    for name, value, least in (
-        ("k", args.k, 1),
-        ("max-new-tokens", args.max_new_tokens, 1),
-        ("temperature", args.temperature, 0),
-    ):
-        if not least <= value < float("inf"):
-            raise BadInput(f"--{name} is {value}; {least} or more is needed.")
     for file in args.image:
         if not Path(file).is_file():
             raise BadInput(f"--image {file}: no such file.")
@@ -80,21 +75,23 @@ def main():
     """Load, answer, with an adapter answer again, print."""
     args = parse()
     device, dtype = training.device_and_dtype(args)
-    if args.model is None:
-        from lab import toyworld
+    name = args.model or str(toy.base(args.seed))
+    model, processor = checkpoints.load(name, dtype, device, args.template, args.image_aspect)
+    records = [Record(f"--image {file}", Path(file), (args.prompt,)) for file in args.image]
 
-        args.model = str(toyworld.base(args.seed))
-    model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
-    records = [data.Record(f"--image {file}", Path(file), (args.prompt,)) for file in args.image]
-    ask = lambda: data.generate(
-        model, processor, records, args.max_new_tokens, args.temperature, args.k, 8, args.seed
-    )
-    said = [ask()]
+    def answers():
+        """k answers about each image."""
+        return generate(
+            model, processor, records, args.max_new_tokens, args.temperature, args.k, 8, args.seed
+        )
+
+    columns = [answers()]
     if args.adapter:
-        checkpoints.load_adapter(model, args.adapter)
-        said.append(ask())
+        adapters.load_adapter(model, args.adapter)
+        columns.append(answers())
+
     width = shutil.get_terminal_size((120, 0)).columns
-    for record, *texts in zip(records, *said):
+    for record, *texts in zip(records, *columns):
         print(f"{record.image}  {args.prompt}")
         if args.adapter:
             print("\n".join(side_by_side(["BEFORE", "AFTER"], width)))
@@ -103,4 +100,4 @@ def main():
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

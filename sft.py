@@ -2,35 +2,50 @@
 
     loss = - sum_t log p(y_t | image, prompt, y_<t) / number of answer tokens in the whole batch
 
-    python sft.py                                                  # toy world: builds the toy base model (see below)
+    python sft.py                                                  # toy world: the toy base model
     python sft.py --model llava-hf/llava-1.5-7b-hf --data llava_v1_5_mix665k.json --images DIR
-    python sft.py --vision CLIP --llm LLM --lr 0 --projector-lr 2e-3 --template plain --data blip_laion_cc_sbu_558k.json ...
-                                                                   # a new model: stage 1 of LLaVA trains the projector only
+    python sft.py --vision CLIP --llm LLM --lr 0 --projector-lr 2e-3 --template plain \\
+        --data blip_laion_cc_sbu_558k.json --images DIR            # a new model: LLaVA's stage 1
 
-Without flags it composes the toy world's tiny CLIP and a random LLM, under a million parameters, and trains LLM and projector on
-the toy world's instruction data, whose captions and answers name expected objects that are not there. Expect the loss to fall
-from 6.8 to about 0.13, and a model that sees (POPE random accuracy .95, object recall .96) and says too much (CHAIR_s .64).
+Without flags it composes the toy world's tiny CLIP and a random LLM, under a million parameters,
+and trains LLM and projector on the toy world's instruction data, whose captions and answers name
+expected objects that are absent. Expect the loss to fall from 6.8 to about 0.13, and a model that
+sees (POPE random accuracy .95, object recall .96) but hallucinates (CHAIR_s .64).
 
-Every assistant turn is scored, with its end token; nothing else is. Rows about one picture share it: they are packed behind
-their common prompt and do not see each other (data.share_prompt), so --batch-size counts pictures. The answer is `model/` in
-the hub layout, or a PEFT `adapter/` with --lora-rank.
+Every assistant turn is scored, with its end token; nothing else is. Rows about one image share it:
+they are packed after their common prompt and do not see each other (`share_prompt`), so
+--batch-size counts images. The result is `model/` in the hub layout, or with --lora-rank a PEFT
+`adapter/`.
 
-Choices, the papers' settings being those of Sun et al. 2023 (their SFT+: 3 epochs, lr 2e-5, batch 128, cosine, warm-up .03):
-1. The mean is over the tokens of the whole batch, also when it is accumulated; frameworks often average means.
-2. Rows that share a picture meet in one batch; a trainer that shuffles rows would meet them apart.
-3. The tower stays frozen unless --vision-lr says otherwise (LLaVA-1.6 tunes it, LLaVA-1.5 and Sun et al. do not).
+One step:
+1. batch   images with all their dialogues
+2. score   log p of every answer token
+3. loss    and its gradient
+4. step    clip the gradient, update
+5. log
 
-Metrics: `loss` as above; `tokens` scored in the batch; `grad_norm` before clipping to 1; `lr` of the LLM; `step_seconds` from
-rows in hand to optimizer step done, decoding of pictures included.
+Choices; the papers' settings are those of Sun et al. 2023 (their SFT+: 3 epochs, lr 2e-5, batch
+128, cosine, warm-up .03):
+1. The mean is over the tokens of the whole batch, also when it is accumulated; frameworks often
+   average means.
+2. Rows that share an image meet in one batch; a trainer that shuffles rows would separate them.
+3. The tower stays frozen unless --vision-lr says otherwise (LLaVA-1.6 tunes it; LLaVA-1.5 and Sun
+   et al. do not).
+
+Metrics: `loss` as above; `tokens` scored in the batch; `grad_norm` before clipping to 1; `lr` of
+the LLM; `step_seconds` is the whole step, decoding of images included.
 """
 
 import time
 from collections import Counter
 
-import checkpoints
-import data
+import torch
+
 import training
-from lab import report
+from common import BadInput, Parser, not_negative, run
+from data import Example
+from formats import checkpoints, dataset
+from lab import report, toy
 
 TOY = {
     "data": ["instruct.json"],
@@ -46,34 +61,69 @@ TOY = {
 
 def parse():
     """The command line."""
-    parser = training.Parser(__doc__)
+    parser = Parser(__doc__)
     training.add_training_flags(
         parser, lr=2e-5, projector_lr=2e-5, lora_rank=0, epochs=3, batch_size=128
     )
-    group = parser.add_argument_group("supervised fine-tuning")
-    group.add_argument(
-        "--vision",
-        metavar="DIR_OR_HUB_ID",
-        help="with --llm: compose a new model from this CLIP ...",
+    flag = parser.add_argument_group("supervised fine-tuning").add_argument
+    flag("--vision", metavar="DIR_OR_HUB_ID", help="with --llm: a new model from this CLIP ...")
+    flag("--llm", metavar="DIR_OR_HUB_ID", help="... and this LLM, and a fresh projector")
+    flag(
+        "--vision-lr",
+        type=not_negative,
+        default=0.0,
+        help="0 = vision tower frozen (default %(default)s)",
     )
-    group.add_argument(
-        "--llm", metavar="DIR_OR_HUB_ID", help="... and this LLM, and a fresh projector"
-    )
-    group.add_argument(
-        "--vision-lr", type=float, default=0.0, help="0 = vision tower frozen (default)"
-    )
-    return training.parse(parser, TOY)
+    args = training.parse(parser)
+    if args.lora_rank and args.vision_lr:
+        raise BadInput(
+            "--vision-lr trains the tower, which an adapter does not hold; "
+            "give --lora-rank 0 with it."
+        )
+    if bool(args.vision) != bool(args.llm):
+        raise BadInput("--vision and --llm go together: a model is composed of both.")
+    if args.vision and not args.data:
+        raise BadInput("--vision and --llm need --data: instruction data for the new model.")
+    return args
+
+
+def share_prompt(examples):
+    """Examples of one image -> packed rows that share the image and the common part of the prompts.
+
+    Each stays its own dialogue, invisible to the others: the loss is that of separate rows, for a
+    fraction of the tokens. Text-only examples stay alone.
+    """
+    groups = {}
+    for i, e in enumerate(examples):
+        groups.setdefault(e.record.image if e.record.image is not None else i, []).append(e)
+
+    shared = []
+    for group in groups.values():
+        first = group[0].prompt
+        common = min(len(e.prompt) for e in group)
+        for e in group[1:]:
+            differ = (e.prompt[:common] != first[:common]).nonzero()
+            common = int(differ[0]) if len(differ) else common
+        answers, scored = [], []
+        for e in group:
+            rest = e.prompt[common:]
+            unscored = torch.zeros(len(rest), dtype=torch.bool)
+            answers += [torch.cat([rest, a]) for a in e.answers]
+            scored += [torch.cat([unscored, s]) for s in e.scored]
+        shared.append(Example(first[:common], answers, scored, group[0].record))
+    return shared
 
 
 def main():
     """Load, pack, train, save, evaluate."""
-    args, begin = parse(), time.time()
+    args, clock = parse(), training.Clock()
+    toy.fill(args, TOY)  # without --model: parts and world of our own, and TOY's settings
+
+    # ---- load or compose the model, load the data
     device, dtype = training.device_and_dtype(args)
-    skipped = [] if args.skip_bad_rows else None
-    records = data.load(args.data, args.images, answers=1, skipped=skipped)
     if args.model:
         model, processor = checkpoints.load(
-            args.model, dtype, device, args.template, args.image_aspect
+            args.model, dtype, device, args.template, args.image_aspect, args.max_length
         )
     else:
         model, processor = checkpoints.compose(
@@ -84,52 +134,79 @@ def main():
             args.template or "vicuna_v1",
             args.image_aspect,
             args.seed,
+            args.max_length,
         )
-    processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    examples = data.share_prompt(data.encode_all(processor, records, skipped, every_turn=True))
+    examples, skipped = dataset.load(
+        processor,
+        args.data,
+        args.images,
+        answers=1,
+        skip_bad_rows=args.skip_bad_rows,
+        every_turn=True,
+    )
+    examples = share_prompt(examples)
     out = training.start(args, "sft", skipped)
     report.show_start(processor, examples)
-    seconds = {"setup": time.time() - begin, "reference": 0.0}
-    before = report.evaluate(model, processor, args, out / "before") if args.model else None
-    seconds["eval"] = time.time() - begin - sum(seconds.values())
+    clock.lap("setup")
+    before = report.evaluate_start(model, processor, args, out / "before") if args.model else None
+    clock.lap("eval")
 
+    # ---- choose what trains
     model.prepare(
-        args.lora_rank, llm=args.lr > 0, projector=args.projector_lr > 0, vision=args.vision_lr > 0
+        args.lora_rank,
+        llm=args.lr > 0,
+        projector=args.projector_lr > 0,
+        vision=args.vision_lr > 0,
+        gradient_checkpointing=args.gradient_checkpointing,
     )
-    model.train(args.gradient_checkpointing)
-    if args.gradient_checkpointing:
-        model.llm.activation_checkpointing_enable({"use_reentrant": False})
+
+    # ---- train
+    model.train()
     optimizer = training.optimizer_for(model, args.lr, args.projector_lr, args.vision_lr)
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
     for step in range(first, steps):
-        step_begin, metrics, rows = time.time(), Counter(), []
+        step_begin = time.time()
+        metrics = Counter()
+
+        # 1. batch
         micro_batches = training.batch_of(step, args, len(examples))
-        metrics["tokens"] = sum(
-            int(s.sum()) for micro in micro_batches for i in micro for s in examples[i].scored
-        )
+        step_examples = [examples[i] for micro in micro_batches for i in micro]
+        metrics["tokens"] = sum(int(s.sum()) for e in step_examples for s in e.scored)
         for micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
+
+            # 2. score
             log_p, _ = model.log_probs(batch)  # (N,)
+
+            # 3. loss: the mean over all answer tokens of the step
             loss = -log_p.sum() / metrics["tokens"]
             loss.backward()
-            rows += [examples[i].record.where for i in micro]
             metrics["loss"] += loss.item()
+
+        # 4. step
+        rows = [e.record.where for e in step_examples]
+        metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], rows)
         factor = training.schedule(step, steps)
-        metrics["grad_norm"] = training.optimizer_step(optimizer, factor, metrics["loss"], rows)
-        metrics["lr"], metrics["step_seconds"] = args.lr * factor, time.time() - step_begin
+        training.take_step(optimizer, factor)
+
+        # 5. log
+        metrics["lr"] = args.lr * factor
+        metrics["step_seconds"] = time.time() - step_begin
         log(step, ["loss"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
             training.save_checkpoint(out, step + 1, model, optimizer)
     model.eval()
-    seconds["train"] = time.time() - begin - sum(seconds.values())
+    clock.lap("train")
 
+    # ---- save, evaluate
     training.save_result(out, model, processor, args)
     after = report.evaluate(model, processor, args, out / "after")
-    seconds["eval"] += time.time() - begin - sum(seconds.values())
-    report.finish(out, before, after, seconds, args)
+    clock.lap("eval")
+    report.finish(out, before, after, clock.seconds, args)
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

@@ -41,11 +41,14 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-import checkpoints
-import data
 import dpo
 import training
-from model import LORA_TARGETS, LoRALinear, fused_log_probs
+from common import write_json
+from data import TEMPLATES
+from formats import checkpoints, layouts
+from lora import LORA_TARGETS, LoRALinear
+from model import fused_log_probs
+from sampling import sample
 
 RANK, LR, BETA = 16, 1e-4, 0.1
 FULL = {
@@ -92,11 +95,11 @@ def build(folder, size):
         rows.append(
             {"id": i, "image": f"{i}.png", "conversations": good, "rejected_conversations": bad}
         )
-    training.write_json(folder / "pairs.json", rows)
-    training.write_json(folder / "size.json", size)
+    write_json(folder / "pairs.json", rows)
+    write_json(folder / "size.json", size)
     split, system = (
         pre_tokenizers.Whitespace(),
-        data.TEMPLATES["vicuna_v1"].start + "USER: ASSISTANT:",
+        TEMPLATES["vicuna_v1"].start + "USER: ASSISTANT:",
     )
     vocabulary = dict.fromkeys(
         ["<unk>", "<s>", "</s>", *words, *(word for word, _ in split.pre_tokenize_str(system))]
@@ -138,7 +141,7 @@ def build(folder, size):
 def load(folder):
     """-> model, processor, batches of examples."""
     model, processor = checkpoints.load(folder / "model")
-    examples = [processor.encode(r) for r in data.load([folder / "pairs.json"])]
+    examples = [processor.encode(r) for r in layouts.read(folder / "pairs.json").records]
     B = json.loads((folder / "size.json").read_text())["batch"]
     return model, processor, [examples[i : i + B] for i in range(0, len(examples), B)]
 
@@ -165,10 +168,12 @@ def train(batches, pair_log_probs, params, base, reference_seconds=0.0):
     for step, examples in enumerate(batches):
         policy, reference = pair_log_probs(step)
         first = policy.tolist() if first is None else first
-        loss = dpo.preference_loss(*policy.T, *reference.T, BETA, "dpo")[0].mean()
+        loss = dpo.dpo_loss(*policy.T, *reference.T, BETA)[0].mean()
         loss.backward()
         losses.append(loss.item())
-        training.optimizer_step(optimizer, 1.0, losses[-1], [e.record.where for e in examples])
+        grad_norm = training.clip_gradients(optimizer, max_norm=1.0)
+        training.check_finite(losses[-1], grad_norm, [e.record.where for e in examples])
+        training.take_step(optimizer, 1.0)
         ends.append(time.process_time())
     step_seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
     return {
@@ -183,12 +188,11 @@ def train(batches, pair_log_probs, params, base, reference_seconds=0.0):
 def ours(folder):
     """The calls of dpo.py's loop. Like each -> seconds a step (two of them), peak_mib, losses, and log_probs (B, 2) of step 0."""
     model, processor, batches = load(folder)
-    base, args = high_water(model), argparse.Namespace(batch_size=len(batches[0]))
-    reference = [dpo.reference_log_probs(model, processor, batches[0], args)]
+    base, size = high_water(model), len(batches[0])
+    reference = [dpo.reference_log_probs(model, processor, batches[0], size)]
     begin = time.process_time()
-    reference += dpo.reference_log_probs(model, processor, sum(batches[1:], []), args).split(
-        args.batch_size
-    )
+    rest = sum(batches[1:], [])
+    reference += dpo.reference_log_probs(model, processor, rest, size).split(size)
     seconds = (time.process_time() - begin) / (len(batches) - 1)
     torch.manual_seed(0)
     model.prepare(RANK, projector=False)
@@ -252,7 +256,7 @@ def trl(folder, gradient_checkpointing=False):
     import transformers
     from trl import DPOConfig, DPOTrainer
 
-    template, size = data.TEMPLATES["vicuna_v1"], json.loads((folder / "size.json").read_text())
+    template, size = TEMPLATES["vicuna_v1"], json.loads((folder / "size.json").read_text())
     rows = [
         {
             "prompt": "<s>"
@@ -262,7 +266,7 @@ def trl(folder, gradient_checkpointing=False):
             "rejected": f" {r.answers[1]}</s>",
             "images": [str(r.image)],
         }
-        for r in data.load([folder / "pairs.json"])
+        for r in layouts.read(folder / "pairs.json").records
     ]
     ends, clock = [], transformers.TrainerCallback()
     clock.on_step_end = lambda *args, **kwargs: ends.append(time.process_time())
@@ -353,14 +357,14 @@ def negatives(name, folder):
         cuts = [[len(e.answers[0]) * (2 * i + 1) // 10 for i in range(5)] for e in examples]
         if name == "one-prefill":
             given = [[(e.answers[0], cut)] for e, cut in zip(examples, cuts)]
-            samples = model.sample(prompts, pixels, 1, 12, 0, given=given)
+            samples = sample(model, prompts, pixels, 1, 12, 0, given=given)
         else:
             prompts = [
                 torch.cat([e.prompt, e.answers[0][:c]])
                 for e, cut in zip(examples, cuts)
                 for c in cut
             ]
-            samples = model.sample(prompts, pixels.repeat_interleave(5, 0), 1, 12, 0)
+            samples = sample(model, prompts, pixels.repeat_interleave(5, 0), 1, 12, 0)
         mean = torch.stack([log_p.sum() for answer in samples.log_probs for log_p in answer]).mean()
         ends.append(time.process_time())
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1) / len(batches[0])
@@ -489,7 +493,7 @@ def main(argv=None, size=FULL):
                 )
                 print("|", name, "|", " | ".join(cells), "|")
     if args.json:
-        training.write_json(args.json, out)
+        write_json(args.json, out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import BadInput
 from lab.drawing import CLASSES, COLOURS, SCENES, Thing
 from lab.toyworld import (
     CAPTION_PROMPTS,
@@ -132,8 +133,6 @@ class Oracle:
         """The Scene of a picture, given as a path or a file name."""
         name = Path(image).name
         if name not in self.scenes:
-            from model import BadInput
-
             raise BadInput(
                 f"{image} is no picture of this world; its scenes.json knows {len(self.scenes)} others."
             )
@@ -373,16 +372,15 @@ def preferences_from_answers(prompts, answers, oracle, folder, rng):
 
 def answers_of(model_dir, folder, out, seed, k=4, temperature=1.0, max_new_tokens=96):
     """Draw k answers of a checkpoint to each preference prompt of the world in `folder`; write preferences to `out`."""
-    import checkpoints
-    import data
+    from data import Record
+    from formats import checkpoints
+    from sampling import generate
 
     prompts = preference_prompts(folder, seed)
     images = Path(folder) / "images"
-    records = [
-        data.Record(f"{folder}, {image}", images / image, (prompt,)) for image, prompt in prompts
-    ]
+    records = [Record(f"{folder}, {image}", images / image, (prompt,)) for image, prompt in prompts]
     model, processor = checkpoints.load(model_dir)
-    answers = data.generate(
+    answers = generate(
         model, processor, records, max_new_tokens, temperature, k, seed=seed, label="answers"
     )
     return preferences_from_answers(

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import training
+from common import Progress, write_json
+from training import schedule, shuffled
 from lab.drawing import CLASSES, COLOURS
 
 SIDE, PATCH, WIDTH = 96, 16, 64
@@ -87,7 +88,7 @@ def write(folder, world, seed, epochs=5):
         "image_mean": MEAN,
         "image_std": STD,
     }
-    training.write_json(folder / "clip" / "preprocessor_config.json", steps | sizes | pixels)
+    write_json(folder / "clip" / "preprocessor_config.json", steps | sizes | pixels)
 
 
 def tokenizer(rows, special):
@@ -142,9 +143,9 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
     params = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     steps = epochs * (len(names) // batch_size)
-    progress, right = training.Progress("teaching the toy CLIP to see", steps), 0.0
+    progress, right = Progress("teaching the toy CLIP to see", steps), 0.0
     for step in range(steps):
-        i = training.shuffled(step * batch_size, (step + 1) * batch_size, len(names), seed)
+        i = shuffled(step * batch_size, (step + 1) * batch_size, len(names), seed)
         x = tower.pre_layrnorm(tower.embeddings(pictures[i]))
         for layer in tower.encoder.layers[:-1]:
             x = layer(x, attention_mask=None)
@@ -156,7 +157,7 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = lr * training.schedule(step, steps)
+            group["lr"] = lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
         full = labels[i][..., 0] > 0

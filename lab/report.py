@@ -1,6 +1,8 @@
 """What a run in the toy world shows: evaluation before and after, one table, one picture. Knows no algorithm."""
 
+import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,8 +10,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import eval_chair
 import eval_pope
-import training
-from files import open_image
+from common import read_json, whole_folder, write_json
+from formats.files import open_image
+from training import fingerprint
 
 SPLITS = ("random", "popular", "adversarial")
 RED, BLACK, GRAY, GREEN, BLUE = (
@@ -34,30 +37,48 @@ def show_start(processor, examples):
 
 
 def evaluate(model, processor, args, out):
-    """POPE and CHAIR on the toy world's test scenes -> {"pope": P, "chair": C}; None for a run on another model.
+    """POPE and CHAIR on the toy world's test scenes -> {"pope": P, "chair": C}, files in `out`.
 
-    A resumed run takes the figures that it had written before.
+    None with --no-eval, and for a run on another model. A resumed run takes the figures that it had
+    written before.
     """
-    if args.toy_world is None:
+    if args.toy_world is None or args.no_eval:
         return None
-    if (out / "pope" / "metrics.json").is_file() and (out / "chair" / "metrics.json").is_file():
-        return {
-            name: json.loads((out / name / "metrics.json").read_text())
-            for name in ("pope", "chair")
-        }
+    if all((out / name / "metrics.json").is_file() for name in ("pope", "chair")):
+        return {name: read_json(out / name / "metrics.json") for name in ("pope", "chair")}
     world = Path(args.toy_world)
-    pope = eval_pope.evaluate(
-        model, processor, [world / f"pope_{s}.json" for s in SPLITS], world / "images", out / "pope"
-    )
+    questions = [world / f"pope_{split}.json" for split in SPLITS]
     truth = [world / "instances.json"], [world / "captions.json"], world / "synonyms.txt"
-    chair = eval_chair.evaluate(model, processor, *truth, world / "images", out / "chair")
+    images = world / "images"
+    pope = eval_pope.evaluate(model, processor, questions, images, out / "pope")
+    chair = eval_chair.evaluate(model, processor, *truth, images, out / "chair")
     return {"pope": pope, "chair": chair}
+
+
+def evaluate_start(model, processor, args, out):
+    """`evaluate` before training, from the cache if this model has been evaluated before.
+
+    The cache is `.cache/evaluation-*`, under a hash of model, template, world and device.
+    """
+    if args.toy_world is None or args.no_eval:
+        return None
+    settings = (processor.template, processor.image_aspect, str(model.device), args.toy_world)
+    digest = hashlib.sha256(repr((fingerprint(model, processor, []), settings)).encode())
+    cached = Path(".cache") / f"evaluation-{digest.hexdigest()[:16]}"
+    if cached.is_dir() and not out.exists():
+        print(f"evaluation before training: {cached}", file=sys.stderr)
+        shutil.copytree(cached, out)
+    result = evaluate(model, processor, args, out)
+    if not cached.is_dir():
+        with whole_folder(cached) as aside:
+            shutil.copytree(out, aside, dirs_exist_ok=True)
+    return result
 
 
 def finish(out, before, after, seconds, args):
     """Write summary.json, print the table, draw report.png."""
     seconds = {k: round(v, 1) for k, v in seconds.items()}
-    training.write_json(
+    write_json(
         out / "summary.json",
         {"before": before, "after": after, "seconds": seconds, "seed": args.seed},
     )
@@ -65,10 +86,8 @@ def finish(out, before, after, seconds, args):
         print(table({"before": before, "after": after} if before else {"after": after}))
         picture(out, Path(args.toy_world))
         print(f"picture: {out / 'report.png'}", file=sys.stderr)
-    print(
-        f"done in {sum(seconds.values()):.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}): {out}",
-        file=sys.stderr,
-    )
+    parts = ", ".join(f"{part} {s:.0f}" for part, s in seconds.items())
+    print(f"done in {sum(seconds.values()):.0f} s ({parts}): {out}", file=sys.stderr)
 
 
 def table(results):

@@ -9,13 +9,9 @@ much then, and because the truth is on disk (scenes.json) every hallucination ca
     python -m lab.toyworld --seed 0 --out DIR --answers-of MODEL     preferences among a model's own answers to it
 """
 
-import ast
-import hashlib
 import json
 import multiprocessing
-import os
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
+from common import new_folder, run, whole_folder
 from lab import drawing
 from lab.drawing import CLASSES, SCENES, Thing
 
@@ -497,9 +494,7 @@ def write(folder, seed, instruct_images=5000, preference_images=1500, test_image
     instances.json and captions.json (COCO), synonyms.txt (CHAIR), image_to_caption.json (facts), scenes.json (the
     truth), parts/clip and parts/llm. BadInput if the folder exists.
     """
-    import training  # here, because it loads torch, which the processes that draw would load too
-
-    with training.whole_folder(training.new_folder(folder), flush=False) as aside:
+    with whole_folder(new_folder(folder), flush=False) as aside:
         (aside / "images").mkdir()
         splits = some_scenes(
             seed,
@@ -542,109 +537,7 @@ def write_files(folder, seed, splits, size):
     write_json(folder / "scenes.json", truth)
 
 
-def made_of(*things):
-    """A short hash of what made a cached folder: the code of source files, without comments and docstrings, and other things."""
-    parts = []
-    for thing in things:
-        if isinstance(thing, Path):
-            code = ast.parse(thing.read_text(encoding="utf-8"))
-            for node in ast.walk(code):
-                if (
-                    isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-                    and ast.get_docstring(node) is not None
-                ):
-                    del node.body[0]
-            thing = ast.dump(code)
-        parts.append(str(thing))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
-def world(seed):
-    """The folder of the seed's world below .cache in the working folder, written on first use."""
-    folder = Path(".cache") / f"world-{made_of(Path(__file__), Path(drawing.__file__), seed)}"
-    if not folder.exists():
-        write(folder, seed)
-    return folder
-
-
-def parts(seed):
-    """The folder of the toy base model's CLIP and LLM of the seed, cached like the world."""
-    import training
-    from lab import parts as made
-
-    folder = Path(".cache") / f"parts-{made_of(Path(made.__file__), world(seed).name)}"
-    if not folder.exists():
-        with training.whole_folder(folder) as aside:
-            made.write(aside, world(seed), seed)
-    return folder
-
-
-def base(seed):
-    """The toy base model of the seed: shipped for seed 0, else built by sft.py's own command line on first use, and cached."""
-    import training
-
-    shipped = Path(__file__).parent / "base"
-    if seed == 0 and shipped.is_dir():
-        return shipped
-    code = Path(__file__).parents[1]
-    sources = [
-        code / f"{name}.py"
-        for name in ("sft", "training", "checkpoints", "model", "files", "layouts", "data")
-    ]
-    folder = Path(".cache") / f"base-{made_of(*sources, world(seed).name)}"
-    if not folder.exists():
-        print(f"building the toy base of seed {seed}, once", file=sys.stderr)
-        with training.whole_folder(folder) as aside:
-            command = [sys.executable, code / "sft.py", "--seed", str(seed), "--out", aside / "run"]
-            subprocess.run(command, check=True)
-            os.replace(aside / "run" / "model", aside / "model")
-    return folder / "model"
-
-
-def path(seed, name):
-    """A data file of the seed's world by name; the two that hold the base model's own answers are made on first use."""
-    if name not in ("vlfeedback.jsonl", "rlhf_v.jsonl"):
-        return world(seed) / name
-    import training
-    from lab import oracle
-
-    model = base(seed)
-    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
-    folder = Path(".cache") / f"answers-{made_of(Path(oracle.__file__), world(seed).name, weights)}"
-    if not folder.exists():
-        with training.whole_folder(folder) as aside:
-            oracle.answers_of(model, world(seed), aside, seed)
-    return folder / name
-
-
-def main():
-    """Write a world, or preferences among a model's own answers to it."""
-    import training
-
-    parser = training.Parser(__doc__)
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="another seed is another world; it seeds the sampling too",
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write; for a world it must be new"
-    )
-    parser.add_argument(
-        "--answers-of", metavar="MODEL", help="write preferences among its answers instead"
-    )
-    args = parser.parse_args()
-    if args.answers_of:
-        from lab import oracle
-
-        counts = oracle.answers_of(args.answers_of, world(args.seed), args.out, args.seed)
-        print(", ".join(f"{name}: {count}" for name, count in counts.items()))
-    else:
-        write(args.out, args.seed)
-
-
 if __name__ == "__main__":
-    import training
+    from lab.toy import main  # the one door upwards: a command, not a part of this file
 
-    training.run(main)
+    run(main)

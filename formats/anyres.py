@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from common import BadInput
+
 
 @dataclass(frozen=True)
 class AnyRes:
@@ -71,6 +73,19 @@ class AnyRes:
         corners = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
         cut = [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
         return [picture.resize((side, side), Image.Resampling.BICUBIC), *cut]
+
+    def join_all(self, features, sizes, newline):
+        """The features of all tiles (tiles, patches^2, D) -> one tensor (tokens, D) an image.
+
+        sizes: height and width of each image, in pixels.
+        """
+        tiles = [1 + math.prod(self.grid(size)) for size in sizes]
+        if sum(tiles) != len(features):
+            raise BadInput(
+                f"{len(features)} tiles, but images of these heights and widths have {sum(tiles)}: "
+                f"{sizes}."
+            )
+        return [self.join(f, size, newline) for f, size in zip(features.split(tiles), sizes)]
 
     def join(self, features, size, newline):
         """Features of overview and tiles (1 + tiles, patches^2, D), newline (D,) -> those of the picture (tokens, D)."""

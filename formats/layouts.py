@@ -29,29 +29,13 @@ import json
 import math
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from files import PackedImage, find_image, open_header, rows
-from model import BadInput
-
-
-@dataclass(frozen=True)
-class Record:
-    """One prompt and its answers, best first: (chosen, rejected) of a preference pair, one answer of instruction data."""
-
-    where: str  # file and row, for messages
-    image: object  # Path, PackedImage, or None for a text-only row
-    turns: tuple  # user, assistant, ..., user: the dialogue up to the answer
-    answers: tuple = ()
-    quality: float | None = None  # of the only answer, in a layout that rates answers one by one
-
-    @property
-    def asked(self):
-        """Picture and dialogue: equal in rows that ask the same, whatever file they stand in."""
-        return str(self.image), self.turns
+from common import BadInput
+from data import Record
+from formats.files import PackedImage, find_image, open_header, rows
 
 
 def captions(path):
@@ -550,38 +534,3 @@ def read(path, images=None):
     if layout == "helpsteer":
         records = pairs_by_quality(records, notes)
     return DataFile(path, layout, n, records, refused, notes)
-
-
-def load(paths, images=None, answers=2, skipped=None):
-    """Records of all data files, each with this many answers (2: preference pairs, 1: instruction data).
-
-    A row that cannot be used stops the run before it starts, with the count of such rows. With a list `skipped`
-    (--skip-bad-rows) it is left out, counted on stderr and added to the list as {"file":, "row":, "why":}.
-    """
-    records = []
-    for path in paths:
-        file = read(path, images)
-        if file.refused and (skipped is None or not file.records):
-            first = file.refused[0]
-            raise BadInput(
-                f"{path}, row {first['row']}: {first['why']} {refusals(len(file.refused), file.rows)}"
-            )
-        if file.refused:
-            print(f"{path}: {len(file.refused)} of {file.rows} rows are skipped", file=sys.stderr)
-            skipped += [{"file": file.path.name, **row} for row in file.refused]
-        for why, count in file.notes.items():
-            print(f"{path}: {count} {why}", file=sys.stderr)
-        if not file.records:
-            raise BadInput(f"{path}: {file.rows} rows of layout {file.layout} give no pair.")
-        have = len(file.records[0].answers)
-        if have < answers:
-            raise BadInput(
-                f"{path}: layout {file.layout} is instruction data, one answer a prompt; preference pairs are needed."
-            )
-        records += [replace(r, answers=r.answers[:answers]) for r in file.records]
-    return records
-
-
-def refusals(count, of):
-    """What ends a message about the first of several refused rows."""
-    return f"({count} of {of} rows are refused; --skip-bad-rows goes on without them)"

@@ -1,6 +1,6 @@
 """Instruction data of Sun et al. 2023 (their SFT+ model) out of public files, and facts about the pictures for a reward model.
 
-    python instruct.py --out instruct.json --facts facts.json --aokvqa aokvqa_v1p0_train.json
+    python -m formats.instruct --out instruct.json --facts facts.json --aokvqa aokvqa_v1p0_train.json
         --flickr flickr_annotations_30k.csv
         --vqa-questions v2_OpenEnded_mscoco_train2014_questions.json --vqa-annotations v2_mscoco_train2014_annotations.json
     python sft.py --model DIR --data llava_instruct_80k.json --data instruct.json --images DIR
@@ -32,10 +32,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import files
-import training
-from layouts import text_field
-from model import BadInput
+from common import BadInput, Parser, new_folder, run, write_json
+from formats import files
+from formats.layouts import text_field
 
 YES_NO = "\nAnswer the question using a single word or phrase."  # LLaVA's
 CHOICE = "\nAnswer with the letter and the text of the right option."
@@ -204,7 +203,7 @@ def conversation(name, image, rounds):
 
 def main():
     """Read, convert, write."""
-    parser = training.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--vqa-questions", metavar="FILE", help="VQA-v2's questions ...")
     parser.add_argument("--vqa-annotations", metavar="FILE", help="... and its annotations")
     parser.add_argument("--aokvqa", metavar="FILE", help="A-OKVQA with answers")
@@ -222,7 +221,7 @@ def main():
     if not args.out and not args.facts:
         raise BadInput("nothing to write: give --out, --facts or both.")
     for path in filter(None, (args.out, args.facts)):
-        training.new_folder(path)
+        new_folder(path)
     rows, facts, notes = [], {}, Counter()
     if args.vqa_questions:
         rows += [
@@ -247,9 +246,9 @@ def main():
         if path and not found:
             raise BadInput(f"no {what} for {path}; the files given hold none.")
         if path:
-            training.write_json(path, found)
+            write_json(path, found)
             print(f"{path}: {len(found)} {what}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-import training
-from model import BadInput
+from common import BadInput, file_hash, whole_folder, write_json
 
 MAX_PIXELS = (
     100_000_000  # a larger picture is refused before it is decoded (decompression bombs) ...
@@ -54,12 +53,12 @@ def _unpacked(file):
     folder = Path(".cache") / f"pictures-{_file_hash(file)[:16]}"
     if not folder.is_dir():
         print(f"{file}: unpacking its pictures to {folder}", file=sys.stderr)
-        with training.whole_folder(folder) as aside, open(aside / "pictures", "wb") as out:
+        with whole_folder(folder) as aside, open(aside / "pictures", "wb") as out:
             starts = [0]
             for encoded in _encoded_pictures(Path(file)):
                 out.write(encoded or b"")
                 starts.append(out.tell())
-            training.write_json(aside / "starts.json", starts)
+            write_json(aside / "starts.json", starts)
     return (folder / "pictures").resolve(), json.loads((folder / "starts.json").read_text())
 
 
@@ -290,4 +289,4 @@ def image_hash(image):
     return image and _file_hash(image)
 
 
-_file_hash = functools.lru_cache(maxsize=None)(training.file_hash)
+_file_hash = functools.lru_cache(maxsize=None)(file_hash)

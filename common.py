@@ -1,0 +1,208 @@
+"""What every file may use: errors, exit statuses, whole files and folders, the command line, progress.
+
+No torch here: reading a JSON file or printing `--help` must not load it.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+# ---- errors and exit statuses
+
+
+class BadInput(ValueError):
+    """The user gave something that cannot be used. The message is one sentence: what, and where. Exit status 2."""
+
+
+class NonFinite(RuntimeError):
+    """A loss or a gradient is not a number. The run stops before the optimizer step. Exit status 1."""
+
+
+def run(main):
+    """Call main(). An error that the user can mend ends with one sentence, not with a traceback.
+
+    Exit status: 2 for BadInput, 1 for NonFinite, 130 after Ctrl-C.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except BadInput as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFinite as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(
+            f"\n{script}: interrupted; the run folder keeps its last checkpoint, "
+            "go on with --resume",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+def one_line(error):
+    """The kind and the beginning of another library's error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+# ---- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes whole flag names only, raises BadInput, and notes which flags were given."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse_args(self, argv=None):
+        """As argparse; `args.given` holds the names of the flags that stand on the command line."""
+        argv = sys.argv[1:] if argv is None else argv
+        args = super().parse_args(argv)
+        spelled = {token.split("=")[0] for token in argv}
+        args.given = {a.dest for a in self._actions if spelled & set(a.option_strings)}
+        return args
+
+    def error(self, message):
+        """Raise BadInput where argparse would print its usage."""
+        raise BadInput(f"{message}; --help lists what is accepted.")
+
+
+def flag_name(dest):
+    """ "batch_size" -> "--batch-size"."""
+    return f"--{dest.replace('_', '-')}"
+
+
+def ranged(kind, accepted, good):
+    """A `type=` for argparse: a finite number of this kind for which `good` is true.
+
+    accepted: how the message describes the range.
+    """
+
+    def convert(text):
+        """The number that a text spells."""
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not math.isfinite(value) or not good(value):
+            kinds = {int: "a whole number", float: "a number"}
+            raise argparse.ArgumentTypeError(
+                f"{text!r} was given; {kinds[kind]}, {accepted}, is needed"
+            )
+        return value
+
+    return convert
+
+
+positive_int = ranged(int, "1 or more", lambda n: n >= 1)
+natural = ranged(int, "0 or more", lambda n: n >= 0)
+positive = ranged(float, "more than 0", lambda x: x > 0)
+not_negative = ranged(float, "0 or more", lambda x: x >= 0)
+finite = ranged(float, "finite", lambda x: True)
+fraction = ranged(float, "0 to 1", lambda x: 0 <= x <= 1)
+
+
+# ---- files and folders: whole or absent
+
+
+def write_text(path, text):
+    """Write a file whole or not at all: aside, flushed to disk, renamed."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_json(path, value):
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def read_json(path, default=None):
+    """The object in a JSON file. Without a file: `default`, if there is one."""
+    path = Path(path)
+    if default is not None and not path.exists():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({one_line(error)}).") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds a {type(value).__name__}; an object is accepted.")
+    return value
+
+
+def file_hash(path):
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def whole_folder(path, flush=True):
+    """A folder that appears only when it is complete: filled aside, flushed to disk, renamed.
+
+    Of several processes the first to finish wins.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)  # a killed process of the same number left it
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in (*aside.rglob("*"), aside) if flush else ():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if not path.exists():
+            os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def new_folder(path):
+    """The path, if nothing is there; BadInput otherwise."""
+    if Path(path).exists():
+        raise BadInput(f"{path}: exists already; nothing is written over.")
+    return Path(path)
+
+
+# ---- progress
+
+
+class Progress:
+    """One line on stderr for long work: done of total, values, rate, time left.
+
+    Redrawn in place on a terminal, printed every 10 s elsewhere.
+    """
+
+    def __init__(self, label, total, done=0):
+        self.label, self.total, self.first = label, total, done
+        self.begin = self.shown = time.time()
+
+    def __call__(self, done, values=""):
+        now, live, last = time.time(), sys.stderr.isatty(), done >= self.total
+        if not last and now - self.shown <= (0.2 if live else 10):
+            return
+        self.shown = now
+        rate = (done - self.first) / max(now - self.begin, 1e-9)
+        left = f"{now - self.begin:.0f} s" if last else f"{(self.total - done) / rate:.0f} s left"
+        digits = 2 if rate < 10 else 0
+        line = f"{self.label} {done}/{self.total}  {values}{rate:.{digits}f}/s  {left}"
+        line, end = (f"\r{line:<100}", "\n" if last else "") if live else (line, "\n")
+        print(line, end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,48 @@
+"""What the evaluation scripts share: flags, and the model that is evaluated."""
+
+from pathlib import Path
+
+import training
+from common import BadInput, positive_int
+
+
+def add_flags(parser):
+    """Flags that all evaluation scripts have."""
+    flag = training.add_model_flags(parser).add_argument
+    flag("--adapter", metavar="DIR", help="PEFT adapter to put on it, such as a run's adapter/")
+    flag = parser.add_argument_group("evaluation").add_argument
+    flag("--images", metavar="DIR", help="folder of the images")
+    flag("--out", metavar="DIR", help="folder for answers and metrics.json; new or empty")
+    flag(
+        "--batch-size",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="prompts at a time; fewer need less memory (default %(default)s)",
+    )
+
+
+def check_flags(args):
+    """Either --answers, or all that a model needs; --out must be new or empty."""
+    if args.answers and (args.model or args.adapter):
+        raise BadInput(
+            "--answers scores a file without a model; --model and --adapter do not go with it."
+        )
+    if not args.answers and not (args.model and args.images and args.out):
+        raise BadInput(
+            "--model, --images and --out are needed, or --answers FILE to score answers that exist."
+        )
+    out = Path(args.out) if args.out else None
+    if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"--out {args.out} exists and is not an empty folder; give another.")
+
+
+def load(args):
+    """--model with --adapter -> (model, processor)."""
+    from formats import adapters, checkpoints  # brings transformers; --help does without
+
+    device, dtype = training.device_and_dtype(args)
+    model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
+    if args.adapter:
+        adapters.load_adapter(model, args.adapter)
+    return model, processor

@@ -1,0 +1,164 @@
+"""The toy world as the scripts use it: who fills in a run's flags, and who builds and caches what.
+
+    toy.fill(args, TOY)        without --model: the toy base model, its world's data, toy settings
+    toy.world(0), toy.base(0), toy.data_file(0, "povid.json"), toy.reward_model(0)
+
+Everything is built on first use, below `.cache/` in the working folder, under a hash of what made
+it: the code, the seed, and what it was built from. The files that only read data sets are not part
+of the hash. If a change there changes a result, raise VERSION.
+"""
+
+import ast
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from common import Parser, file_hash, flag_name, whole_folder
+from lab import drawing, toyworld
+
+VERSION = 1
+HOME = Path(__file__).parents[1]  # the folder of the scripts
+CACHE = Path(".cache")
+OWN_ANSWERS = ("vlfeedback.jsonl", "rlhf_v.jsonl")  # hold the base model's own answers
+
+
+def fill(args, settings):
+    """Without --model, complete `args` for a run in the toy world of --seed; with it, do nothing.
+
+    The toy base model becomes the model. `settings`, the TOY of a script, replaces the defaults of
+    flags that were not given: {"data": [files of the world], "steps": ..., ...}. A setting never
+    replaces a default that depends on the method, such as the beta of a loss.
+    """
+    if args.model or getattr(args, "vision", None):
+        return
+    skip = args.given | ({"steps"} if "epochs" in args.given else set())
+    used = {name: value for name, value in settings.items() if name not in skip}
+    for name, value in used.items():
+        setattr(args, name, value)
+
+    args.toy_world = str(world(args.seed))
+    if "data" not in args.given:
+        args.data = [str(data_file(args.seed, name)) for name in settings["data"]]
+        if "images" not in args.given:
+            args.images = str(Path(args.toy_world) / "images")
+    if "vision" in settings:  # sft.py composes a new model
+        args.vision, args.llm = (str(parts(args.seed) / settings[n]) for n in ("vision", "llm"))
+    else:
+        args.model = str(base(args.seed))
+
+    shown = {k: v for k, v in used.items() if k not in ("data", "vision", "llm")}
+    flags = " ".join(f"{flag_name(name)} {value}" for name, value in shown.items())
+    print(f"no --model: toy world of seed {args.seed}, {flags}", file=sys.stderr)
+
+
+# ---- what is built and cached
+
+
+def made_of(*things):
+    """A short hash of what made a folder: source files (their code, without comments) and values."""
+    parts = [f"version {VERSION}"]
+    for thing in things:
+        if isinstance(thing, Path):
+            code = ast.parse(thing.read_text(encoding="utf-8"))
+            for node in ast.walk(code):
+                documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+                if documented and ast.get_docstring(node) is not None:
+                    del node.body[0]
+            thing = ast.dump(code)
+        parts.append(str(thing))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def sources(*names):
+    """The source files of these modules."""
+    return [HOME / f"{name}.py" for name in names]
+
+
+def world(seed):
+    """The folder of the seed's world: images and data files in the public layouts."""
+    made = made_of(Path(toyworld.__file__), Path(drawing.__file__), seed)
+    folder = CACHE / f"world-{made}"
+    if not folder.exists():
+        toyworld.write(folder, seed)
+    return folder
+
+
+def parts(seed):
+    """The folder with the toy base model's parts: clip/ and llm/."""
+    folder = CACHE / f"parts-{made_of(*sources('lab/parts'), world(seed).name)}"
+    if not folder.exists():
+        from lab import parts as making
+
+        with whole_folder(folder) as aside:
+            making.write(aside, world(seed), seed)
+    return folder
+
+
+def base(seed):
+    """The toy base model: shipped for seed 0, built by sft.py's own command line for the others."""
+    shipped = Path(__file__).parent / "base"
+    if seed == 0 and shipped.is_dir():
+        return shipped
+    code = sources("sft", "model", "attention", "data", "lab/parts")
+    folder = CACHE / f"base-{made_of(*code, world(seed).name)}"
+    if not folder.exists():
+        print(f"building the toy base model of seed {seed}, once", file=sys.stderr)
+        with whole_folder(folder) as aside:
+            script("sft.py", "--seed", seed, "--out", aside / "run")
+            os.replace(aside / "run" / "model", aside / "model")
+    return folder / "model"
+
+
+def data_file(seed, name):
+    """A data file of the seed's world. Two of them hold the base model's own answers."""
+    if name not in OWN_ANSWERS:
+        return world(seed) / name
+    made = made_of(*sources("lab/oracle", "sampling"), world(seed).name, weights(seed))
+    folder = CACHE / f"answers-{made}"
+    if not folder.exists():
+        from lab import oracle
+
+        with whole_folder(folder) as aside:
+            oracle.answers_of(base(seed), world(seed), aside, seed)
+    return folder / name
+
+
+def reward_model(seed):
+    """The reward model of the toy base, trained by reward_model.py's own command line."""
+    code = sources("reward_model", "facts", "model", "attention", "lora", "data")
+    folder = CACHE / f"reward-{made_of(*code, world(seed).name, weights(seed))}"
+    if not folder.exists():
+        print(f"training the toy reward model of seed {seed}, once", file=sys.stderr)
+        with whole_folder(folder) as aside:
+            script("reward_model.py", "--seed", seed, "--out", aside / "run")
+    return folder / "run"
+
+
+def weights(seed):
+    """A hash of the toy base model's weights."""
+    return file_hash(base(seed) / "model.safetensors")
+
+
+def script(name, *arguments):
+    """Run a script of this project with the user's own command line."""
+    command = [sys.executable, str(HOME / name), *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def main():
+    """Write a world, or preferences among a model's own answers to it."""
+    parser = Parser(toyworld.__doc__)
+    flag = parser.add_argument
+    flag("--seed", type=int, default=0, help="another seed is another world; it seeds the sampling")
+    flag("--out", type=Path, required=True, help="folder to write; for a world it must be new")
+    flag("--answers-of", metavar="MODEL", help="write preferences among its answers instead")
+    args = parser.parse_args()
+    if not args.answers_of:
+        toyworld.write(args.out, args.seed)
+        return
+    from lab import oracle
+
+    counts = oracle.answers_of(args.answers_of, world(args.seed), args.out, args.seed)
+    print(", ".join(f"{name}: {count}" for name, count in counts.items()))

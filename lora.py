@@ -1,0 +1,63 @@
+"""LoRA: low-rank adapters on the linear layers of a frozen LLM (Hu et al. 2021, arXiv 2106.09685)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import BadInput
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRA(nn.Module):
+    """(alpha / rank) x A^T B^T (Hu et al. 2021). A and B are float32; B, and so LoRA, starts at 0."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.scale = alpha / rank
+        new = {"dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **new))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
+
+
+class LoRALinear(nn.Module):
+    """y = x W^T plus the adapter in use. Several named adapters share one frozen W (`MLLM.use`).
+
+    active: the adapter in use, None for W alone. Preference optimization trains "policy".
+    """
+
+    def __init__(self, base, rank, alpha, name="policy"):
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict({name: LoRA(base, rank, alpha)})
+        self.active = "policy"
+
+    def forward(self, x):
+        if self.active not in self.adapters:
+            return self.base(x)
+        lora, rows = self.adapters[self.active], x.flatten(0, -2)  # (n, in)
+        y = self.base(rows)
+        low = lora.scale * F.linear(rows.to(y.dtype), lora.lora_A.to(y.dtype))  # (n, rank)
+        y.addmm_(low, lora.lora_B.to(y.dtype).t())  # in place: no second tensor of y's size
+        return y.unflatten(0, x.shape[:-1])
+
+
+def add_adapter(llm, name, rank, alpha=None):
+    """Add a trainable LoRA of this name to every linear layer of the LLM's blocks.
+
+    alpha: 2 x rank by default.
+    """
+    alpha = 2 * rank if alpha is None else alpha
+    for block in llm.base_model.layers:
+        for module in [m for m in block.modules() if not isinstance(m, LoRALinear)]:
+            for leaf, child in list(module.named_children()):
+                if isinstance(child, LoRALinear):
+                    child.adapters[name] = LoRA(child.base, rank, alpha)
+                elif isinstance(child, nn.Linear):
+                    if leaf not in LORA_TARGETS:
+                        known = ", ".join(LORA_TARGETS)
+                        raise BadInput(f"LoRA: the layer {leaf} is unknown; known are {known}.")
+                    setattr(module, leaf, LoRALinear(child, rank, alpha, name))

@@ -1,0 +1,249 @@
+"""Drawing answers: the image is encoded once, the prompt is prefilled once, then decoding in place.
+
+samples = sample(model, prompts, pixel_values, k=4, stop_ids=processor.stop_ids)
+texts = generate(model, processor, records, max_new_tokens=64)      # greedy, with progress
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from attention import mask_and_prefix, sliding_window
+from common import Progress
+from model import pack
+
+
+@dataclass
+class Samples:
+    """K answers for each of B prompts.
+
+    tokens[b][k]: (R,), the stop token included. log_probs[b][k]: (R,), under the full softmax at
+    temperature 1, whatever temperature drew the tokens. finished[b][k]: False for an answer that
+    was cut off at `max_new_tokens`.
+    """
+
+    tokens: list
+    log_probs: list
+    finished: list
+
+
+class KVCache:
+    """Keys and values of every layer in memory allocated once: the prompt's slots, then one a token."""
+
+    def __init__(self, slots):
+        self.slots, self.length = slots, 0
+        self.keys, self.values = [], []
+
+    def update(self, key, value, layer, *_):
+        """Store (rows, heads, new, d) after what is there; return all of it. transformers calls it."""
+        if layer == len(self.keys):
+            shape = (*key.shape[:2], self.slots)
+            self.keys.append(key.new_empty((*shape, key.shape[3])))
+            self.values.append(value.new_empty((*shape, value.shape[3])))
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def take(self, rows, slots):
+        """Keep (or repeat) these rows, with room for `slots` tokens."""
+        self.slots = slots
+        for stored in (self.keys, self.values):
+            for i, old in enumerate(stored):
+                stored[i] = old.new_empty((len(rows), old.shape[1], slots, old.shape[3]))
+                stored[i][:, :, : self.length] = old[rows, :, : self.length]
+
+
+@dataclass
+class Growing:
+    """The M answers that are being drawn, after their prompts are prefilled."""
+
+    cache: KVCache  # M rows, L slots in use
+    h: torch.Tensor  # (M, D) hidden state that predicts the next token
+    visible: torch.Tensor  # (M, L) bool, which cached positions the new tokens attend to
+    positions: torch.Tensor  # (M, L) position ids of the cache
+    next_position: torch.Tensor  # (M,) position id of the first new token
+
+
+@torch.no_grad()
+def sample(
+    model,
+    prompts,
+    pixel_values=None,
+    k=1,
+    max_new_tokens=256,
+    temperature=1.0,
+    stop_ids=(),
+    masked=None,
+    given=None,
+    generator=None,
+    image_sizes=None,
+):
+    """Draw k answers to each prompt -> `Samples`.
+
+    prompts: B tensors (P,). temperature 0 is greedy. Drawing stops at any of `stop_ids` or after
+    max_new_tokens; the image token is never drawn. masked: (B, longest P), True = nobody attends to
+    this prompt position during the whole generation; no position id moves (BDHS).
+    given: texts that the answers begin with, B lists of (tokens (R,), cuts). Each is prefilled once,
+    after its prompt, and continued k times from each cut, the number of its tokens that are kept.
+    The result has the order of `given` and its cuts, and not the given tokens.
+    """
+    given = given or [[(torch.zeros(0, dtype=torch.long), [0])]] * len(prompts)
+    branches = [
+        [(text, cut) for text, (_, cuts) in enumerate(texts) for cut in cuts for _ in range(k)]
+        for texts in given
+    ]
+    training = model.training
+    model.eval()  # gradient checkpointing would switch off the cache
+
+    # 1. prefill: image, prompts and given texts, once
+    growing = prefill(
+        model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens
+    )
+    # 2. decode: one token of every answer at a time
+    tokens, log_probs, drawn, finished = decode(
+        model, growing, max_new_tokens, temperature, stop_ids, generator
+    )
+    model.train(training)
+
+    samples, m = Samples([], [], []), 0
+    for row in branches:
+        mine = range(m, m + len(row))
+        samples.tokens.append([tokens[i, : drawn[i]].cpu() for i in mine])
+        samples.log_probs.append([log_probs[i, : drawn[i]].cpu() for i in mine])
+        samples.finished.append([bool(finished[i]) for i in mine])
+        m += len(row)
+    return samples
+
+
+def prefill(model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens):
+    """Run prompts and given texts through the model once, and repeat their cache for each answer.
+
+    branches: for each prompt the (number of the given text, cut) of each of its answers, M in all.
+    """
+    device = model.device
+    batch = pack(prompts, [[tokens for tokens, _ in texts] for texts in given]).to(device)
+    B, L = batch.input_ids.shape
+    hide = torch.zeros(B, L, dtype=torch.bool, device=device)
+    if masked is not None:
+        hide[:, : masked.shape[1]] = masked.to(device)
+
+    # which positions of its row each answer follows, and the last of them
+    row = torch.tensor([b for b in range(B) for _ in branches[b]], device=device)  # (M,)
+    text, cut = torch.tensor(sum(branches, []), device=device).view(-1, 2).T  # (M,), (M,)
+    next_position = torch.tensor([len(p) for p in prompts], device=device)[row] + cut  # (M,)
+    positions, segments = batch.position_ids[row], batch.segments[row]  # (M, L)
+    kept = (segments == text[:, None] + 1) & (positions < next_position[:, None])
+    follows = (segments == 0) | kept  # (M, L)
+    last = (follows & (positions == next_position[:, None] - 1)).int().argmax(1)  # (M,)
+
+    cache = KVCache(L)
+    pixel_values = None if pixel_values is None else pixel_values.to(device)
+    x = model.embed(batch.input_ids, pixel_values, image_sizes)  # (B, L, D)
+    wanted = row * L + last
+    see, prefix = mask_and_prefix(batch, model.llm.config, wanted, hide)
+    h = model.decode(x, see, batch.position_ids, cache, prefix, wanted)  # (M, D)
+    cache.length = L
+    cache.take(row, L + max_new_tokens)
+    return Growing(cache, h, follows & ~hide[row], positions, next_position)
+
+
+def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
+    """Draw until every answer has ended -> tokens (M, max), log-probs (M, max), lengths, finished."""
+    cache, h, next_position = growing.cache, growing.h, growing.next_position
+    M, L, device = len(h), cache.length, h.device
+    visible = F.pad(growing.visible, (0, max_new_tokens))
+    positions = F.pad(growing.positions, (0, max_new_tokens))
+    embeddings, head = model.llm.get_input_embeddings(), model.head_weight()
+    stop = torch.tensor(list(stop_ids), device=device)
+
+    tokens = torch.zeros(M, max_new_tokens, dtype=torch.long, device=device)
+    log_probs = torch.zeros(M, max_new_tokens, device=device)
+    drawn = torch.zeros(M, dtype=torch.long, device=device)
+    finished = torch.zeros(M, dtype=torch.bool, device=device)
+    computed = torch.arange(M, device=device)  # the answers that are still in the cache ...
+    live = torch.ones(M, dtype=torch.bool, device=device)  # ... and which of them still grow
+
+    for t in range(max_new_tokens):
+        # draw token t of every answer
+        logits = (h.to(model.dtype) @ head.t()).float()  # (M, V)
+        log_p = logits.log_softmax(-1)
+        logits[:, model.image_token_id] = -torch.inf
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            p = (logits / temperature).softmax(-1)
+            token = torch.multinomial(p, 1, generator=generator)[:, 0]
+
+        # note it, for the answers that still grow
+        growing_now = computed[live]
+        tokens[growing_now, t] = token[live]
+        log_probs[growing_now, t] = log_p.gather(-1, token[:, None])[live, 0]
+        drawn[growing_now] += 1
+        ended = torch.isin(token, stop)
+        finished[growing_now] = ended[live]
+        live &= ~ended
+        if t == max_new_tokens - 1 or not live.any():
+            break
+
+        # drop the ended answers once they are enough to be worth the copy
+        if live.sum() <= 0.75 * len(live):
+            keep = live.nonzero()[:, 0]
+            computed, live, token = computed[keep], live[keep], token[keep]
+            visible, positions = visible[keep], positions[keep]
+            next_position = next_position[keep]
+            cache.take(keep, L + max_new_tokens)
+
+        # the hidden state that predicts token t + 1
+        now = next_position + t
+        visible[:, L + t] = True
+        positions[:, L + t] = now
+        keys = slice(0, L + t + 1)
+        see = sliding_window(
+            visible[:, None, None, keys], now[:, None], positions[:, keys], model.llm.config
+        )
+        h = model.decode(embeddings(token)[:, None], see, now[:, None], cache)[:, 0]
+        cache.length += 1
+    return tokens, log_probs, drawn, finished
+
+
+def generate(
+    model,
+    processor,
+    records,
+    max_new_tokens,
+    temperature=0.0,
+    k=1,
+    batch_size=64,
+    seed=0,
+    label="generate",
+):
+    """k answers to each record's prompt -> a list of k texts for each record, in order.
+
+    Progress is shown on stderr when it takes long.
+    """
+    examples = [processor.encode(replace(r, answers=())) for r in records]
+    # prompts of similar length together: little padding
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    generator = torch.Generator(model.device).manual_seed(seed)
+    progress, texts = Progress(label, len(records)), [None] * len(records)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = [examples[i] for i in chosen]
+        pixel_values, image_sizes = processor.images(batch)
+        samples = sample(
+            model,
+            [e.prompt for e in batch],
+            pixel_values,
+            k,
+            max_new_tokens,
+            temperature,
+            processor.stop_ids,
+            generator=generator,
+            image_sizes=image_sizes,
+        )
+        for i, tokens in zip(chosen, samples.tokens):
+            texts[i] = [processor.text(t) for t in tokens]
+        progress(start + len(chosen))
+    return texts
