@@ -1,5 +1,6 @@
 """bdhs.py: what is hidden, how sentences are cut, completed and joined, Algorithm 1's loop, both ways to use it."""
 
+import inspect
 import json
 import math
 import random
@@ -12,9 +13,16 @@ import torch
 from PIL import Image
 
 import bdhs
+import checkpoints
 import data
 import training
-from model import attention_mask, pack
+from model import MLLM, BadInput, Samples, attention_mask, pack
+
+# What the tests watch or replace: the only names of this file that say where something is done.
+SAMPLER = (MLLM, "sample")
+SCORER = (MLLM, "answer_log_probs")
+ENCODER = (MLLM, "image_features")
+POVID_SCORER = (bdhs, "distorted_log_probs")
 
 ANSWER = "A red cup is on the table. No, there is no dog in the image. Two bananas are in a bowl"
 
@@ -49,6 +57,61 @@ def examples(llava, tmp_path):
             )
         )
     return found
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A function that notes every call of a place: its arguments by name, `result`, and `training`, the model's mode.
+
+    instead: what is called in its place, with such a note.
+    """
+
+    def start(place, instead=None):
+        real, calls = getattr(*place), []
+        names = inspect.signature(real)
+
+        def call(*args, **named):
+            bound = names.bind(*args, **named)
+            bound.apply_defaults()
+            seen = SimpleNamespace(**bound.arguments)
+            seen.training = any(v.training for v in bound.arguments.values() if isinstance(v, MLLM))
+            calls.append(seen)
+            seen.result = instead(seen) if instead else real(*args, **named)
+            return seen.result
+
+        monkeypatch.setattr(*place, call)
+        return calls
+
+    return start
+
+
+@pytest.fixture
+def say(watch, llava):
+    """A function that puts words into the model's mouth: `say(line)` draws `line(question, text so far)` + the end token."""
+    tokenizer, stop = llava[1].tokenizer, llava[1].stop_ids[0]
+
+    def start(line):
+        def speak(call):
+            tokens = []
+            free = [[(torch.zeros(0, dtype=torch.long), [0])]] * len(call.prompts)
+            for prompt, texts in zip(call.prompts, call.given or free):
+                shown = tokenizer.decode(prompt).replace("<image>", "")
+                question = shown.rsplit("USER:", 1)[1].split("ASSISTANT:")[0].strip()
+                said = [line(question, tokenizer.decode(t[:c])) for t, cuts in texts for c in cuts]
+                ids = [tokenizer.encode(text, add_special_tokens=False) for text in said]
+                tokens.append([torch.tensor([*i, stop]) for i in ids])
+            log_probs = [[torch.zeros(len(t)) for t in row] for row in tokens]
+            return Samples(tokens, log_probs, [[True] * len(row) for row in tokens])
+
+        return watch(SAMPLER, speak)
+
+    return start
+
+
+def beginnings(call, processor):
+    """The texts that a call of the sampler was given to go on from, a list a prompt."""
+    decode = lambda ids: processor.tokenizer.decode(ids, skip_special_tokens=False)
+    return [[decode(ids[:cut]) for ids, cuts in texts for cut in cuts] for texts in call.given]
 
 
 # ---- words
@@ -255,39 +318,254 @@ def test_sampling_from_cuts_is_sampling_from_prefixes(llava, examples):
             )
 
 
-def test_guided_answers_keep_their_beginnings(llava, examples):
-    """What is kept of a sentence is in y-, word for word; its context is the true text; only one full stop is drawn."""
+def test_guided_answers_keep_their_beginnings(llava, examples, say):
+    """Every sentence: what is kept of it, and what is said behind the true text up to there; in order, with its own end."""
     model, processor = llava
-    drawer, seen = bdhs.Drawer(model, processor, settings(tries=1, threshold=2.0)), []
-    complete = drawer.complete
+    calls, swaps, whole = say(lambda _, begun: f" w{len(begun.split())}."), 0, 0
+    drawer = bdhs.Drawer(model, processor, settings(tries=1))
+    for seed in range(40):
+        (negative,) = drawer.hallucinate(examples[:1], seed)
+        said, begun, flipped = [], [], negative.swaps
+        assert [(start, end) for start, _, end in negative.cuts] == bdhs.split_sentences(ANSWER)
+        for start, cut, end in negative.cuts:
+            sentence = ANSWER[start:end]
+            if flipped and sentence.startswith("No"):
+                sentence = "Yes" + sentence.removeprefix("No")
+            kept = sentence[: cut - start]
+            if kept.endswith("."):  # whole: nothing is left to say
+                said, whole = [*said, kept], whole + 1
+            else:
+                words = len((ANSWER[:start] + kept).split())
+                said.append(f"{kept} w{words}.".strip())
+                begun.append((ANSWER[:start] + kept).strip())
+        assert negative.text == " ".join(said) and negative.guided and negative.tries == 1
+        assert sorted(t.strip() for t in beginnings(calls[-1], processor)[0]) == sorted(begun)
+        swaps += flipped
+    assert 8 < swaps < 32 and 0 < whole < swaps
 
-    def watch(plans, *rest):
-        texts = complete(plans, *rest)
-        seen.extend(plans)
-        return texts
 
-    drawer.complete = watch
-    negatives = drawer.hallucinate(examples, 5)
-    for example, plan, negative in zip(examples, seen, negatives):
-        answer, spans, at = (
-            example.record.answers[0],
-            bdhs.split_sentences(example.record.answers[0]),
-            0,
-        )
-        assert (
-            len(plan) == len(spans) == len(negative.cuts)
-            and negative.guided
-            and negative.tries == 1
-        )
-        for s, (start, _) in zip(plan, spans):
-            assert s.text[:start] == answer[:start]  # the sentences before it are the true ones
-            ids = s.given[: s.kept]
-            assert processor.tokenizer.decode(ids).strip() == s.text[: s.cut].strip()
-            if not s.swapped:
-                assert torch.equal(ids, example.answers[0][: s.kept])
-            assert len(bdhs.END.findall(s.completion[:-1].strip())) == 0
-            at = negative.text.index(s.text[s.start : s.cut].strip(), at)
-    assert negatives[0].swaps == sum(s.swapped for s in seen[0])
+@pytest.mark.parametrize(
+    "answer, other", [("Yes", "No"), ("yes", "no"), ("No", "Yes"), ("no", "yes")]
+)
+def test_yes_and_no_change_places(llava, examples, say, answer, other):
+    """In half of the answers; what was swapped is always kept, and "Yes" without a full stop may go on."""
+    model, processor = llava
+    calls, drawer = (
+        say(lambda _, begun: f" [{begun.strip()}]."),
+        bdhs.Drawer(model, processor, settings(tries=1)),
+    )
+    (example,) = [processor.encode(replace(examples[1].record, answers=(answer,)))]
+    found = [drawer.hallucinate([example], seed)[0] for seed in range(60)]
+    assert {(n.swaps, n.text) for n in found} == {(1, f"{other} [{other}]."), (0, "[].")}
+    assert abs(sum(n.swaps for n in found) - 30) < 5 * math.sqrt(60 / 4)
+    # with its mark it is complete: nothing is drawn, alone or beside others
+    calls.clear()
+    example = processor.encode(replace(examples[1].record, answers=(f"{answer}.",)))
+    found = [drawer.hallucinate([example], seed)[0] for seed in range(20)]
+    assert {(n.swaps, n.text) for n in found} == {(1, f"{other}."), (0, "[].")}
+    assert len(calls) == sum(not n.swaps for n in found)
+    both = next(
+        pair
+        for pair in (drawer.hallucinate([example, examples[0]], seed) for seed in range(20))
+        if pair[0].swaps
+    )
+    assert both[0].text == f"{other}." and "[" in both[1].text
+
+
+def test_a_swapped_sentence_is_cut_anywhere_behind_the_swap(llava, examples):
+    """One to all of the eight words of "Yes, there is no dog in the image." are kept, equally often."""
+    _, processor = llava
+    rng, kept = random.Random(0), []
+    for _ in range(800):
+        s = bdhs.cut_sentences(examples[0], processor, rng)[1]
+        kept += [len(s.text[s.start : s.cut].split())] if s.swapped else []
+    assert sorted(set(kept)) == list(range(1, 9))
+    for words in range(1, 9):
+        mean = len(kept) / 8
+        assert abs(kept.count(words) - mean) < 5 * math.sqrt(mean * 7 / 8)
+
+
+@pytest.mark.parametrize(
+    "drawn, want",
+    [
+        (" dog. A cat. And", "dog."),
+        (" dog! A cat", "dog!"),
+        (" dog? A cat", "dog?"),
+        (" dog\nA cat", "dog"),
+        ("\n dog. A cat.", "dog."),
+        (" dog", "dog"),
+        ("", ""),
+    ],
+)
+def test_a_completion_ends_at_its_first_mark(llava, examples, say, drawn, want):
+    """A token may hold a full stop and what follows it. No end token stays in the text."""
+    model, processor = llava
+    say(lambda question, begun: drawn)
+    example = processor.encode(replace(examples[0].record, answers=("Red",)))
+    (negative,) = bdhs.Drawer(model, processor, settings(tries=1)).hallucinate([example], 0)
+    assert negative.text == want
+
+
+def test_an_unguided_answer_is_taken_as_it_is(llava, examples, say):
+    """Several sentences, no given text, no end of a sentence among the stop tokens, and no token of the end in the text."""
+    model, processor = llava
+    calls = say(lambda question, begun: "A dog. A cat! And more")
+    drawer = bdhs.Drawer(model, processor, settings(tries=3, no_guidance=True))
+    for negative in drawer.hallucinate(examples, 0):
+        assert negative.text == "A dog. A cat! And more" and not negative.guided
+        assert (negative.tries, negative.swaps, negative.cuts) == (1, 0, [])
+    assert calls[0].given is None and sorted(calls[0].stop_ids) == sorted(processor.stop_ids)
+
+
+def test_a_guided_completion_stops_at_every_token_with_a_mark(llava, examples, say):
+    model, processor = llava
+    calls = say(lambda question, begun: " dog.")
+    bdhs.Drawer(model, processor, settings(tries=1)).hallucinate(examples, 0)
+    for i in range(len(processor.tokenizer)):
+        text = processor.tokenizer.decode([i])
+        marked = any(mark in text for mark in ".!?\n")
+        assert (i in calls[0].stop_ids) == (marked or i in processor.stop_ids), text
+
+
+def test_the_drawn_text_ends_with_its_sentence(llava, examples, watch):
+    """With the model's own words: no mark but at the end of what is drawn."""
+    model, processor = llava
+    calls, marks = watch(SAMPLER), 0
+    drawer = bdhs.Drawer(model, processor, settings(tries=1, max_new_tokens=40))
+    for seed in range(4):
+        drawer.hallucinate(examples, seed)
+        for tokens in sum(calls[-1].result.tokens, []):
+            text = processor.text(tokens)
+            marks += text.endswith((".", "!", "?"))
+            assert not any(mark in text[:-1].strip() for mark in ".!?\n")
+    assert marks
+
+
+def test_settings_reach_the_sampler(llava, examples, watch):
+    model, processor = llava
+    calls = watch(SAMPLER)
+    for more in ({}, {"no_guidance": True}):
+        flags = settings(tries=1, temperature=0.7, max_new_tokens=5, **more)
+        bdhs.Drawer(model, processor, flags).hallucinate(examples, 0)
+        assert (calls[-1].k, calls[-1].temperature, calls[-1].max_new_tokens) == (1, 0.7, 5)
+        assert all(torch.equal(p, e.prompt) for p, e in zip(calls[-1].prompts, examples))
+    for texts in calls[0].given:  # nothing is prefilled that nobody goes on from
+        assert all(len(tokens) == max(cuts) for tokens, cuts in texts)
+
+
+# ---- the hidden picture
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_hidden_picture_does_not_matter(llava, examples, tmp_path, free):
+    """The same answers under another picture: with rho 1 the same negatives, with rho 0 others."""
+    model, processor = llava
+    others = []
+    for i, e in enumerate(examples):
+        path = tmp_path / f"other {i}.png"
+        Image.frombytes("RGB", (28, 28), random.Random(i + 9).randbytes(28 * 28 * 3)).save(path)
+        others.append(processor.encode(replace(e.record, image=path)))
+    for rho, same in ((1.0, True), (0.0, False)):
+        drawer = bdhs.Drawer(model, processor, settings(rho=rho, no_guidance=free, tries=2))
+        a, b = (drawer.hallucinate(e, 0) for e in (examples, others))
+        assert any(n.text for n in a) and ([n.text for n in a] == [n.text for n in b]) == same
+        assert [n.visible for n in a] == [0 if same else 4] * 3
+
+
+def test_what_is_hidden_is_told(llava, examples, say):
+    """The mask that the sampler gets holds image tokens alone, others at every try, and `Negative` names its own."""
+    model, processor = llava
+    calls = say(lambda question, begun: "" if question == "Describe the image." else "A dog.")
+    long = replace(examples[1].record, turns=("What is in the picture, on the left of it?",))
+    batch = [examples[0], processor.encode(long), examples[2]]
+    drawer, masks = bdhs.Drawer(model, processor, settings(no_guidance=True, tries=2)), []
+    for seed in range(8):
+        negatives = drawer.hallucinate(batch, seed)
+        first, second = calls[-2:]  # the second example is ready after the first try
+        assert [n.tries for n in negatives] == [2, 1, 2] and len(second.prompts) == 2
+        seen = (second.image_mask[0], first.image_mask[1], second.image_mask[1])
+        for example, negative, mask in zip(batch, negatives, seen):
+            at = (example.prompt == processor.image_token_id).nonzero()[:, 0].tolist()
+            hidden = mask.nonzero()[:, 0].tolist()
+            assert len(at) == 4 and set(hidden) <= set(at)
+            assert [at[i] for i in negative.hidden] == hidden
+            assert negative.visible == 4 - len(hidden)
+        masks += [first.image_mask.tolist(), second.image_mask.tolist()]
+    assert len({str(m) for m in masks}) == len(masks)
+
+
+@pytest.fixture
+def large(parts, tmp_path, examples):
+    """(model, processor, examples) with pictures of 36 tokens, as in the toy world."""
+    import transformers
+
+    config = transformers.CLIPVisionConfig.from_pretrained(parts / "vision", image_size=84)
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "vision")
+    model, processor = checkpoints.compose(tmp_path / "vision", parts / "llm")
+    return model.eval(), processor, [processor.encode(e.record) for e in examples]
+
+
+@pytest.mark.parametrize("rho, share", [(None, 0.84), (0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
+def test_rho_of_the_drawer(large, say, rho, share):
+    """--rho as given, 0 included; without it 5.76 of 36 tokens stay visible."""
+    model, processor, examples = large
+    calls = say(lambda question, begun: "A dog.")
+    drawer = bdhs.Drawer(model, processor, settings(rho=rho, tries=1))
+    for seed in range(30):
+        drawer.hallucinate(examples, seed)
+    n = 30 * 3 * 36
+    hidden = sum(int(call.image_mask.sum()) for call in calls)
+    assert abs(hidden - n * share) <= 5 * math.sqrt(n * share * (1 - share))
+
+
+# ---- noise
+
+
+def test_alpha_bar_by_hand():
+    """0: no noise. n: the product of 1 - beta_0 .. 1 - beta_n, n + 1 factors: POVID takes entry n of the products."""
+    beta = [1e-5 + (0.5e-2 - 1e-5) / (1 + math.exp(6 - 12 * k / 999)) for k in range(1000)]
+    assert bdhs.alpha_bar(0) == 1
+    assert 1 - bdhs.alpha_bar(1) == pytest.approx(beta[0] + beta[1] - beta[0] * beta[1], rel=1e-9)
+    assert 1 - bdhs.alpha_bar(1) == pytest.approx(4.48e-5, abs=1e-7)  # beta_0 is 2.23e-5
+    for steps in (1, 2, 300, 500, 999):
+        want = math.prod(1 - b for b in beta[: steps + 1])
+        assert bdhs.alpha_bar(steps) == pytest.approx(want, rel=1e-9)
+
+
+def test_noise_is_drawn_for_every_pixel():
+    """Two equal pictures get other noise, as do two colours; a generator repeats itself."""
+    pixels = torch.zeros(2, 3, 40, 40)
+    draw = lambda seed: bdhs.diffuse(
+        pixels, 100, (0.5,) * 3, (0.5,) * 3, torch.Generator().manual_seed(seed)
+    )
+    a = draw(0)
+    assert torch.equal(a, draw(0)) and not torch.equal(a, draw(1))
+    planes = a.flatten(0, 1).flatten(1)
+    assert (torch.corrcoef(planes) - torch.eye(6)).abs().max() < 0.2
+
+
+def noise_of(pixels, example, processor):
+    """Mean distance of pixels from an example's picture, both in 0 .. 1."""
+    std = torch.tensor(processor.image_std).view(3, 1, 1)
+    return float(((pixels - processor.pixels(example.record.image)) * std).abs().mean())
+
+
+def test_noise_reaches_the_sampler(llava, examples, say):
+    """--noise-steps 0: the pictures themselves. 500: much noise, 10: a little; anew at every try; the same from a seed."""
+    model, processor = llava
+    calls = say(lambda question, begun: "")
+    for steps, least, most in ((0, 0, 0), (10, 0.005, 0.03), (500, 0.2, 0.5)):
+        flags = settings(noise_steps=steps, tries=2, no_guidance=True, rho=0.0)
+        drawer = bdhs.Drawer(model, processor, flags)
+        calls.clear()
+        for seed in (0, 0, 1):
+            drawer.hallucinate(examples, seed)
+        first, second, again, _, other, _ = (call.pixel_values for call in calls)
+        for pixels in (first, second, other):
+            for picture, example in zip(pixels, examples):
+                assert least <= noise_of(picture, example, processor) <= most
+        assert torch.equal(first, again)
+        assert torch.equal(first, second) == torch.equal(first, other) == (steps == 0)
 
 
 def test_one_prefill_a_try(llava, examples, monkeypatch):
@@ -304,15 +582,13 @@ def test_one_prefill_a_try(llava, examples, monkeypatch):
     assert rows[0][0] == 3 and all(shape[1] == 1 for shape in rows[1:])
 
 
-def test_tries(llava, examples):
+def test_tries(llava, examples, watch):
     """Never different enough: N tries, the last one free. Different at once: one. A fresh mask each time; the same seed, the same."""
     model, processor = llava
     stubborn = bdhs.Drawer(model, processor, settings(tries=3, threshold=-1.0))
-    masks, complete = [], stubborn.complete
-    stubborn.complete = lambda plans, prompts, pixels, hidden, g: (
-        masks.append((hidden, bool(plans[0]))) or complete(plans, prompts, pixels, hidden, g)
-    )
+    calls = watch(SAMPLER)
     negatives = stubborn.hallucinate(examples, 0)
+    masks = [(call.image_mask, call.given is not None) for call in calls]
     assert [n.tries for n in negatives] == [3, 3, 3] and not any(n.guided for n in negatives)
     assert [guided for _, guided in masks] == [True, True, False]
     assert not torch.equal(masks[0][0], masks[1][0]) and not torch.equal(masks[1][0], masks[2][0])
@@ -327,6 +603,89 @@ def test_tries(llava, examples):
     assert all(
         n.guided for n in single.hallucinate(examples, 0)
     )  # N = 1: guided, whatever comes out
+
+
+def test_as_similar_as_the_threshold_is_too_similar(llava, examples):
+    model, processor = llava
+    draw = lambda threshold: bdhs.Drawer(
+        model, processor, settings(tries=2, threshold=threshold)
+    ).hallucinate(examples[:1], 3)[0]
+    first = draw(2.0)
+    assert first.tries == 1 and 0 < first.similarity < 1
+    assert draw(first.similarity).tries == 2
+    assert draw(math.nextafter(first.similarity, 2)).tries == 1
+
+
+def test_only_what_is_too_similar_is_drawn_again(llava, examples, say):
+    """Each example keeps its own picture, prompt and answer; an answer that came out different is kept."""
+    model, processor = llava
+    questions = ("What is on the left?", "Is there a dog in it?", "Describe the image.")
+    batch = [processor.encode(replace(e.record, turns=(q,))) for e, q in zip(examples, questions)]
+    answers = {e.record.turns[0]: e.record.answers[0] for e in batch}
+    tries = dict(zip(questions, (3, 1, 2)))  # its first answer different from y+
+    seen = []
+
+    def line(question, begun):
+        seen.append(question)
+        number = seen.count(question)
+        return f"{question} {number}" if number >= tries[question] else answers[question]
+
+    calls = say(line)
+    drawer = bdhs.Drawer(model, processor, settings(tries=4, no_guidance=True))
+    negatives = drawer.hallucinate(batch, 0)
+    assert [n.tries for n in negatives] == [3, 1, 2]
+    assert [n.text for n in negatives] == [f"{q} {tries[q]}" for q in questions]
+    for call, left in zip(calls, ([0, 1, 2], [0, 2], [0])):
+        assert len(call.prompts) == len(call.pixel_values) == len(call.image_mask) == len(left)
+        for prompt, pixels, i in zip(call.prompts, call.pixel_values, left):
+            assert torch.equal(prompt, batch[i].prompt)
+            assert torch.equal(pixels, processor.pixels(batch[i].record.image))
+    assert len(calls) == 3
+
+
+def test_similarity_is_that_of_the_text_and_y_plus(llava, examples, say, monkeypatch):
+    """By default of the words; with --embedder what the sentence model says, which also decides whether to try again."""
+    model, processor = llava
+    say(lambda question, begun: "A red cup is under the table.")
+    flags = dict(tries=2, no_guidance=True)
+    example = processor.encode(replace(examples[0].record, answers=("A red cup is on the table.",)))
+    (negative,) = bdhs.Drawer(model, processor, settings(**flags)).hallucinate([example], 0)
+    assert negative.similarity == pytest.approx(6 / 7) and negative.tries == 1
+    asked = []
+
+    def load(name):
+        return lambda a, b: asked.append((name, list(a), list(b))) or [0.98] * len(list(a))
+
+    monkeypatch.setattr(bdhs, "load_embedder", load)
+    drawer = bdhs.Drawer(model, processor, settings(embedder="a model", **flags))
+    (negative,) = drawer.hallucinate([example], 0)
+    assert (negative.similarity, negative.tries) == (0.98, 2)
+    assert asked == [("a model", [negative.text], ["A red cup is on the table."])] * 2
+
+
+def test_an_empty_answer_is_drawn_again(llava, examples, say):
+    model, processor = llava
+    said = iter(["", "", "A dog."])
+    say(lambda question, begun: next(said))
+    drawer = bdhs.Drawer(model, processor, settings(tries=5, no_guidance=True))
+    (negative,) = drawer.hallucinate(examples[:1], 0)
+    assert (negative.text, negative.tries) == ("A dog.", 3)
+
+
+def test_a_seed_moves_all_that_is_drawn(llava, examples, watch):
+    """Cuts, masks and words each differ from seed to seed, and the cuts from try to try."""
+    model, processor = llava
+    calls = watch(SAMPLER)
+    drawer = bdhs.Drawer(model, processor, settings(tries=3, threshold=-1.0))
+    for seed in range(3):
+        drawer.hallucinate(examples, seed)
+    cuts = [str(beginnings(c, processor)) for c in calls if c.given]
+    assert len(cuts) == 6 == len(set(cuts))
+    masks = [str(c.image_mask.tolist()) for c in calls]
+    assert len(masks) == 9 == len(set(masks))
+    assert len({c.generator.initial_seed() for c in calls}) == 3
+    free = bdhs.Drawer(model, processor, settings(tries=1, rho=1.0, no_guidance=True))
+    assert len({free.hallucinate(examples[:1], seed)[0].text for seed in range(4)}) == 4
 
 
 def test_word_cosine():
@@ -442,6 +801,18 @@ def test_equal_negatives_are_left_out(llava, examples):
         and processor.text(kept.answers[1]) == "A dog."
         and len(kept.answers) == 2
     )
+
+
+def test_the_negative_stands_between_y_plus_and_the_given_answer(llava, examples):
+    _, processor = llava
+    record = replace(examples[0].record, answers=("Two bananas", "A dog sleeps under it."))
+    drawn = bdhs.Negative("A red cup", 0.0, 1, True, 0, 0, [], [])
+    (kept,) = bdhs.with_negatives([processor.encode(record)], [drawn], processor)
+    texts = ["Two bananas", "A red cup", "A dog sleeps under it."]
+    assert [processor.text(a) for a in kept.answers] == texts
+    assert [len(s) for s in kept.scored] == [len(a) for a in kept.answers]
+    assert all(s.all() for s in kept.scored)
+    assert len({len(a) for a in kept.answers}) == 3  # so that no two can change places unseen
 
 
 # ---- the script
@@ -562,6 +933,310 @@ def test_online_starts_at_ln_2(run, files, checkpoint, more):
     assert (files / name / ("model" if "--lora-rank" in more else "adapter")).is_dir()
 
 
+def write(folder, name, rows, picture=None):
+    """A POVID file of (question, y+, given rejected answer); row i shows picture i, or all show one. -> the flags for it."""
+    turns = lambda *texts: [
+        {"from": ("human", "gpt")[i % 2], "value": "<image>\n" * (i == 0) + text}
+        for i, text in enumerate(texts)
+    ]
+    made = [
+        {
+            "id": f"id {i}",
+            "image": f"{i if picture is None else picture}.png",
+            "conversations": turns(*([q] if isinstance(q, str) else q), chosen),
+            "rejected_conversations": turns(*([q] if isinstance(q, str) else q), rejected),
+        }
+        for i, (q, chosen, rejected) in enumerate(rows)
+    ]
+    (folder / name).write_text(json.dumps(made))
+    return "--data", name, "--images", "images", "--max-new-tokens", 8
+
+
+def told(folder, name):
+    """The metrics of a run, one dict a step."""
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+PAIRS = [
+    ("Is there a dog?", "No, there is no dog.", "A dog sleeps."),
+    ("What is in the picture?", "A red cup is on the table.", "Two bananas"),
+    ("Describe the image.", "Two bananas are in a bowl on the left.", "A bowl"),
+    ("Is there a cup?", "Yes", "No"),
+]
+
+
+def test_offline_files_say_what_was_drawn(run, files, checkpoint, say):
+    """Four rows by hand: different at once; equal to y+ twice; empty twice; half of the words."""
+    said = {
+        PAIRS[0][0]: "A kitchen.",
+        PAIRS[1][0]: " A red  cup is on the table.",
+        PAIRS[2][0]: "",
+        "And a cup?": "Yes and no",
+    }
+    calls = say(lambda question, begun: said[question])
+    rows = [*PAIRS[:3], (["Is there a dog?", "No", "And a cup?"], "Yes", "No")]
+    flags = ("--no-guidance", "--tries", 2, "--batch-size", 3, "--model", checkpoint)
+    run(*flags, *write(files, "four.json", rows), "--out", "four", cwd=files)
+
+    lines = (files / "four" / "negatives.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    assert [n["row"] for n in lines] == [0, 1, 2, 3]
+    assert [n["tries"] for n in lines] == [1, 2, 2, 1]
+    assert [n["text"] for n in lines] == [
+        "A kitchen.", "A red  cup is on the table.", "", "Yes and no"]  # fmt: skip
+    first, second = json.loads((files / "four" / "preferences.json").read_text())
+    turn = lambda who, text: {"from": who, "value": text}
+    assert first == {
+        "id": "0",
+        "image": "0.png",
+        "conversations": [turn("human", "<image>\nIs there a dog?"), turn("gpt", PAIRS[0][1])],
+        "rejected_conversations": [
+            turn("human", "<image>\nIs there a dog?"),
+            turn("gpt", "A kitchen."),
+        ],
+    }
+    shared = [
+        turn("human", "<image>\nIs there a dog?"),
+        turn("gpt", "No"),
+        turn("human", "And a cup?"),
+    ]
+    assert second == {
+        "id": "3",
+        "image": "3.png",
+        "conversations": [*shared, turn("gpt", "Yes")],
+        "rejected_conversations": [*shared, turn("gpt", "Yes and no")],
+    }
+    found = json.loads((files / "four" / "statistics.json").read_text())
+    assert (found["answers"], found["preferences"]) == (4, 2)
+    assert found["left out, equal to y+ or empty"] == 2
+    assert found["tries"] == {"1": 2, "2": 2} and (found["unguided"], found["swapped"]) == (1, 0)
+    # cosines: 0 ("kitchen", "a" against "no there is no dog"), 1, 0 (empty), 1 / sqrt 3
+    bins = {key: n for key, n in found["similarity"].items() if n}
+    assert bins == {"0.0": 2, "0.5": 1, "1.0": 1}
+    assert found["words of y+"] == pytest.approx((5 + 7 + 9 + 1) / 4, abs=0.06)
+    assert found["words of y-"] == pytest.approx((2 + 7 + 0 + 3) / 4, abs=0.06)
+    assert found["visible image tokens"] == 4  # 5.76 of 4
+    # each batch from its own seed, which --seed moves
+    seeds = [call.generator.initial_seed() for call in calls]
+    assert len(seeds) == 3 and seeds[0] == seeds[1] != seeds[2]
+    run(*flags, *write(files, "four.json", rows), "--out", "four b", "--seed", 1, cwd=files)
+    assert not {call.generator.initial_seed() for call in calls[3:]} & set(seeds)
+
+
+def test_offline_counts_what_was_unguided_and_swapped(run, files, checkpoint, say):
+    """Behind y+'s own words nothing new is said: the last try is free. A swapped answer is different at once."""
+    end = {"": PAIRS[1][1]} | {PAIRS[1][1][:i]: PAIRS[1][1][i:] for i in range(1, 27)}
+    calls = say(lambda question, begun: end[begun.strip()] if question == PAIRS[1][0] else " cat.")
+    flags = ("--tries", 3, "--batch-size", 4, "--model", checkpoint)
+    write(files, "swaps.json", [PAIRS[1], *[("Is there a dog?", f"No, {w}.", "A") for w in "abc"]])
+    more = ("--data", "swaps.json", "--images", "images", "--out", "swaps")
+    run(*flags, *more, cwd=files)
+    found = json.loads((files / "swaps" / "statistics.json").read_text())
+    lines = (files / "swaps" / "negatives.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    assert (lines[0]["tries"], lines[0]["guided"]) == (3, False)
+    assert len(calls) == 3 and calls[1].given and calls[2].given is None
+    swapped = sum(n["text"].startswith("Yes") for n in lines)
+    assert 0 < swapped < 3 and found["swapped"] == swapped / 4 and found["unguided"] == 1 / 4
+    assert found["tries"] == {"1": 3, "3": 1}
+
+
+def test_a_finished_file_is_not_drawn_again(run, files, checkpoint, say):
+    """Resumed: what is missing is drawn and put behind the rest, each row's own answer; a whole file stays as it is."""
+    calls = say(lambda question, begun: f"{question} {len(calls)}")
+    flags = ("--no-guidance", "--batch-size", 2, "--model", checkpoint)
+    flags = (*flags, *write(files, "order.json", PAIRS), "--out", "order")
+    run(*flags, cwd=files)
+    path = files / "order" / "negatives.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    texts = [f"{question} {i // 2 + 1}" for i, (question, *_) in enumerate(PAIRS)]
+    assert [json.loads(line)["text"] for line in lines] == texts
+    run(*flags, "--resume", cwd=files)
+    assert len(calls) == 2 and path.read_text() == "".join(lines)
+    path.write_text("".join(lines[:2]) + lines[2])
+    run(*flags, "--resume", cwd=files)
+    assert len(calls) == 3
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [n["row"] for n in again] == [0, 1, 2, 3]
+    assert [n["text"] for n in again] == texts[:2] + [f"{q} 3" for q, *_ in PAIRS[2:]]
+
+
+def test_a_chosen_answer_is_one_task(run, files, checkpoint, say):
+    """Rows that differ in the given answer alone are one, unless --gamma needs it; another prompt or y+ is another."""
+    say(lambda question, begun: "A kitchen.")
+    question, chosen, rejected = PAIRS[1]
+    rows = [PAIRS[1], (question, chosen, "A"), ("Is it?", chosen, rejected), (question, "A", "B")]
+    flags = ("--model", checkpoint, *write(files, "twice.json", rows, picture=0), "--no-guidance")
+    _, err = run(*flags, "--out", "twice", cwd=files)
+    assert json.loads((files / "twice" / "statistics.json").read_text())["answers"] == 3
+    assert "1 rows repeat picture, prompt and chosen answer of another" in err
+    more = ("--online", "--gamma", 0.5, "--steps", 1, "--out", "twice online")
+    _, err = run(*flags, *more, cwd=files)
+    assert "repeat" not in err
+
+
+def by_text(call, processor):
+    """{answer: its log-probability} of a call of the scorer."""
+    batch, found = call.batch, call.result.tolist()
+    texts = [processor.text(batch.targets[batch.owner == i]) for i in range(batch.answers)]
+    return dict(zip(texts, found))
+
+
+@pytest.mark.parametrize("gamma", [0, 0.75])
+def test_online_loss_by_hand(run, files, checkpoint, llava, watch, say, gamma):
+    """Eq. 3 and 5 of the log-probs of y+, the drawn and the given answer, told apart by their texts, at three steps.
+
+    The reference stays; both score with the whole, clean picture, although the drawing sees noise and a mask.
+    """
+    _, processor = llava
+    drawn = {q: f"{['A kitchen.', 'A dog', 'The table is red.', 'Maybe'][i]}" for i, (q, *_) in enumerate(PAIRS)}  # fmt: skip
+    draws, scores = say(lambda question, begun: drawn[question]), watch(SCORER)
+    flags = ("--online", "--model", checkpoint, *write(files, "pairs.json", PAIRS), "--no-guidance",
+             "--noise-steps", 500, "--rho", 1, "--gamma", gamma, "--beta", 0.5, "--batch-size", 2, "--grad-accum", 2,
+             "--steps", 3, "--lr", "1e-2", "--gradient-checkpointing")  # fmt: skip
+    run(*flags, "--out", f"gamma {gamma}", cwd=files)
+    lines = told(files, f"gamma {gamma}")
+    assert len(draws) == 6 and not any(call.training for call in draws)
+    assert len(scores) == 12 and all(call.training for call in scores)
+    assert len({call.generator.initial_seed() for call in draws}) == 6
+    assert len({str(call.pixel_values.tolist()) for call in draws}) == 6
+    clean = [processor.pixels(files / "images" / f"{i}.png") for i in range(4)]
+    for call in scores:
+        assert all(any(torch.equal(p, c) for c in clean) for p in call.batch.pixel_values)
+    start = {}
+    for step, line in enumerate(lines):
+        reference, policy = {}, {}
+        for number, call in enumerate(scores[4 * step : 4 * step + 4]):
+            (policy if number % 2 else reference).update(by_text(call, processor))
+        start = start or reference
+        assert reference == pytest.approx(start, abs=1e-4)
+        assert len(policy) == (12 if gamma else 8)
+        gain = {text: 0.5 * (policy[text] - reference[text]) for text in policy}
+        loss = lambda y, other: math.log1p(math.exp(gain[other] - gain[y]))
+        mine = [loss(chosen, drawn[q]) for q, chosen, _ in PAIRS]
+        given = [loss(chosen, rejected) if gamma else 0 for _, chosen, rejected in PAIRS]
+        mean = lambda values: sum(values) / 4
+        if step and gamma:
+            assert abs(mean(mine) - mean(given)) > 1e-2  # so that gamma can be told from 1 - gamma
+        of = lambda table, texts: pytest.approx(mean([table[t] for t in texts]), abs=1e-4)
+        plus, minus = [chosen for _, chosen, _ in PAIRS], list(drawn.values())
+        want = gamma * mean(given) + (1 - gamma) * mean(mine)
+        assert line["loss"] == pytest.approx(want, abs=1e-4)
+        assert line["logps/chosen"] == of(policy, plus)
+        assert line["logps/rejected"] == of(policy, minus)
+        assert line["rewards/chosen"] == of(gain, plus)
+        assert line["rewards/rejected"] == of(gain, minus)
+        margins = [gain[y] - gain[o] for y, o in zip(plus, minus)]
+        assert line["rewards/margins"] == pytest.approx(mean(margins), abs=1e-4)
+        assert line["rewards/accuracies"] == mean([m > 0 for m in margins])
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[2]["rewards/margins"] > 0.05
+
+
+def test_online_means_are_over_all_pairs(run, files, checkpoint, say):
+    """A pair without a usable negative adds no loss and no gradient and is not left out of the mean."""
+    said = {PAIRS[0][0]: "A kitchen.", PAIRS[1][0]: PAIRS[1][1]}
+    say(lambda question, begun: said.get(question, ""))
+    flags = ("--online", "--model", checkpoint, "--no-guidance", "--tries", 2, "--steps", 1)
+    found = {}
+    for name, rows, more in (
+        ("alone", PAIRS[:1], (1, "--grad-accum", 1)),
+        ("three", PAIRS[:3], (3, "--grad-accum", 1)),
+        ("apart", PAIRS[:3], (1, "--grad-accum", 3)),
+        ("none", PAIRS[1:3], (2, "--grad-accum", 1)),
+    ):
+        more = (*write(files, f"{name}.json", rows), "--batch-size", *more, "--out", f"mean {name}")
+        run(*flags, *more, cwd=files)
+        (found[name],) = told(files, f"mean {name}")
+    assert found["alone"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert found["alone"]["negatives/equal"] == 0 and found["alone"]["grad_norm"] > 0
+    for name in ("three", "apart"):
+        line = found[name]
+        assert line["negatives/equal"] == pytest.approx(2 / 3)
+        assert line["negatives/similarity"] == pytest.approx((0 + 1 + 0) / 3)
+        assert line["negatives/tries"] == pytest.approx((1 + 2 + 2) / 3)
+        assert line["negatives/words"] == pytest.approx((2 + 7 + 0) / 3)
+        for key in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
+            assert line[key] == pytest.approx(found["alone"][key] / 3, rel=1e-4)
+    assert found["none"]["negatives/equal"] == 1
+    assert found["none"].get("loss", 0) == 0 == found["none"]["grad_norm"]
+
+
+@pytest.mark.parametrize("gamma", [0, 0.75])
+def test_povid_loss_by_hand(run, files, checkpoint, llava, watch, gamma):
+    """Noise for choosing y- alone, each micro-batch's own; then reference and policy with clean pictures; eq. 3 and 5."""
+    _, processor = llava
+    images, scores = watch(ENCODER), watch(POVID_SCORER)
+    flags = ("--online", "--povid", "--model", checkpoint, *write(files, "povid2.json", PAIRS, picture=0),
+             "--gamma", gamma, "--beta", 0.5, "--batch-size", 2, "--grad-accum", 2,
+             "--lr", "1e-2")  # fmt: skip
+    run(*flags, "--steps", 3, "--out", f"povid {gamma}", cwd=files)
+    assert len(images) == 3 * 6 and len(scores) == 3 * 4
+    clean, noisy = processor.pixels(files / "images" / "0.png"), []
+    example = SimpleNamespace(record=SimpleNamespace(image=files / "images" / "0.png"))
+    for i, call in enumerate(images):
+        assert len(call.pixel_values) == 2
+        if i % 3:
+            assert all(torch.equal(p, clean) for p in call.pixel_values)
+        else:
+            noisy += call.pixel_values
+    assert all(0.2 < noise_of(p, example, processor) < 0.5 for p in noisy)  # 500 steps
+    assert len({str(p.tolist()) for p in noisy}) == 12
+    for step, line in enumerate(told(files, f"povid {gamma}")):
+        mine, given, gains = [], [], []
+        for reference, policy in zip(*(scores[4 * step + i : 4 * step + 4 : 2] for i in (0, 1))):
+            assert len(policy.result) == (3 if gamma else 2)
+            gain = (0.5 * (policy.result - reference.result)).tolist()  # of y+, distorted, given
+            gains += gain[0]
+            mine += [math.log1p(math.exp(m - y)) for y, m in zip(gain[0], gain[1])]
+            given += [math.log1p(math.exp(m - y)) for y, m in zip(gain[0], gain[-1])]
+        if step and gamma:
+            assert abs(sum(mine) - sum(given)) > 4e-3
+        want = gamma * sum(given) / 4 + (1 - gamma) * sum(mine) / 4
+        assert line["loss"] == pytest.approx(want, abs=1e-4)
+        assert line["rewards/chosen"] == pytest.approx(sum(gains) / 4, abs=1e-4)
+
+
+def test_povid_noise_follows_flags(run, files, checkpoint, llava, watch):
+    """--noise-steps is taken as given, 0 included; the same seed gives the same noise, another one other noise."""
+    _, processor = llava
+    images = watch(ENCODER)
+    flags = ("--online", "--povid", "--model", checkpoint, *write(files, "one.json", PAIRS[:1]),
+             "--steps", 1, "--batch-size", 1)  # fmt: skip
+    noisy = []
+    for name, more in (
+        ("none", ("--noise-steps", 0)),
+        ("little", ("--noise-steps", 10)),
+        ("again", ("--noise-steps", 10)),
+        ("other", ("--noise-steps", 10, "--seed", 1)),
+    ):
+        images.clear()
+        run(*flags, *more, "--out", f"noise {name}", cwd=files)
+        noisy.append(images[0].pixel_values[0])
+    example = SimpleNamespace(record=SimpleNamespace(image=files / "images" / "0.png"))
+    levels = [noise_of(p, example, processor) for p in noisy]
+    assert levels[0] == 0 and all(0.005 < level < 0.03 for level in levels[1:])
+    assert torch.equal(noisy[1], noisy[2]) and not torch.equal(noisy[1], noisy[3])
+
+
+def test_online_draws_under_its_mask(run, files, checkpoint, watch):
+    """Training, too, hides what --rho says, with a mask and words of each micro-batch's and step's own."""
+    calls = watch(SAMPLER)
+    flags = ("--online", "--model", checkpoint, *write(files, "mask.json", PAIRS, picture=0),
+             "--batch-size", 2, "--grad-accum", 2, "--steps", 2, "--tries", 1)  # fmt: skip
+    for rho, hidden in (("1", 4), ("0", 0)):
+        calls.clear()
+        run(*flags, "--rho", rho, "--out", f"mask {rho}", cwd=files)
+        assert len(calls) == 4 and all(call.given for call in calls)
+        for call in calls:
+            assert call.image_mask.sum(1).tolist() == [hidden] * 2
+        seeds = [call.generator.initial_seed() for call in calls]
+        assert len(set(seeds)) == 4
+    calls.clear()
+    run(*flags, "--seed", 1, "--out", "mask other", cwd=files)
+    assert not {call.generator.initial_seed() for call in calls} & set(seeds)
+
+
 def test_online_resumed_is_uninterrupted(run, files, checkpoint):
     flags = (
         "--online",
@@ -618,6 +1293,44 @@ def test_bad_flags(run, files, checkpoint, flags, words):
         ok=False,
     )
     assert words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "given, name, want",
+    [
+        ([], "noise_steps", 0),
+        (["--online", "--povid"], "noise_steps", 500),
+        (["--online", "--povid", "--noise-steps", "0"], "noise_steps", 0),
+        (["--noise-steps", "999"], "noise_steps", 999),
+        (["--noise-steps", "-1"], "noise_steps", None),
+        ([], "rho", None),
+        (["--rho", "0"], "rho", 0),
+        (["--rho", "1"], "rho", 1),
+        (["--rho", "-0.1"], "rho", None),
+        (["--tries", "1"], "tries", 1),
+        (["--temperature", "0"], "temperature", 0),
+        (["--temperature", "-1"], "temperature", None),
+        (["--max-new-tokens", "1"], "max_new_tokens", 1),
+        (["--max-new-tokens", "0"], "max_new_tokens", None),
+        (["--online", "--gamma", "1"], "gamma", None),
+        (["--online", "--gamma", "-0.5"], "gamma", None),
+        (["--online", "--gamma", "0.5"], "gamma", 0.5),
+        (["--beta", "0"], "beta", None),
+        ([], "tries", 5),
+        ([], "threshold", 0.97),
+        ([], "temperature", 1),
+        ([], "gamma", 0),
+    ],
+)
+def test_flags_at_their_bounds(monkeypatch, given, name, want):
+    """The paper's defaults; the last value that is taken, the first that is refused (None; --rho: no value of its own)."""
+    argv = ["bdhs.py", "--model", "m", "--data", "d", *given]
+    monkeypatch.setattr(sys, "argv", argv)
+    if want is None and given:
+        with pytest.raises(BadInput, match=f"{given[-2]} is {given[-1]}"):
+            bdhs.parse()
+    else:
+        assert getattr(bdhs.parse(), name) == want
 
 
 def test_row_without_a_picture(run, files, checkpoint):
