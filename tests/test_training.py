@@ -140,6 +140,7 @@ WORKED = [  # log pi_ref of chosen and rejected, where log pi is -10 and -20; be
         ("ipo", (16 + 1 + 1 + 36 + 9) / 5),  # (h - 1)^2
         ("slic", (0 + 1 + 1 + 3.5 + 0) / 5),  # max(0, 1 - h / 2)
     ],
+    ids=["dpo", "ipo", "slic"],
 )
 def test_metrics_of_known_log_probs(train, monkeypatch, checkpoint, script, loss, want):
     """Every answer's log-probs are given; what one step of 2 x 3 rows makes of them is worked out above."""
@@ -235,6 +236,30 @@ def test_the_papers_defaults(monkeypatch, script):
     assert parsed("--loss", "ipo", "--beta", "0.8").beta == 0.8
     if script is online_dpo:
         assert (args.mix, args.k, args.temperature, args.max_new_tokens) == (0, 2, 1, 256)
+
+
+@SCRIPTS
+def test_toy_settings_are_for_flags_that_are_not_given(monkeypatch, script):
+    """--epochs is given, so the toy number of steps is not taken: it would win. Nothing toy remains beside --model."""
+    for name in ("world", "base"):
+        monkeypatch.setattr(f"lab.toyworld.{name}", lambda seed: Path(f"toy-{seed}"))
+    monkeypatch.setattr("lab.toyworld.path", lambda seed, name: Path(f"toy-{seed}") / name)
+
+    def parsed(*words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *words])
+        return script.parse()
+
+    toy = script.TOY
+    args = parsed()
+    assert (args.steps, args.lr, args.beta) == (toy["steps"], toy["lr"], toy["beta"])
+    assert args.model == "toy-0" and args.data == [f"toy-0/{name}" for name in toy["data"]]
+    args = parsed("--epochs", "2", "--lr=1e-3", "--seed", "4")
+    assert (args.steps, args.epochs, args.lr, args.beta) == (None, 2, 1e-3, toy["beta"])
+    assert args.model == "toy-4" and args.batch_size == toy["batch_size"]
+    args = parsed("--epochs", "2", "--steps", "5")
+    assert (args.steps, args.epochs) == (5, 2)
+    args = parsed("--model", "m", "--data", "d.json", "--steps", "5")
+    assert (args.steps, args.lr, args.beta, args.batch_size) == (5, 1e-6, 0.1, 32)
 
 
 # ---- which rows a step takes
