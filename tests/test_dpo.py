@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import data
+import dpo as dpo_script
+import online_dpo
 import training
+from anyres import AnyRes
 from dpo import preference_loss
-from model import BadInput
+from model import MLLM, BadInput
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,14 +44,15 @@ ROOT = Path(__file__).parents[1]
         ("slic", 2.0, [0.0, 4.0, 1.0]),  # max(0, 1 - 10), 1 + 3, 1
     ],
 )
-def test_losses_by_hand(kind, beta, want):
+@pytest.mark.parametrize("script", [dpo_script, online_dpo])
+def test_losses_by_hand(script, kind, beta, want):
     t = torch.tensor
     chosen, rejected = (
         t([-10.0, -8.0, -30.0], requires_grad=True),
         t([-20.0, -9.0, -40.0], requires_grad=True),
     )
     ref_chosen, ref_rejected = t([-12.0, -7.0, -30.0]), t([-17.0, -9.5, -40.0])
-    losses, reward_chosen, reward_rejected = preference_loss(
+    losses, reward_chosen, reward_rejected = script.preference_loss(
         chosen, rejected, ref_chosen, ref_rejected, beta, kind
     )
     assert torch.allclose(losses, t(want), rtol=1e-5, atol=1e-7)
@@ -312,6 +317,199 @@ def test_another_picture_is_not_in_the_cache(six, world, checkpoint):
     first = metrics(world / "changed")[0]
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["logps/chosen"] != metrics(six[0])[0]["logps/chosen"]
+
+
+# what the cache must notice. Each change leaves the token ids and the other weights as they are, unless it says so
+
+
+def config(**changes):
+    """Change config.json: keys like "text_config.rms_norm_eps" are written with two underscores."""
+
+    def apply(folder):
+        file = folder / "config.json"
+        values = json.loads(file.read_text())
+        for name, value in changes.items():
+            *path, key = name.split("__")
+            part = values[path[0]] if path else values
+            assert part.get(key) != value
+            part[key] = value
+        file.write_text(json.dumps(values))
+
+    return apply
+
+
+def picture_values(key, value):
+    """Change what the image processor's file says."""
+
+    def apply(folder):
+        found = 0
+        for file in folder.glob("*processor_config.json"):
+            values = json.loads(file.read_text())
+            part = values.get("image_processor", values)
+            if key in part:
+                found += part[key] != value
+                part[key] = value
+                file.write_text(json.dumps(values))
+        assert found
+
+    return apply
+
+
+def weight(name):
+    """Add .5 to one tensor of the file."""
+
+    def apply(folder):
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors[name] = tensors[name] + 0.5
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return apply
+
+
+VISION = "vision_tower.vision_model"
+FOLDERS = {
+    "feature layer": config(vision_feature_layer=-1),
+    "LLM's config": config(text_config__rms_norm_eps=0.1),
+    "tower's config": config(vision_config__layer_norm_eps=0.1),
+    "mean": picture_values("image_mean", [0.1, 0.2, 0.3]),
+    "deviation": picture_values("image_std", [0.5, 0.6, 0.7]),
+    "tower's weights": weight(f"{VISION}.encoder.layers.0.mlp.fc1.bias"),
+    "projector's weights": weight("multi_modal_projector.linear_1.bias"),
+    "LLM's weights": weight("language_model.model.layers.1.mlp.down_proj.weight"),
+}
+
+
+@pytest.fixture
+def score(monkeypatch, tmp_path, world, checkpoint):
+    """A function: reference log-probs of the pairs -> ((6, 2), whether the model had to compute). Changes as arguments.
+
+    edit: of a copy of the checkpoint. adjust: of (model, processor). edit_data: of the examples. cache: where to run.
+    """
+    passes, real = [], MLLM.answer_log_probs
+    monkeypatch.setattr(
+        MLLM, "answer_log_probs", lambda *args: passes.append(1) or real(*args), raising=True
+    )
+
+    def call(
+        edit=None, adjust=None, edit_data=None, cache="cache", batch=4, rank=0, images=None, **more
+    ):
+        folder, work = checkpoint, tmp_path / cache
+        work.mkdir(exist_ok=True)
+        if edit:
+            folder = tmp_path / "edited"
+            if not folder.exists():
+                shutil.copytree(checkpoint, folder)
+                edit(folder)
+        model, processor = checkpoints.load(folder, **more)
+        model.prepare(rank)
+        if adjust:
+            adjust(model, processor)
+        records = data.load([world / "povid.json"], images or world / "images", answers=2)
+        examples = [processor.encode(r) for r in records]
+        if edit_data:
+            examples = edit_data(examples)
+        monkeypatch.chdir(work)
+        passes.clear()
+        args = argparse.Namespace(batch_size=batch)
+        found = dpo_script.reference_log_probs(model, processor, examples, args)
+        return found, bool(passes)
+
+    return call
+
+
+def test_the_cache_is_found_again(score, world, checkpoint):
+    """Another batch size and LoRA, which adds 0 at its start, are no other reference. Each row is its own pair's."""
+    first, computed = score(rank=2)
+    assert computed and first.shape == (6, 2)
+    again, computed = score(batch=1, rank=3)
+    assert torch.equal(again, first) and not computed
+    model, processor = checkpoints.load(checkpoint)
+    records = data.load([world / "povid.json"], world / "images", answers=2)
+    with torch.no_grad():
+        for row, record in zip(first, records, strict=True):
+            alone = model.answer_log_probs(processor.collate([processor.encode(record)]))
+            assert torch.allclose(row, alone, rtol=1e-5)
+
+
+def notices(score, **changes):
+    """With the changes, the cache of the plain run is not used: what comes is what an empty cache gives."""
+    plain, _ = score()
+    found, computed = score(**changes)
+    assert computed, "the cache of another reference was used"
+    want, _ = score(cache="empty", **changes)
+    assert torch.equal(found, want)
+    assert found.shape != plain.shape or not torch.allclose(found, plain, atol=1e-4), "no change"
+    again, computed = score()
+    assert torch.equal(again, plain) and not computed
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_cache_is_of_one_checkpoint(score, name):
+    notices(score, edit=FOLDERS[name])
+
+
+def test_the_cache_is_of_one_dtype(score):
+    """All of the weights may be float32, where all of them train, while the arithmetic is bfloat16."""
+
+    def to_bfloat16(model, processor):
+        model.vision.float()
+        model.dtype = torch.bfloat16
+
+    notices(score, adjust=to_bfloat16)
+
+
+def test_the_cache_is_of_one_image_aspect(score):
+    notices(score, image_aspect="checkpoint")
+
+
+def test_the_cache_is_of_one_template(score):
+    notices(score, template="mistral")
+
+
+def test_the_cache_is_of_one_tiling(score, tmp_path, world):
+    """A square in two tiles above or beside one another: as many tokens, other pixels."""
+
+    def tiles(*pinpoints):
+        def adjust(model, processor):
+            model.anyres = processor.anyres = AnyRes(pinpoints, 28, 2)
+            model.image_newline = torch.nn.Parameter(torch.ones_like(model.llm.lm_head.weight[0]))
+
+        return adjust
+
+    squares = tmp_path / "squares"
+    squares.mkdir()
+    for name in "abcd":
+        with Image.open(world / "images" / f"{name}.png") as picture:
+            picture.resize((28, 28)).save(squares / f"{name}.png")
+    above, beside = tiles((56, 28)), tiles((28, 56))
+    plain, _ = score(adjust=above, images=squares)
+    found, computed = score(adjust=beside, images=squares)
+    assert computed and not torch.allclose(found, plain, atol=1e-4)
+    assert not score(adjust=above, images=squares)[1]
+
+
+def answered(example, *answers):
+    """The example with other answers, every token scored."""
+    scored = [torch.ones(len(tokens), dtype=torch.bool) for tokens in answers]
+    return replace(example, answers=list(answers), scored=scored)
+
+
+@pytest.mark.parametrize(
+    "edit_data",
+    [
+        lambda examples: examples[::-1],
+        lambda examples: examples[:5],
+        lambda examples: [answered(e, *e.answers[::-1]) for e in examples],
+        lambda examples: [replace(examples[0], prompt=examples[0].prompt.flip(0)), *examples[1:]],
+        lambda examples: [answered(e, e.answers[0], e.answers[1][1:]) for e in examples],
+        lambda examples: [answered(e, e.answers[0][1:], e.answers[1]) for e in examples],
+        lambda examples: [replace(examples[0], record=examples[1].record), *examples[1:]],
+    ],
+    ids=["order", "fewer", "swapped", "prompt", "rejected", "chosen", "picture"],
+)
+def test_the_cache_is_of_these_pairs(score, edit_data):
+    notices(score, edit_data=edit_data)
 
 
 def test_resume_with_another_flag_is_refused(six, world, checkpoint):

@@ -299,11 +299,101 @@ def test_annotator_that_fails_costs_no_step(run, files):
     run("paid", *flags, annotator=like)
     lines, err = run("failed", *flags, annotator=fails, status=2)
     assert len(lines) == 2 and "the server is down." in err and "Traceback" not in err
-    lines, _ = run("failed", *flags, "--resume", annotator=like)
+    folder = files / "failed" / "checkpoints"
+    assert (folder / "latest").read_text() == "step-000002", "the state before the failed step"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000002"]
+    asked = []
+    again = lambda *texts: asked.append(1) or like(*texts)
+    lines, _ = run("failed", *flags, "--resume", annotator=again)
+    assert len(asked) == 4, "two steps of two: nothing that was paid for is asked again"
     assert (
         len(lines) == 4
         and (files / "failed" / ADAPTER).read_bytes() == (files / "paid" / ADAPTER).read_bytes()
     )
+
+
+def test_annotator_that_fails_at_once_saves_nothing(run, files):
+    def fails(records, answers):
+        raise judge.NoAnswer("the server is down.")
+
+    lines, err = run("never", "--steps", 2, annotator=fails, status=2)
+    assert not lines and "the server is down." in err
+    assert not (files / "never" / "checkpoints").exists()
+
+
+def seeds_of(run, monkeypatch, name, *flags):
+    """The seeds that answers are drawn with, in order: of whatever generator is asked for the first token of a batch."""
+    seeds, real = [], torch.multinomial
+
+    def spy(*args, generator=None, **more):
+        seed = generator.initial_seed()
+        if not seeds or seeds[-1] != seed:
+            seeds.append(seed)
+        return real(*args, generator=generator, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "multinomial", spy)
+        run(name, "--steps", 2, "--grad-accum", 2, *flags, annotator=by(len))
+    return seeds
+
+
+def test_every_micro_batch_draws_with_its_own_seed(run, monkeypatch):
+    seeds = seeds_of(run, monkeypatch, "seeds")
+    assert len(seeds) == len(set(seeds)) == 4
+    assert seeds_of(run, monkeypatch, "seeds-again") == seeds
+    assert not set(seeds) & set(seeds_of(run, monkeypatch, "seeds-other", "--seed", 1))
+
+
+def test_alpha_is_drawn_anew_for_each_micro_batch_and_step(run):
+    """One row a micro-batch, all drawn pairs ties, so annotator/pairs is the step's share of pairs of the data."""
+    ties = by(lambda text: 0)
+    flags = ("--mix", 0.5, "--batch-size", 1, "--grad-accum", 6, "--steps", 5, "--lr", 0)
+    shares = lambda name, *more: [
+        round(line["annotator/pairs"], 6) for line in run(name, *flags, *more, annotator=ties)[0]
+    ]
+    found = shares("alpha")
+    assert set(found) - {0, 1}, "all micro-batches of a step have one alpha"
+    assert len(set(found)) > 1, "all steps have the same alphas"
+    assert shares("alpha-again") == found != shares("alpha-other", "--seed", 1)
+
+
+def test_mix_is_the_share_of_the_data(run):
+    """P = .9: of 40 examples 36 are expected to take their own pair, within five standard deviations."""
+    lines, _ = run("much", "--mix", 0.9, "--steps", 20, "--lr", 0, annotator=by(lambda text: 0))
+    own = sum(line["annotator/pairs"] for line in lines) * 2
+    assert own == pytest.approx(36, abs=5 * math.sqrt(40 * 0.9 * 0.1))
+
+
+def test_a_prompt_without_a_pair_counts_in_the_mean(run):
+    """The first prompt alone, and beside one that ties: half the loss, half the gradient, half of every mean."""
+
+    def first(records, answers, calls=[]):
+        calls.append(1)
+        return [[0, 1] if len(calls) % 3 != 0 else [1, 1]] * len(records)
+
+    flags = ("--steps", 1, "--batch-size", 1)
+    ((one,), _) = run("alone", *flags, annotator=first)
+    ((two,), _) = run("beside", *flags, "--grad-accum", 2, annotator=first)
+    assert one["annotator/pairs"] == 1 and two["annotator/pairs"] == two["annotator/ties"] == 0.5
+    for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
+        assert one[name] != 0 and two[name] == pytest.approx(one[name] / 2, rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "scores, score, kind",
+    [
+        ([3, 1], 2, "pairs"),
+        ([1, 4], 2.5, "pairs"),
+        ([2, 2], 2, "ties"),
+        ([None, 5], 5, "unreadable"),
+    ],
+)
+def test_what_the_annotator_said_is_logged(run, scores, score, kind):
+    name = f"said{scores[0]}{scores[1]}"
+    ((line,), _) = run(name, "--steps", 1, annotator=lambda records, _: [scores] * len(records))
+    assert line["annotator/score"] == score
+    for other in ("pairs", "ties", "unreadable"):
+        assert line[f"annotator/{other}"] == (other == kind)
 
 
 def test_learns_what_the_annotator_likes(run):

@@ -1,0 +1,662 @@
+"""training.py, and the loop that dpo.py and online_dpo.py share: what one step does, in which order, and what is written."""
+
+import argparse
+import copy
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import checkpoints
+import data
+import dpo
+import online_dpo
+import training
+from model import MLLM, BadInput
+
+PAIRS = [  # chosen, rejected: all about one picture
+    ("A red cup.", "A dog and two bananas."),
+    ("No.", "Yes, there is a dog."),
+    ("Two bananas and a bowl.", "A cat."),
+    ("A table.", "A red table, a cup and a bowl."),
+    ("The kitchen.", "The garden of the house."),
+]
+
+
+# ---- running a script here, to see what it does on the way
+
+
+def write_pairs(folder, pairs=PAIRS):
+    """A folder with povid.json, as many rows as pairs, each a question of its own."""
+    (folder / "images").mkdir()
+    Image.effect_mandelbrot((28, 28), (-2, -1, 1, 1), 9).convert("RGB").save(
+        folder / "images" / "a.png"
+    )
+    rows = []
+    for i, two in enumerate(pairs):
+        human = {"from": "human", "value": f"<image>\nWhat is {'there ' * i}?"}
+        chosen, rejected = ([human, {"from": "gpt", "value": text}] for text in two)
+        rows.append({"image": "a.png", "conversations": chosen, "rejected_conversations": rejected})
+    (folder / "povid.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, checkpoint):
+    """A function that runs a script's main() on five pairs -> run folder. online_dpo.py takes its pairs of the data."""
+    write_pairs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, out, *flags):
+        common = ("--model", checkpoint, "--data", "povid.json", "--images", "images", "--out", out)
+        offline = ("--mix", 1, "--annotator", "oracle") if script is online_dpo else ()
+        command = [f"{script.__name__}.py", *common, *offline, *flags]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        if script is online_dpo:
+            monkeypatch.setattr("judge.make", lambda *_: None)
+        script.main()
+        return tmp_path / out
+
+    return call
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def steps_seen(monkeypatch):
+    """A list that fills with what reaches each optimizer step: its rows and its gradients."""
+    seen, step = [], training.optimizer_step
+
+    def spy(optimizer, factor, loss, rows, *more):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append((list(rows), [p.grad.clone() for p in params]))
+        return step(optimizer, factor, loss, rows, *more)
+
+    monkeypatch.setattr(training, "optimizer_step", spy)
+    return seen
+
+
+SCRIPTS = pytest.mark.parametrize("script", [dpo, online_dpo])
+
+
+@SCRIPTS
+def test_the_gradient_of_a_step_is_the_mean_over_its_pairs(train, steps_seen, checkpoint, script):
+    """Where policy and reference agree, DPO's gradient is -beta / 2 times that of log pi(y+) - log pi(y-).
+
+    Two passes over five rows in steps of 2 x 2: four, four and the two that are left. The projector alone trains, too
+    slowly to leave the reference, so this holds in each step: a gradient that stays or a pair that counts twice would show.
+    """
+    flags = ("--lr", 0, "--projector-lr", 1e-9, "--beta", 0.3, "--epochs", 2)
+    out = train(script, "run", *flags, "--batch-size", 2, "--grad-accum", 2)
+    rows = [rows for rows, _ in steps_seen]
+    assert [len(r) for r in rows] == [4, 4, 2]
+    order = sum(rows, [])
+    assert sorted(order[:5]) == sorted(order[5:]) and len(set(order)) == 5, "a pass is every row"
+    assert order[:5] != order[5:], "the second pass has an order of its own"
+
+    model, processor = checkpoints.load(checkpoint)
+    model.prepare(llm=False)
+    records = data.load(["povid.json"], "images", answers=2)
+    examples = {r.where: processor.encode(r) for r in records}
+    for (names, gradients), line in zip(steps_seen, lines_of(out), strict=True):
+        model.zero_grad()
+        sums = torch.zeros(2)
+        for name in names:
+            two = model.answer_log_probs(processor.collate([examples[name]]))
+            (two[0] - two[1]).backward()
+            sums += two.detach()
+        for p, found in zip(model.projector.parameters(), gradients, strict=True):
+            want = p.grad * (-0.3 / 2 / len(names))
+            assert (found - want).norm() <= 1e-3 * want.norm() and want.norm() > 0
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        logps = [line["logps/chosen"], line["logps/rejected"]]
+        assert logps == pytest.approx((sums / len(names)).tolist(), rel=1e-5)
+
+
+WORKED = [  # log pi_ref of chosen and rejected, where log pi is -10 and -20; beta .5
+    (-12, -17),  # rewards  1.0 and -1.5, h =  5
+    (-10, -20),  #          0.0      0.0       0
+    (-14, -24),  #          2.0      2.0       0
+    (-7, -22),  #          -1.5      1.0      -5
+    (-10, -16),  #          0.0     -2.0       4
+]
+
+
+@SCRIPTS
+@pytest.mark.parametrize(
+    "loss, want",
+    [
+        ("dpo", (0.0788887 + 0.693147 * 2 + 2.5788887 + 0.1269280) / 5),  # ln(1 + e^(-h / 2))
+        ("ipo", (16 + 1 + 1 + 36 + 9) / 5),  # (h - 1)^2
+        ("slic", (0 + 1 + 1 + 3.5 + 0) / 5),  # max(0, 1 - h / 2)
+    ],
+    ids=["dpo", "ipo", "slic"],
+)
+def test_metrics_of_known_log_probs(train, monkeypatch, checkpoint, script, loss, want):
+    """Every answer's log-probs are given; what one step of 2 x 3 rows makes of them is worked out above."""
+    _, processor = checkpoints.load(checkpoint)
+    given = {}
+    for record, reference in zip(data.load(["povid.json"], "images", answers=2), WORKED):
+        for answer, policy, ref in zip(processor.encode(record).answers, (-10, -20), reference):
+            given[tuple(answer.tolist())] = (float(policy), float(ref))
+    real = MLLM.answer_log_probs
+
+    def known(self, batch):
+        keys = [tuple(batch.targets[batch.owner == a].tolist()) for a in range(batch.answers)]
+        place = 0 if torch.is_grad_enabled() else 1
+        return 0 * real(self, batch) + torch.tensor([given[key][place] for key in keys])
+
+    monkeypatch.setattr(MLLM, "answer_log_probs", known)
+    out = train(
+        script, "run", "--loss", loss, "--beta", 0.5, "--epochs", 1, "--batch-size", 3,
+        "--grad-accum", 2, "--lora-rank", 2,
+    )  # fmt: skip
+    (line,) = lines_of(out)
+    assert line["loss"] == pytest.approx(want, rel=1e-5)
+    assert line["rewards/chosen"] == pytest.approx((1 + 0 + 2 - 1.5 + 0) / 5, rel=1e-5)
+    assert line["rewards/rejected"] == pytest.approx((-1.5 + 0 + 2 + 1 - 2) / 5, rel=1e-5)
+    assert line["rewards/margins"] == pytest.approx((2.5 + 0 + 0 - 2.5 + 2) / 5, rel=1e-5)
+    assert line["rewards/accuracies"] == pytest.approx(2 / 5), "equal rewards are not accurate"
+    assert line["logps/chosen"] == pytest.approx(-10) and line["logps/rejected"] == pytest.approx(
+        -20
+    )
+
+
+@SCRIPTS
+def test_what_a_run_leaves(train, script):
+    """Seven steps though there are epochs, a checkpoint every two of which two are kept, and the files beside them."""
+    flags = ("--steps", 7, "--epochs", 2, "--batch-size", 2, "--lora-rank", 2, "--lr", 1e-3)
+    out = train(script, "run", *flags, "--save-every", 2, "--seed", 3, "--projector-lr", 1e-4)
+    lines = lines_of(out)
+    assert [line["step"] for line in lines] == list(range(7))
+    # 3 % of 7 steps, rounded up, are one step of warm-up; the cosine goes from step 1 to step 7
+    cosine = [0.5 + 0.5 * math.cos(math.pi * i / 6) for i in range(6)]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * f for f in [1, *cosine]])
+    names = ["latest", "step-000004", "step-000006"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == names
+    assert (out / "checkpoints" / "latest").read_text() == "step-000006"
+    record = json.loads((out / "args.json").read_text())
+    assert record["script"] == script.__name__ and {"torch", "transformers"} <= set(
+        record["versions"]
+    )
+    wanted = {"steps": 7, "epochs": 2, "batch_size": 2, "grad_accum": 1, "lr": 1e-3, "seed": 3}
+    wanted |= {"projector_lr": 1e-4, "lora_rank": 2, "save_every": 2, "loss": "dpo", "beta": 0.1}
+    assert {name: record["flags"][name] for name in wanted} == wanted
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["seed"] == 3 and summary["before"] is summary["after"] is None
+    assert summary["seconds"].keys() >= {"setup", "reference", "train", "eval"}
+    assert all(value >= 0 for value in summary["seconds"].values())
+
+
+@SCRIPTS
+def test_save_every_0_saves_nothing(train, script):
+    out = train(script, "run", "--steps", 2, "--batch-size", 2, "--lora-rank", 2, "--save-every", 0)
+    assert not (out / "checkpoints").exists() and (out / "adapter").is_dir()
+
+
+@SCRIPTS
+def test_the_rates_reach_the_parts(train, script, checkpoint):
+    """Adam's first step moves each weight by its rate: LoRA's B by --lr, the projector by --projector-lr."""
+    flags = ("--steps", 1, "--batch-size", 5, "--lora-rank", 2, "--save-every", 1)
+    out = train(script, "run", *flags, "--lr", 1e-2, "--projector-lr", 1e-3)
+    state = load_file(out / "checkpoints" / "step-000001" / "state.safetensors")
+    start = checkpoints.load(checkpoint)[0].projector.state_dict()
+    projector = {k: v for k, v in state.items() if k.startswith("model.projector.")}
+    assert projector.keys() == {f"model.projector.{name}" for name in start}
+    moved = [(v - start[k.removeprefix("model.projector.")]).abs() for k, v in projector.items()]
+    assert torch.cat([m.flatten() for m in moved]).median().item() == pytest.approx(1e-3, rel=1e-2)
+    b = load_file(out / "adapter" / "adapter_model.safetensors")
+    b = torch.cat([v.abs().flatten() for k, v in b.items() if "lora_B" in k])
+    assert b.max().item() == pytest.approx(1e-2, rel=1e-2)
+
+
+@SCRIPTS
+def test_the_papers_defaults(monkeypatch, script):
+    """A cell of the grid of Amirloo et al. 2024, section 5.7."""
+
+    def parsed(*more):
+        monkeypatch.setattr(sys, "argv", ["script.py", "--model", "m", "--data", "d.json", *more])
+        return script.parse()
+
+    args = parsed()
+    assert (args.lr, args.projector_lr, args.lora_rank) == (1e-6, 2e-6, 128)
+    assert (args.epochs, args.steps, args.batch_size, args.grad_accum) == (3, None, 32, 1)
+    assert (args.loss, args.beta, args.seed, args.save_every) == ("dpo", 0.1, 0, 100)
+    assert parsed("--loss", "ipo").beta == 0.9 and parsed("--loss", "slic").beta == 0.1
+    assert parsed("--loss", "ipo", "--beta", "0.8").beta == 0.8
+    if script is online_dpo:
+        assert (args.mix, args.k, args.temperature, args.max_new_tokens) == (0, 2, 1, 256)
+
+
+@SCRIPTS
+def test_toy_settings_are_for_flags_that_are_not_given(monkeypatch, script):
+    """--epochs is given, so the toy number of steps is not taken: it would win. Nothing toy remains beside --model."""
+    for name in ("world", "base"):
+        monkeypatch.setattr(f"lab.toyworld.{name}", lambda seed: Path(f"toy-{seed}"))
+    monkeypatch.setattr("lab.toyworld.path", lambda seed, name: Path(f"toy-{seed}") / name)
+
+    def parsed(*words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *words])
+        return script.parse()
+
+    toy = script.TOY
+    args = parsed()
+    assert (args.steps, args.lr, args.beta) == (toy["steps"], toy["lr"], toy["beta"])
+    assert args.model == "toy-0" and args.data == [f"toy-0/{name}" for name in toy["data"]]
+    args = parsed("--epochs", "2", "--lr=1e-3", "--seed", "4")
+    assert (args.steps, args.epochs, args.lr, args.beta) == (None, 2, 1e-3, toy["beta"])
+    assert args.model == "toy-4" and args.batch_size == toy["batch_size"]
+    args = parsed("--epochs", "2", "--steps", "5")
+    assert (args.steps, args.epochs) == (5, 2)
+    args = parsed("--model", "m", "--data", "d.json", "--steps", "5")
+    assert (args.steps, args.lr, args.beta, args.batch_size) == (5, 1e-6, 0.1, 32)
+
+
+# ---- which rows a step takes
+
+
+def plan(n, **flags):
+    """The rows of all steps: a list of steps, each a list of micro-batches of indices."""
+    flags = {"steps": None, "epochs": 3, "batch_size": 2, "grad_accum": 1, "seed": 0} | flags
+    args = argparse.Namespace(**flags)
+    return [training.batch_of(i, args, n) for i in range(training.total_steps(args, n))]
+
+
+def flat(steps):
+    return [i for step in steps for micro in step for i in micro]
+
+
+def test_an_epoch_is_a_permutation_of_its_own():
+    order = flat(plan(20, epochs=4))
+    epochs = [tuple(order[i : i + 20]) for i in range(0, 80, 20)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len(set(epochs)) == 4 and tuple(range(20)) not in epochs
+    assert order == flat(plan(20, epochs=4)), "a function of seed and step alone"
+    other = flat(plan(20, epochs=4, seed=1))
+    assert sorted(other[:20]) == list(range(20)) and other[:20] not in map(list, epochs)
+
+
+def test_the_batch_size_changes_no_order():
+    want = flat(plan(7, epochs=2, batch_size=1))
+    for batch_size, grad_accum in ((2, 1), (3, 2), (14, 1), (4, 4)):
+        assert flat(plan(7, epochs=2, batch_size=batch_size, grad_accum=grad_accum)) == want
+
+
+def test_the_last_step_of_the_epochs_takes_what_is_left():
+    sizes = lambda steps: [[len(micro) for micro in step] for step in steps]
+    assert sizes(plan(5, epochs=2, batch_size=4)) == [[4], [4], [2]]
+    assert sizes(plan(5, epochs=1, batch_size=2, grad_accum=2)) == [[2, 2], [1]]
+    assert sizes(plan(7, epochs=1, batch_size=2, grad_accum=2)) == [[2, 2], [2, 1]]
+    assert sizes(plan(4, epochs=2, batch_size=4)) == [[4], [4]]
+    assert sizes(plan(3, epochs=1, batch_size=8)) == [[3]]
+
+
+def test_steps_win_over_epochs_and_are_full():
+    """Seven steps of 2 x 2 of five rows: no step is short, and the rows go round evenly."""
+    steps = plan(5, steps=7, epochs=1, grad_accum=2)
+    assert [[len(micro) for micro in step] for step in steps] == [[2, 2]] * 7
+    assert sorted(map(flat(steps).count, range(5))) == [5, 5, 6, 6, 6]
+    assert len(plan(5, steps=1, epochs=100)) == 1
+
+
+def test_the_order_is_the_seed_s_alone():
+    """Python's own generator is neither asked nor moved. (No other plan of this file has 11 rows: none is remembered.)"""
+    random.seed(1)
+    state = random.getstate()
+    first = plan(11, seed=5)
+    assert random.getstate() == state
+    plan(11, seed=6), plan(11, seed=7)
+    random.seed(2)
+    assert plan(11, seed=5) == first
+
+
+# ---- schedule and optimizer
+
+
+def test_schedule():
+    """200 steps: six of warm-up, then half a cosine over 194, whose middle is step 103."""
+    factors = [training.schedule(step, 200) for step in range(200)]
+    assert factors[:7] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1])
+    assert factors[103] == pytest.approx(0.5)
+    assert factors[199] == pytest.approx(6.556e-5, rel=1e-3), "it ends one step short of 0"
+    assert all(a > b for a, b in zip(factors[6:], factors[7:]))
+    assert training.schedule(0, 34) == 0.5, "3 % of 34 steps are rounded up to two"
+    assert training.schedule(0, 1) == 1
+
+
+def sgd(*rates):
+    """Two weights at 0 in groups of their own and plain descent, which shows a gradient's size as Adam does not."""
+    params = [torch.nn.Parameter(torch.zeros(1)) for _ in rates]
+    groups = [{"params": [p], "lr": 9.0, "base_lr": rate} for p, rate in zip(params, rates)]
+    return params, torch.optim.SGD(groups, lr=9.0)
+
+
+def test_the_gradient_is_clipped_to_norm_1():
+    (a, b), optimizer = sgd(1.0, 0.1)
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([-4.0])
+    assert training.optimizer_step(optimizer, 0.5, 0.7, ["row"]) == pytest.approx(5)
+    assert a.item() == pytest.approx(-0.3), "0.5 * 1.0 * 3 / 5"
+    assert b.item() == pytest.approx(0.04), "0.5 * 0.1 * 4 / 5"
+    assert a.grad is None and b.grad is None
+    a.grad, b.grad = torch.tensor([0.3]), torch.tensor([0.4])
+    assert training.optimizer_step(optimizer, 1.0, 0.7, ["row"]) == pytest.approx(0.5)
+    assert a.item() == pytest.approx(-0.6), "a small gradient is left alone: 0.3 more"
+    assert [g["base_lr"] for g in optimizer.param_groups] == [1.0, 0.1]
+
+
+@pytest.mark.parametrize(
+    "loss, gradient", [(math.nan, 1.0), (math.inf, 1.0), (0.7, math.nan), (0.7, -math.inf)]
+)
+def test_what_is_not_finite_stops_before_the_step(loss, gradient):
+    (a, b), optimizer = sgd(1.0, 0.1)
+    a.grad, b.grad = torch.tensor([gradient]), torch.tensor([1.0])
+    with pytest.raises(training.NonFinite, match="f.json, row 3; f.json, row 8"):
+        training.optimizer_step(optimizer, 0.5, loss, ["f.json, row 3", "f.json, row 8"])
+    assert a.item() == b.item() == 0 and [g["lr"] for g in optimizer.param_groups] == [9.0, 9.0]
+
+
+def fill_gradients(model, value):
+    for p in training.trainable(model).values():
+        p.grad = torch.full_like(p, value)
+
+
+RATES = {"llm": 1e-2, "projector": 1e-3, "vision": 1e-4, "heads": 1e-2}
+
+
+def moves(model, optimizer, *gradients, factor=1.0):
+    """How far the weights of each part go in steps with these gradients everywhere: {part: distances}."""
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for value in gradients:
+        fill_gradients(model, value)
+        training.optimizer_step(optimizer, factor, 0.5, ["row"], 1e9)
+    found = {}
+    for n, p in model.named_parameters():
+        found.setdefault(n.split(".")[0], []).append((before[n] - p.detach()).flatten())
+    return {part: torch.cat(values) for part, values in found.items()}
+
+
+def trained(build, **parts):
+    model = build(seed=1)
+    model.prepare(**parts)
+    model.add_head("reward")
+    return model, training.optimizer_for(model, 1e-2, 1e-3, 1e-4)
+
+
+def test_every_part_has_its_rate(build):
+    """A first step of Adam is its rate long, whatever the gradient; the schedule's factor is on top."""
+    model, optimizer = trained(build, vision=True)
+    found = moves(model, optimizer, 0.5, factor=0.5)
+    assert found.keys() == RATES.keys()
+    for part, moved in found.items():
+        assert torch.allclose(moved, torch.tensor(RATES[part] / 2), atol=2e-6), part
+    assert {g["name"]: g["base_lr"] for g in optimizer.param_groups} == RATES
+    again = moves(model, optimizer, 0.5, factor=1.0)["projector"]
+    assert again.median().item() == pytest.approx(1e-3, rel=1e-2), "base_lr is remembered"
+
+
+def test_what_does_not_train_is_in_no_group(build):
+    model, optimizer = trained(build, projector=False, lora_rank=2)
+    assert [g["name"] for g in optimizer.param_groups] == ["llm", "heads"]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    want = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in held} == {id(p) for p in want} and len(held) == len(want)
+    found = moves(model, optimizer, 0.5)
+    assert (found["projector"] == 0).all() and (found["vision"] == 0).all()
+    with pytest.raises(BadInput, match="nothing trains"):
+        training.optimizer_for(build().prepare(llm=False, projector=False), 0, 0)
+
+
+def test_no_weight_decay(build):
+    """A weight whose gradient is 0 stays where it is, at any rate."""
+    model, _ = trained(build, vision=True)
+    optimizer = training.optimizer_for(model, 10.0, 10.0, 10.0)
+    assert all((moved == 0).all() for moved in moves(model, optimizer, 0.0, 0.0).values())
+
+
+def test_adam_s_averages(build):
+    """Gradients 1 and 0 with betas .9 and .98: 1 + (.09 / .19) / sqrt(.0196 / .0396) = 1.67330 rates; 1.67006 with .999."""
+    model, optimizer = trained(build)
+    moved = moves(model, optimizer, 1.0, 0.0)["projector"]
+    assert moved.median().item() == pytest.approx(1.67330e-3, rel=5e-4)
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def small(build):
+    """(model, optimizer) after two steps, of LoRA and projector."""
+    model = build().prepare(lora_rank=2)
+    optimizer = training.optimizer_for(model, 1e-2, 1e-3)
+    moves(model, optimizer, 1.0, -0.5)
+    return model, optimizer
+
+
+def test_a_checkpoint_brings_everything_back(small, build, tmp_path):
+    """Weights, Adam's averages, the generator's state and the step: the next step is the same, bit for bit."""
+    model, optimizer = small
+    torch.manual_seed(5)
+    torch.rand(3)
+    training.save_checkpoint(tmp_path, 2, model, optimizer)
+    drawn = torch.rand(4)
+    after = copy.deepcopy(model)
+    want = moves(model, optimizer, 0.25, 0.75)
+
+    torch.manual_seed(6)
+    again = build(seed=0).prepare(lora_rank=2)
+    other = training.optimizer_for(again, 1e-2, 1e-3)
+    assert training.load_checkpoint(tmp_path, again, other) == 2
+    assert torch.equal(torch.rand(4), drawn), "drawing goes on where it was"
+    for (n, p), q in zip(after.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), n
+    found = moves(again, other, 0.25, 0.75)
+    assert all(torch.equal(found[part], want[part]) for part in want)
+
+
+def test_saving_draws_nothing(small, tmp_path):
+    state = torch.get_rng_state()
+    training.save_checkpoint(tmp_path, 1, *small)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def kept(folder):
+    return sorted(p.name for p in (folder / "checkpoints").iterdir())
+
+
+def test_two_checkpoints_are_kept(small, tmp_path):
+    """By number, not by name, and the torn rest of a kill counts for none."""
+    for step in (999_998, 999_999):
+        training.save_checkpoint(tmp_path, step, *small)
+    assert kept(tmp_path) == ["latest", "step-999998", "step-999999"]
+    (tmp_path / "checkpoints" / "step-999997.tmp").mkdir()
+    training.save_checkpoint(tmp_path, 1_000_000, *small)
+    assert set(kept(tmp_path)) - {"step-999997.tmp"} == {"latest", "step-999999", "step-1000000"}
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-1000000"
+    assert training.load_checkpoint(tmp_path, *small) == 1_000_000
+
+
+def test_the_checkpoint_that_latest_names_is_loaded(small, tmp_path):
+    model, optimizer = small
+    training.save_checkpoint(tmp_path, 3, model, optimizer)
+    want = copy.deepcopy(model.projector.state_dict())
+    moves(model, optimizer, 1.0)
+    training.save_checkpoint(tmp_path, 6, model, optimizer)
+    (tmp_path / "checkpoints" / "latest").write_text("step-000003")
+    assert training.load_checkpoint(tmp_path, model, optimizer) == 3
+    assert all(torch.equal(v, want[k]) for k, v in model.projector.state_dict().items())
+    moves(model, optimizer, 0.5)  # the sixth step once more, another way
+    training.save_checkpoint(tmp_path, 6, model, optimizer)
+    want = copy.deepcopy(model.projector.state_dict())
+    moves(model, optimizer, 1.0)
+    assert training.load_checkpoint(tmp_path, model, optimizer) == 6
+    assert all(torch.equal(v, want[k]) for k, v in model.projector.state_dict().items())
+
+
+def test_no_checkpoint_yet_is_step_0(small, tmp_path):
+    assert training.load_checkpoint(tmp_path, *small) == 0
+
+
+@pytest.mark.parametrize("saved, now", [(True, False), (False, True)])
+def test_a_checkpoint_of_another_model_is_refused(build, tmp_path, saved, now):
+    model = build().prepare(projector=saved, lora_rank=2)
+    training.save_checkpoint(tmp_path, 1, model, training.optimizer_for(model, 1e-2, 1e-3))
+    other = build().prepare(projector=now, lora_rank=2)
+    with pytest.raises(BadInput, match="projector.*only on one side"):
+        training.load_checkpoint(tmp_path, other, training.optimizer_for(other, 1e-2, 1e-3))
+
+
+# ---- run folder and log
+
+
+def flags(**more):
+    given = {"out": None, "resume": False, "seed": 0, "data": ["rows.json"], "lr": 0.5, "steps": 9}
+    return argparse.Namespace(**given | more)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "rows.json").write_text("abc")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_folder_and_its_args(folder):
+    (folder / "more.json").write_text("")
+    out = training.start(flags(), "dpo", None, ["more.json"])
+    assert out == Path("runs/dpo-0") and sorted(p.name for p in out.iterdir()) == ["args.json"]
+    record = json.loads((out / "args.json").read_text())
+    assert record.keys() == {"script", "flags", "versions", "data"} and record["script"] == "dpo"
+    assert record["flags"] == {"seed": 0, "data": ["rows.json"], "lr": 0.5, "steps": 9}
+    assert record["versions"].keys() == {"torch", "transformers", "pillow", "numpy", "safetensors"}
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert record["data"] == {  # sha256 of "abc" and of nothing, as published
+        "rows.json": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "more.json": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    }
+    assert training.start(flags(), "dpo") == Path("runs/dpo-1")
+    assert training.start(flags(), "bdhs") == Path("runs/bdhs-0")
+    out = training.start(flags(out="mine"), "dpo", [{"row": 3}])
+    assert out == Path("mine") and json.loads((out / "skipped.json").read_text()) == [{"row": 3}]
+    with pytest.raises(FileExistsError):
+        training.start(flags(out="mine"), "dpo")
+    with pytest.raises(BadInput, match="nothing.json: no such file"):
+        training.start(flags(data=["nothing.json"]), "dpo")
+
+
+def test_the_seed_seeds_both_generators(folder):
+    def draw(seed):
+        training.start(flags(seed=seed), "dpo")
+        return torch.rand(1).item(), random.random()
+
+    first, other, again = draw(3), draw(4), draw(3)
+    assert first == again and first[0] != other[0] and first[1] != other[1]
+
+
+@pytest.mark.parametrize(
+    "key, name, value, said",
+    [
+        ("flags", "lr", 0.25, "--lr was 0.25 and is now 0.5"),
+        ("flags", "gone", 1, "--gone was 1 and is now None"),
+        ("versions", "torch", "1.0", "torch was 1.0 and is now"),
+        ("data", "rows.json", "another", "rows.json was another and is now"),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(folder, key, name, value, said):
+    training.start(flags(out="run"), "dpo")
+    file = folder / "run" / "args.json"
+    before = file.read_bytes()
+    assert training.start(flags(out="run", resume=True), "dpo") == Path("run")
+    assert file.read_bytes() == before
+    record = json.loads(before)
+    record[key][name] = value
+    file.write_text(json.dumps(record))
+    with pytest.raises(BadInput, match=said):
+        training.start(flags(out="run", resume=True), "dpo")
+
+
+def test_the_log_of_a_resumed_run(tmp_path, capsys):
+    """Steps from the checkpoint on are cut off, with the half line of a kill; what comes is appended at once."""
+    old = [{"step": i, "loss": 1.0} for i in range(6)]
+    text = "".join(json.dumps(line) + "\n" for line in old) + '{"step": 6, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    log = training.Log(tmp_path, 4, 8)
+    assert lines_of(tmp_path) == old[:4]
+    log(4, ["loss"], {"loss": 0.25, "lr": 0.1})
+    assert lines_of(tmp_path) == [*old[:4], {"step": 4, "loss": 0.25, "lr": 0.1}]
+    said = capsys.readouterr().err
+    assert "step 4: loss 0.2500" in said and "lr" not in said
+    log(5, ["loss"], {"loss": 0.125, "lr": 0.1})
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert "step 5:" not in capsys.readouterr().err, "the first step alone is always shown"
+
+
+def test_the_log_of_a_new_run(tmp_path):
+    log = training.Log(tmp_path, 0, 2)
+    log(0, [], {"loss": 0.5})
+    assert lines_of(tmp_path) == [{"step": 0, "loss": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (BadInput("mend this"), 2, "mend this"),
+        (training.NonFinite("loss nan"), 1, "loss nan"),
+        (KeyboardInterrupt(), 130, "--resume"),
+    ],
+)
+def test_exit_status(monkeypatch, capsys, error, status, said):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/dpo.py"])
+    with pytest.raises(SystemExit) as stop:
+        training.run(fail)
+    err = capsys.readouterr().err
+    assert stop.value.code == status and said in err and err.strip().startswith("dpo.py: ")
+
+
+def test_a_fault_of_ours_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        training.run(lambda: 1 / 0)
+
+
+def test_device_and_dtype():
+    parse = lambda device, dtype: training.device_and_dtype(
+        argparse.Namespace(device=device, dtype=dtype)
+    )
+    assert parse("cpu", "auto") == (torch.device("cpu"), torch.float32)
+    assert parse("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(BadInput, match="--device nowhere cannot be used"):
+        parse("nowhere", "auto")
+
+
+@pytest.mark.parametrize(
+    "lora_rank, lr, merge, want",
+    [
+        (2, 1e-3, False, ["adapter"]),
+        (2, 1e-3, True, ["adapter", "model"]),
+        (0, 1e-3, False, ["model"]),
+        (2, 0, False, ["model"]),  # the projector alone has trained
+    ],
+)
+def test_what_training_leaves(llava, parts, tmp_path, lora_rank, lr, merge, want):
+    model, processor = llava
+    model.prepare(lora_rank, llm=lr > 0)
+    args = argparse.Namespace(
+        lora_rank=lora_rank, lr=lr, merge=merge, resume=False, model=str(parts)
+    )
+    training.save_result(tmp_path, model, processor, args)
+    assert sorted(p.name for p in tmp_path.iterdir()) == want
+    args.resume = True
+    training.save_result(tmp_path, model, processor, args)
+    assert sorted(p.name for p in tmp_path.iterdir()) == want
