@@ -2,7 +2,10 @@
 
 import io
 import json
+import random
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -691,3 +694,167 @@ def test_collate_pairs_pictures_with_rows(images):
     assert torch.equal(batch.pixel_values[1], processor.pixels(images / "train2014" / "desk.png"))
     assert ((batch.input_ids == processor.image_token_id).sum(1)).tolist() == [4, 0, 4]
     assert processor.collate([processor.encode(records[1])]).pixel_values is None
+
+
+TURNED = {  # what a viewer does for each orientation of EXIF
+    1: None,
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_size_of_a_turned_picture(tmp_path, orientation, kind):
+    picture, exif, turn = noise((24, 16)), Image.Exif(), TURNED[orientation]
+    exif[0x0112] = orientation
+    shown = opened(picture, tmp_path / f"x.{kind}", exif=exif)
+    expected = picture.transpose(Image.Transpose[turn]) if turn else picture
+    assert shown.size == expected.size
+    assert data.image_size(tmp_path / f"x.{kind}") == (expected.height, expected.width)
+    if kind == "png":
+        assert np.array_equal(shown, expected)
+
+
+def header_only(path, width, height):
+    """A PNG that says how large it is and holds no pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13)
+    idat = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    path.write_bytes(start + chunk + struct.pack(">I", zlib.crc32(chunk)) + idat)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    "largest, too_large",
+    [
+        ((10_000, 10_000), (10_001, 10_000)),  # 100 million pixels
+        ((20_000, 101), (20_001, 101)),  # a side
+        ((101, 20_000), (101, 20_001)),
+        ((200, 1), (201, 1)),  # 200 times as long as wide
+        ((1, 200), (1, 201)),
+    ],
+)
+def test_how_large_a_picture_may_be(tmp_path, largest, too_large):
+    """What is accepted goes on to the decoder, which finds no pixels; the rest is refused by its header."""
+    with pytest.raises(BadInput, match="cannot be decoded"):
+        data.open_image(header_only(tmp_path / "x.png", *largest))
+    with pytest.raises(BadInput, match="{} x {} pixels; at most".format(*too_large)):
+        data.open_image(header_only(tmp_path / "x.png", *too_large))
+
+
+# ---- what stands around an answer
+
+
+def test_bos_only_where_the_tokenizer_adds_it():
+    tokenizer = byte_level()
+    tokenizer.bos_token = "<|endoftext|>"  # named, as Qwen's, and never written
+    example = processor_of(tokenizer).encode(Record("row 0", None, ("Hi.",), ("Yes.",)))
+    assert example.prompt[0] != tokenizer.bos_token_id
+    tokenizer = sentencepiece()
+    example = processor_of(tokenizer).encode(Record("row 0", None, ("Hi.",), ("Yes.",)))
+    assert (example.prompt == tokenizer.bos_token_id).nonzero().tolist() == [[0]]
+
+
+def test_share_prompt_of_a_prompt_that_is_the_beginning_of_another():
+    record = Record("row 0", Path("x.png"), ("What?",), ("A.",))
+    long, short = torch.tensor([5, 6, 7, 8]), torch.tensor([5, 6])
+    one = lambda prompt, answer: data.Example(
+        prompt, [torch.tensor([answer])], [torch.tensor([True])], record
+    )
+    for prompts in ((long, short), (short, long)):
+        (shared,) = data.share_prompt([one(p, 40 + len(p)) for p in prompts])
+        assert shared.prompt.tolist() == [5, 6]
+        assert [a.tolist() for a in shared.answers] == [
+            [7, 8, 44] if p is long else [42] for p in prompts
+        ]
+        assert [s.tolist() for s in shared.scored] == [
+            [False, False, True] if p is long else [True] for p in prompts
+        ]
+
+
+CHOICE = "Which?\nA. a lamp\nB. a cup"
+
+
+@pytest.mark.parametrize(
+    "image, turns, known, found",
+    [
+        ("7.jpg", ("What?",), ["7.jpg", "aok_7.jpg"], "7.jpg"),
+        ("COCO_train2014_7.jpg", ("What?",), ["7.jpg", "train2014_7.jpg"], "7.jpg"),
+        ("COCO_train2014_7.jpg", ("What?",), ["7.jpg", "COCO_train2014_7.jpg"], "COCO_train2014_7.jpg"),
+        ("COCO_train2014_7.jpg", (CHOICE,), ["7.jpg", "aok_7.jpg"], "aok_7.jpg"),
+        ("7.jpg", (CHOICE.replace(".", ")"),), ["7.jpg", "aok_7.jpg"], "aok_7.jpg"),
+        ("7.jpg", (CHOICE,), ["7.jpg"], "7.jpg"),
+        ("7.jpg", (CHOICE, "A.", "Why?"), ["7.jpg", "aok_7.jpg"], "7.jpg"),
+        ("7.jpg", ("What?",), ["aok_7.jpg"], None),
+    ],
+)  # fmt: skip
+def test_names_of_facts(image, turns, known, found):
+    record = Record("row 0", Path("x") / image, turns, ("A.",))
+    assert data.facts_of(record, {name: [name] for name in known}) == (found and [found])
+
+
+def test_facts_of_records_without():
+    text, lamp = Record("row 0", None, ("Hi.",)), Record("row 1", Path("lamp.jpg"), ("What?",))
+    assert data.facts_for([text], {}, "refuse") == [[]]
+    with pytest.raises(BadInput, match="row 1: --facts has no caption of lamp.jpg"):
+        data.facts_for([text, lamp], {}, "refuse")
+    assert data.facts_for([text, lamp], {}, "count") == [[], []]
+
+
+def test_the_longest_facts_are_those_of_most_tokens():
+    processor = processor_of(byte_level())
+    facts = ["xyzxyz", "the user's questions", "a", "qqqqqqq"]  # 6, 3, 1 and 7 tokens or so
+    tokens = {text: processor.length(text) for text in facts}
+    assert len(facts[1]) > len(facts[3]) and tokens[facts[1]] < tokens[facts[0]] < tokens[facts[3]]
+    assert set(data.longest_facts(processor, facts, 2)) == {facts[0], facts[3]}
+    assert set(data.longest_facts(processor, facts)) == set(facts)
+
+
+def test_facts_in_an_evaluation_turn():
+    facts, turn = [f"fact {i}" for i in range(6)], "Good?{facts} End."
+    drawn = {data.evaluation(turn, " Seen:", facts, random.Random(i), 2) for i in range(9)}
+    lists = [text.removeprefix("Good? Seen:\n- ").removesuffix(" End.") for text in drawn]
+    assert all(len(set(text.split("\n- ")) & set(facts)) == 2 for text in lists) and len(drawn) > 3
+    whole = [data.evaluation(turn, " Seen:", facts, random.Random(i)) for i in range(9)]
+    assert all(text.count("\n- ") == 6 for text in whole) and len(set(whole)) > 3
+    assert data.evaluation(turn, " Seen:", [], random.Random(0)) == "Good? End."
+
+
+def test_room_for_an_answer():
+    processor = processor_of(byte_level(merged=False), "plain")
+    short, long = (
+        processor.encode(Record(f"a.json, row {i}", None, (text,), ("e",)))
+        for i, text in enumerate(("ab", "abcd"))
+    )
+    processor.max_length = len(long.prompt) + 10
+    assert data.with_room(processor, [short, long], 10) == [short, long]
+    skipped = []
+    with pytest.raises(BadInput, match="a.json, row 1: a prompt of 5 tokens leaves no room"):
+        data.with_room(processor, [short, long], 11)
+    assert data.with_room(processor, [short, long], 11, skipped) == [short]
+    assert [(r["file"], r["row"]) for r in skipped] == [("a.json", 1)]
+    with pytest.raises(BadInput, match="leaves no room"):
+        data.with_room(processor, [long], 11, [])
+
+
+def test_a_rated_answer_is_closed_once():
+    processor = processor_of(byte_level(merged=False), "plain")
+    example = processor.encode(Record("row 0", None, ("ab",), ("ef", "g")))
+    cut = example.answers[0][:2]  # at max_new_tokens
+    answers = [example.answers[0], cut]
+    turn = processor.tokenizer.encode("ok\n", add_special_tokens=False)
+    rated = processor.rated(data.replace(example, answers=answers), "ok")
+    assert rated.answers[0].tolist() == [*answers[0].tolist(), *turn]
+    assert rated.answers[1].tolist() == [*cut.tolist(), processor.end_id, *turn]
+    processor.max_length = len(example.prompt) + len(rated.answers[0])
+    processor.rated(data.replace(example, answers=answers), "ok")
+    processor.max_length -= 1
+    with pytest.raises(BadInput, match="row 0: prompt, answer and evaluation of"):
+        processor.rated(data.replace(example, answers=answers), "ok")

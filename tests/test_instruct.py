@@ -125,3 +125,17 @@ def test_bad_files(tmp_path, monkeypatch):
         run(monkeypatch, aokvqa="a.json")
     with pytest.raises(BadInput, match="no conversations for"):
         run(monkeypatch, coco_captions=tmp_path / "a.json", out=tmp_path / "b.json")
+
+
+def test_one_of_the_captions_is_drawn(tmp_path, monkeypatch):
+    """Not the first of every picture, nor the same place in all; and the same in every run."""
+    pictures = [
+        {"filename": f"{i}.jpg", "sentences": [{"raw": f"Caption {n}."} for n in range(5)]}
+        for i in range(40)
+    ]
+    (tmp_path / "k.json").write_text(json.dumps({"images": pictures}))
+    for name in "ab":
+        run(monkeypatch, flickr=tmp_path / "k.json", out=tmp_path / f"{name}.json")
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert {r["conversations"][1]["value"] for r in rows} == {f"Caption {n}." for n in range(5)}
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import CLIP
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from model import (
+    MLLM,
     BadInput,
     FusedLogProb,
     LastBlock,
@@ -742,3 +745,49 @@ def test_image_tokens_without_a_picture(build):
 def test_heads_that_are_not_a_plain_product_are_refused(build):
     with pytest.raises(BadInput, match="Gemma2ForCausalLM"):
         build("gemma2", final_logit_softcapping=30.0, head_dim=16)
+
+
+# ---- dropout, and which adapter is in use
+
+
+@pytest.mark.parametrize("where", ["llm", "tower", "module"])
+def test_dropout_of_a_checkpoint_stays_off(build, where):
+    """In training the policy of step 0 is the reference, and two looks are equal, whatever the config says."""
+    model = build(attention_dropout=0.5 if where == "llm" else 0.0)
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(**CLIP, attention_dropout=0.5 if where == "tower" else 0.0)
+    )
+    if where == "module":
+        mlp = model.llm.model.layers[0].mlp
+        mlp.act_fn = torch.nn.Sequential(mlp.act_fn, torch.nn.Dropout(0.5))
+    model = MLLM(vision, model.projector, model.llm, IMAGE).prepare(lora_rank=2).train()
+    batch = pack(prompts(), [[ids(4), ids(2)]] * 3, pixel_values=pixels())
+    with torch.no_grad():
+        policy = model.log_probs(batch)[0]
+        with model.reference() as reference:
+            assert torch.equal(reference.log_probs(batch)[0], policy)
+        assert torch.equal(model.eval().log_probs(batch)[0], policy)
+
+
+@pytest.mark.parametrize("outer", ["reward", None])
+def test_use_gives_back_what_was_in_use(build, outer):
+    model = build().prepare(lora_rank=2)
+    model.add_adapter("reward", 2)
+    model.add_adapter("value", 2)
+    perturb(model)
+    policy = some_log_probs(model)
+    with model.use(outer):
+        before = some_log_probs(model)
+        with model.use("value"):
+            value = some_log_probs(model)
+        assert torch.equal(some_log_probs(model), before)
+        with pytest.raises(ZeroDivisionError), model.use("value"):
+            1 / 0
+        assert torch.equal(some_log_probs(model), before)
+        with model.reference():
+            pass
+        assert torch.equal(some_log_probs(model), before)
+    assert torch.equal(some_log_probs(model), policy)
+    assert min((a - b).abs().max() for a, b in ((before, value), (before, policy))) > 1e-3
+    with pytest.raises(BadInput, match="no adapter 'nobody'"), model.use("nobody"):
+        pass

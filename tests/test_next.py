@@ -784,3 +784,19 @@ def test_train_and_merge(tmp_path, monkeypatch, folder, pictures, kind, script):
         "training changed nothing"
     )
     assert len({token for tokens in theirs for token in tokens}) > 5
+
+
+@pytest.mark.parametrize(
+    "size, tokens", [((55, 176), 1360), ((110, 352), 1360), ((88, 55), 984), ((88, 99), 1272)]
+)
+def test_a_float_product_just_below_a_whole_number(size, tokens):
+    """Where the product's error is not rounded away, one more row or column is cut on each side."""
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    ours = AnyRes(DEFAULT, 336, 24)
+    rows, columns = ours.grid(size)
+    count = transformers.LlavaNextProcessor._get_unpadded_features
+    assert 576 + sum(count(None, *size, 24, 24, rows, columns)) == tokens
+    left = unpad_image(torch.zeros(1, rows * 24, columns * 24), size).shape
+    assert 576 + left[1] * (left[2] + 1) == tokens
+    assert ours.tokens(size) == tokens
