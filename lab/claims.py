@@ -20,7 +20,7 @@ INTRODUCTION = """# Results in the toy world: all rows, all claims
 Terms are explained in the [README](../README.md).
 
 **How it was made.** `python -m lab.reproduce` ran every method on three seeds. A seed sets the world, the base model and the run.
-The whole takes less than two hours a seed on one thread; `--only ROW` picks rows.
+The whole takes about two hours a seed on one thread; `--only ROW` picks rows.
 
 **How to read the table.** Mean ± standard deviation over seeds. In brackets: the mean difference to the base of the same seed.
 For one seed the 95 % half-width is .03 for CHAIR_s (1000 captions) and for POPE accuracy (804 questions a split).
