@@ -1,41 +1,55 @@
-"""The README's results are those of results/results.json, and lab.reproduce's table says what is in it."""
+"""The pages say what results/results.json and results/bench.json hold, and their tables, verdicts and charts are right."""
 
+import copy
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from lab import report, reproduce
-from model import BadInput
+from lab import chart, claims, pages, report, reproduce
+from lab.rows import ROWS
+from training import BadInput
 
 ROOT = Path(__file__).parents[1]
 
 
-def summary(accuracy, chair_s):
+@pytest.fixture(scope="module")
+def cells():
+    return json.loads((ROOT / "results" / "results.json").read_text())
+
+
+def summary(accuracy, chair_s, recall=0.9, words=30.0):
     split = {"accuracy": accuracy, "yes_ratio": 0.5}
-    chair = {"chair_s": chair_s, "chair_i": 0.1, "recall": 0.9, "length": 30.0}
+    chair = {"chair_s": chair_s, "chair_i": 0.1, "recall": recall, "length": words}
     return {"pope": {"random": split, "popular": split, "adversarial": split}, "chair": chair}
 
 
-def test_table_by_hand(tmp_path):
-    """Two seeds: means, sample standard deviations, mean paired differences."""
-    cells = {
-        "dpo": {
-            str(s): {
-                "before": summary(0.8 + 0.1 * s, 0.6),
-                "after": summary(0.9, 0.2 + 0.2 * s),
-                "minutes": 2.0,
-            }
-            for s in (0, 1)
+def by_seed(before, *after):
+    """Cells of one row: a base, and what became of it on seeds 0, 1, ..."""
+    return {str(s): {"before": before, "after": one, "minutes": 2.0} for s, one in enumerate(after)}
+
+
+# ---- tables
+
+
+def test_table_by_hand():
+    """Two seeds: means, sample standard deviations, mean paired differences; families stand together."""
+    row = {
+        str(s): {
+            "before": summary(0.8 + 0.1 * s, 0.6),
+            "after": summary(0.9, 0.2 + 0.2 * s),
+            "minutes": 2.0,
         }
+        for s in (0, 1)
     }
-    lines = reproduce.table(cells).splitlines()
+    lines = pages.table({"rloo": row, "dpo": row}).splitlines()
     assert lines[2].startswith("| base | 2 | 0.850 ± 0.071 |") and "| 0.600 ± 0.000 |" in lines[2]
     assert lines[3].startswith("| DPO, corrupted truth (default) | 2 | 0.900 ± 0.000 (+0.050) |")
-    assert "| 0.300 ± 0.141 (-0.300) |" in lines[3] and lines[3].endswith(
-        "| 30.0 ± 0.0 (+0.0) | 2.0 |"
-    )
-    reproduce.chart(cells, tmp_path / "chart.png")
+    assert "| 0.300 ± 0.141 (-0.300) |" in lines[3]
+    assert lines[3].endswith("| 30.0 ± 0.0 (+0.0) | 2.0 |")
+    assert lines[4].startswith("| RLOO, factual reward model | 2 |") and len(lines) == 5
 
 
 def test_tables_of_what_samples_by_hand(tmp_path):
@@ -57,27 +71,25 @@ def test_tables_of_what_samples_by_hand(tmp_path):
     assert log == {"objective/kl": [0.5, 8.5], "response_length": [20, 20]}
     run = {"before": summary(0.8, 0.6), "after": summary(0.9, 0.2), "minutes": 2.0, "log": log}
     other = run | {"log": {"objective/kl": [1.5, 9.5], "response_length": [20, 10]}}
-    first, second, third = reproduce.tables({"reward": rewards, "ppo": {"0": run, "1": other}})
-    assert "reads facts" not in first and "| PPO, factual" in first
-    assert (
-        second.splitlines()[2]
-        == "| reads facts | 2 | povid.json | 0.850 ± 0.071 | -0.500 ± 0.000 | 0.250 ± 0.000 | 0.000 ± 0.000 | 3.0 |"
-    )
-    assert "1.00 → 9.00" in third and "20.00 → 15.00" in third and len(third.splitlines()) == 3
+    found = {"reward": rewards, "ppo": {"0": run, "1": other}}
+    assert "reads facts" not in pages.table(found) and "| PPO, factual" in pages.table(found)
+    line = "| reads facts | 2 | povid.json | 0.850 ± 0.071 | -0.500 ± 0.000 | 0.250 ± 0.000 | 0.000 ± 0.000 | 3.0 |"
+    assert pages.reward_table(found).splitlines()[2:] == [line]
+    logged = pages.log_table(found)
+    assert "1.00 → 9.00" in logged and "20.00 → 15.00" in logged and len(logged.splitlines()) == 3
+    assert pages.reward_table({"ppo": found["ppo"]}) == ""
 
 
 def test_only_reward_models_have_no_table_of_policies(tmp_path):
-    held = {
-        "accuracy": 0.9,
-        "length_correlation": 0.0,
-        "longer_preferred": 0.5,
-        "longer_favoured": 0.5,
-    }
-    cells = {"reward": {"0": {"after": {"reward": {"a.json": held}}, "minutes": 1.0}}}
-    first, second, third = reproduce.tables(cells)
-    assert first == third == "" and "a.json" in second
-    reproduce.chart(cells, tmp_path / "chart.png")
+    held = {"accuracy": 0.9, "length_correlation": 0, "longer_preferred": 1, "longer_favoured": 1}
+    found = {"reward": {"0": {"after": {"reward": {"a.json": held}}, "minutes": 1.0}}}
+    assert pages.table(found) == pages.log_table(found) == ""
+    assert "a.json" in pages.reward_table(found)
+    assert chart.draw(found, tmp_path / "chart.png", "recall", "") == []
     assert not (tmp_path / "chart.png").exists()
+
+
+# ---- what lab.reproduce runs
 
 
 def test_another_rows_folder(tmp_path):
@@ -85,24 +97,251 @@ def test_another_rows_folder(tmp_path):
         reproduce.written("@reward", 1, tmp_path)
     (tmp_path / "reward-1").mkdir()
     (tmp_path / "reward-1" / "summary.json").write_text("{}")
-    assert (
-        reproduce.written("@reward", 1, tmp_path) == str(tmp_path / "reward-1")
-        and reproduce.written("--mix", 1, tmp_path) == "--mix"
+    assert reproduce.written("@reward", 1, tmp_path) == str(tmp_path / "reward-1")
+    assert reproduce.written("--mix", 1, tmp_path) == "--mix"
+
+
+def test_no_pages_of_half_the_rows(cells):
+    assert reproduce.incomplete(cells) == ""
+    assert reproduce.incomplete({r: c for r, c in cells.items() if r not in ("ipo", "ppo")}) == (
+        "no cell of ipo, ppo"
     )
+    half = cells | {"ipo": {"0": cells["ipo"]["0"]}}
+    assert reproduce.incomplete(half) == "rows differ in seeds"
 
 
-def test_readme_shows_the_results():
-    cells = json.loads((ROOT / "results" / "results.json").read_text())
-    tables = [part for part in reproduce.tables(cells) if part]
-    assert "\n\n".join(tables) == (ROOT / "results" / "table.md").read_text().strip()
-    assert all(part in (ROOT / "README.md").read_text() for part in tables)
+def test_report_writes_pages_elsewhere_and_trains_nothing(cells, tmp_path, monkeypatch, capsys):
+    """--report with another folder: its README.md and charts; the repository's README stays."""
+    readme = (ROOT / "README.md").read_bytes()
+    (tmp_path / "results.json").write_text(json.dumps(cells))
+    monkeypatch.setattr("sys.argv", ["reproduce", "--report", "--out", str(tmp_path)])
+    monkeypatch.setattr(reproduce, "run_cell", None)
+    reproduce.main()
+    names = {"results.json", "README.md", "chart.png", "chart_pope.png"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    page = (ROOT / "results" / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text() == page and pages.table(cells) in page
+    assert (ROOT / "README.md").read_bytes() == readme
+    assert pages.table(cells) in capsys.readouterr().out
+    (tmp_path / "results.json").write_text(json.dumps({"dpo": cells["dpo"]}))
+    with pytest.raises(BadInput, match="the pages need all rows with the same seeds; no cell of"):
+        reproduce.main()
+
+
+# ---- the claims
+
+
+def test_figures_by_hand():
+    """Two seeds. Base: CHAIR_s .6, recall .9, 30 words. dpo: CHAIR_s .3 and .1; ipo: .5 and .1."""
+    base = summary(0.8, 0.6)
+    f = claims.Figures(
+        {
+            "dpo": by_seed(
+                base, summary(0.8, 0.3, 0.88, 20), summary(0.81, 0.1, 0.87, 25)
+            ),
+            "ipo": by_seed(base, summary(0.7, 0.5), summary(0.8, 0.1)),
+        }
+    )  # fmt: skip
+    assert f.chair("dpo") == "0.200" and f.value("dpo", "words") == "22.500"
+    assert f.recall("dpo") == "-2.5" and f.loss("dpo") == "2.5"
+    assert f.hard("dpo") == "+0.5" and f.seeds("dpo", "POPE adversarial") == "0.0, +1.0"
+    assert f.both("dpo") == "CHAIR_s 0.200, recall -2.5 points"
+    assert f.cut("dpo") == "67 %" and f.cut("dpo", "words") == "25 %"
+    assert f.part("ipo", "dpo", "CHAIR_s") == "75 %"
+    # a tie is not higher
+    assert f.count("ipo", "dpo", "CHAIR_s") == 1 and not f.every("ipo", "dpo", "CHAIR_s")
+    assert f.every("dpo", "ipo", "POPE adversarial")
+    assert [claims.signed(v) for v in (0.04, -0.04, 0.05001, -12)] == [
+        "0.0",
+        "0.0",
+        "+0.1",
+        "-12.0",
+    ]
+
+
+def test_verdict():
+    assert claims.verdict(True, True) == "**Holds here.**"
+    assert claims.verdict(True, False) == "**Holds in part.**"
+    assert claims.verdict(False, False) == "**Does not hold here.**"
+
+
+VERDICTS = {  # read by hand from the seeds' figures
+    "Offline DPO on corrupted": "Holds in part",
+    "Mixing adds nothing": "Holds in part",
+    "A stronger annotator": "Holds in part",
+    "Pairs of an answer": "Cannot be tested here",
+    "Prompts that the model": "Holds here",
+    "Chosen answers of a weaker": "Cannot be tested here",
+    "BDHS with the attention": "Holds in part",
+    "Reference guidance": "Holds in part",
+    "Online BDHS": "Does not hold here",
+    "A reward model trained": "Does not hold here",
+    "IPO and SLiC": "Holds in part",
+    "DPO is better than": "Cannot be tested here",
+    "SFT on a teacher": "Cannot be tested here",
+    "Rejection sampling": "Cannot be tested here",
+    "The gain grows": "Cannot be tested here",
+    "Pairs that a 13B": "Cannot be tested here",
+    "A reward model that reads": "Does not hold here",
+    "Plain PPO": "Holds in part",
+    "A larger reward": "Cannot be tested here",
+    "Human-made": "Cannot be tested here",
+    "Alignment costs": "Cannot be tested here",
+}
+
+
+def test_verdicts_of_the_claims(cells):
+    for claim, (begin, verdict) in zip(claims.claims(cells), VERDICTS.items(), strict=True):
+        assert claim.sentence.startswith(begin) and claim.verdict.startswith(f"**{verdict}")
+
+
+def changed(cells, row, place, value):
+    """The cells with another figure on each seed of a row."""
+    cells = copy.deepcopy(cells)
+    for seed, cell in cells[row].items():
+        target = cell["after"]
+        for key in place[:-1]:
+            target = target[key]
+        target[place[-1]] = value(seed, target[place[-1]])
+    return cells
+
+
+@pytest.mark.parametrize(
+    "begin, row, place, value, verdict",
+    [
+        ("Online BDHS", "bdhs-online", ("chair", "chair_s"), lambda s, v: 0.01, "Holds in part"),
+        # fewer hallucinations on two seeds of three are not enough
+        ("Online BDHS", "bdhs-online", ("chair", "chair_s"),
+         lambda s, v: v if s == "1" else 0.01, "Does not hold here"),
+        ("BDHS with the", "povid", ("chair", "chair_s"), lambda s, v: 0.5, "Holds here"),
+        ("BDHS with the", "bdhs", ("chair", "chair_s"), lambda s, v: 0.5, "Does not hold here"),
+        ("Reference guidance", "bdhs", ("chair", "chair_s"), lambda s, v: 0.01, "Holds here"),
+        ("Prompts that", "dpo-seen", ("chair", "chair_s"), lambda s, v: v + 0.1, "Holds in part"),
+        ("A stronger", "online", ("chair", "chair_s"), lambda s, v: 0.01, "Holds here"),
+        ("Plain PPO", "ppo-plain", ("chair", "length"), lambda s, v: 50.0, "Holds here"),
+        ("A reward model trained", "ppo", ("chair", "chair_s"), lambda s, v: 0.9, "Holds in part"),
+        ("Mixing adds", "online", ("chair", "chair_s"), lambda s, v: 0.01, "Holds here"),
+    ],
+)  # fmt: skip
+def test_a_verdict_follows_the_figures(cells, begin, row, place, value, verdict):
+    found = claims.claims(changed(cells, row, place, value))
+    (claim,) = [c for c in found if c.sentence.startswith(begin)]
+    assert claim.verdict == f"**{verdict}.**"
+
+
+def test_facts_would_make_the_reward_model_more_accurate(cells):
+    cells = copy.deepcopy(cells)
+    for row in ("reward", "reward-long"):
+        for cell in cells[row].values():
+            for held in cell["after"]["reward"].values():
+                held["accuracy"] = 0.99
+    (claim,) = [c for c in claims.claims(cells) if c.sentence.startswith("A reward model that")]
+    assert claim.verdict == "**Holds here.**" and "0.990 against 0.837 (povid.json)" in claim.here
+
+
+# ---- the charts
+
+
+def test_pareto_by_hand():
+    """x: higher is better, y: lower is better. b is beaten by c in both; d by c in y alone at the same x."""
+    points = {"a": (0.0, 0.6), "b": (-3.0, 0.2), "c": (-2.0, 0.1), "d": (-2.0, 0.3), "e": (-9.0, 0.05)}  # fmt: skip
+    assert chart.pareto(points) == ["e", "c", "a"]
+    assert chart.pareto({"a": (0.0, 0.1), "b": (0.0, 0.1)}) == ["a", "b"]
+
+
+def test_labels_by_hand():
+    """Two points in one place: both labels are in the frame, beside each other, and not on the point."""
+    points, sizes = {"a": (50, 50), "b": (50, 50)}, {"a": (40, 10), "b": (40, 10)}
+    point = (45, 45, 55, 55)
+    boxes = chart.place_labels(sizes, points, (0, 0, 200, 100), [point], [])
+    assert not chart.overlap(boxes["a"], boxes["b"])
+    for x0, y0, x1, y1 in boxes.values():
+        assert 0 < x0 and 0 < y0 and x1 < 200 and y1 < 100 and (x1 - x0, y1 - y0) == (40, 10)
+        assert not chart.overlap((x0, y0, x1, y1), point)
+    with pytest.raises(ValueError, match="no free place for the label of"):
+        chart.place_labels(sizes, points, (0, 0, 60, 30), [point], [])
+    assert chart.crosses((0, 0), (10, 0), (5, 7)) and not chart.crosses((0, 0), (10, 0), (5, 9))
+    assert not chart.crosses((0, 0), (10, 0), (19, 0))
+
+
+@pytest.mark.parametrize("column", ["recall", "POPE adversarial"])
+def test_no_label_of_the_charts_covers_another(cells, column, tmp_path):
+    panels = chart.draw(cells, tmp_path / "chart.png", column, "")
+    labelled = [row for boxes in panels for row in boxes if row != "base"]
+    assert sorted(labelled) == sorted(row for row in ROWS if ROWS[row].family != "reward")
+    for family, boxes in zip(chart.COLOURS, panels, strict=True):
+        assert {ROWS[row].family for row in boxes if row != "base"} == {family}
+        assert "base" in boxes
+        for a, b in itertools.combinations(boxes.values(), 2):
+            assert not chart.overlap(a, b)
+
+
+# ---- the pages
+
+
+def test_fill_by_hand():
+    text = "a\n<!-- begin x -->\nold\n<!-- end x -->\nb\n<!-- begin y --><!-- end y -->\n"
+    new = "a\n<!-- begin x -->\n1 \\1\n<!-- end x -->\nb\n<!-- begin y -->\n2\n<!-- end y -->\n"
+    assert pages.fill(text, {"x": "1 \\1", "y": "2"}) == new
+    assert pages.fill(new, {"x": "1 \\1", "y": "2"}) == new
+    with pytest.raises(ValueError, match="begin z"):
+        pages.fill(text, {"z": "3"})
+
+
+def test_pages_are_those_of_the_results(cells):
+    """`python -m lab.reproduce --report` would change nothing."""
+    assert (ROOT / "results" / "README.md").read_text() == pages.results_page(cells)
+    bench = json.loads((ROOT / "results" / "bench.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert pages.fill(readme, pages.blocks(cells, bench)) == readme
     first = cells["dpo"]["0"]
-    assert (
-        report.table({"before": first["before"], "after": first["after"]})
-        in (ROOT / "README.md").read_text()
-    )
-    for row, by_seed in cells.items():
-        assert row in reproduce.ROWS and sorted(by_seed) == ["0", "1", "2"]
+    assert report.table({"before": first["before"], "after": first["after"]}) in readme
+    for row, seeds in cells.items():
+        assert row in ROWS and sorted(seeds) == ["0", "1", "2"]
+
+
+def test_front_page(cells):
+    """One page of moderate length whose table, read back, is the results' means; codes of claims stand nowhere."""
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 220
+    assert f"all {sum(row.family != 'reward' for row in ROWS.values())} methods" in readme
+    lines = pages.front_table(cells).splitlines()
+    assert len(lines) == 2 + 8 and pages.front_table(cells) in readme
+    for line in lines[3:]:
+        name, chair_s, recall, hard, _ = [cell.strip() for cell in line.strip("|").split("|")]
+        (row,) = [r for r in ROWS if ROWS[r].name == name]
+        seeds = cells[row].values()
+        for shown, place in (
+            (chair_s, ("chair", "chair_s")),
+            (recall, ("chair", "recall")),
+            (hard, ("pope", "adversarial", "accuracy")),
+        ):
+            get = lambda result: pages.figure(result, place)
+            after = sum(get(c["after"]) for c in seeds) / 3
+            change = 100 * sum(get(c["after"]) - get(c["before"]) for c in seeds) / 3
+            assert shown == f"{after:.3f} ({change:+.1f})"
+    for page in (readme, (ROOT / "results" / "README.md").read_text()):
+        assert not re.search(r"\b[CDE]\d{1,2}\b", page)
+
+
+def test_first_findings_by_hand(cells):
+    """The numbers of the front page's findings, worked out by hand from the seeds' figures."""
+    first, second, third = claims.findings(cells)
+    assert "takes 88 % off CHAIR_s" in first and "costs 2.5 points" in first  # .5580 / .6377
+    assert "19 % fewer words" in first and "by +4.1 points" in first  # 7.0 / 36.0
+    assert "gets 82 %" in second and "103 % of it for 0.7" in second  # .4597 / .5580, .5747 / .5580
+    assert "by 5.2 points" in third and "by 8.7 with PPO" in third  # (2.6 + 9.4 + 3.6) / 3
+
+
+def test_readme_names_every_file():
+    readme = (ROOT / "README.md").read_text()
+    for file in [*ROOT.glob("*.py"), *(ROOT / "lab").glob("*.py"), *ROOT.glob("formats/*.py")]:
+        assert file.name == "__init__.py" or f"`{file.name}`" in readme, file.name
+    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
+        assert (ROOT / image).is_file(), image
+    page = (ROOT / "results" / "README.md").read_text()
+    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page):
+        assert (ROOT / "results" / image).is_file(), image
 
 
 def test_readme_shows_the_benchmark():

@@ -1,0 +1,174 @@
+"""Tables of results/results.json and results/bench.json, for the pages that `lab.reproduce --report` writes.
+
+README.md holds three parts between `<!-- begin NAME -->` and `<!-- end NAME -->`; `fill` writes them anew. results/README.md is
+written as a whole: `results_page`. The papers' claims are in lab/claims.py.
+"""
+
+import re
+import statistics
+from pathlib import Path
+
+from lab import claims, report
+from lab.rows import FAMILIES, FIGURES, ROWS, after, bases, changes, figure, mean, policies
+
+LOGGED = {  # what a run that samples logs: column
+    "annotator/pairs": "prompts that gave a pair",
+    "annotator/score": "annotator's score",
+    "objective/scores": "reward r",
+    "scores/reward_model": "reward model's score",
+    "objective/kl": "KL",
+    "objective/entropy": "entropy",
+    "response_length": "tokens",
+}
+REWARD = {  # what reward_model.py measures on held-out pairs: column
+    "accuracy": "accuracy",
+    "length_correlation": "correlation of score and tokens",
+    "longer_preferred": "longer answer is the chosen one",
+    "longer_favoured": "longer answer gets the higher score",
+}
+FRONT = ("dpo", "guidance-only", "bdhs", "online", "mixed-corrected", "ppo", "ppo-plain")
+BENCH = {
+    "ours": "`dpo.py`'s loop",
+    "naive": "the plain way: padded batch, all logits",
+    "trl": "TRL 1.16",
+    "trl-default": "TRL 1.16 with its default, gradient checkpointing",
+}
+
+
+def spread(values, digits):
+    """Mean ± standard deviation of a sample."""
+    shown = f"{mean(values):.{digits}f}"
+    return f"{shown} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else shown
+
+
+def markdown(head, lines):
+    """Columns and rows -> a Markdown table; "" without rows."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if lines else ""
+
+
+def table(cells):
+    """Policies: mean ± standard deviation over seeds, (mean paired difference to the base)."""
+    if not policies(cells):
+        return ""
+    digits = {column: 1 if column == "words" else 3 for column in FIGURES}
+    start = bases(cells).values()
+    shown = [spread([figure(b, place) for b in start], digits[c]) for c, place in FIGURES.items()]
+    lines = [["base", str(len(start)), *shown, ""]]
+    for family in FAMILIES:
+        for row, by_seed in policies(cells).items():
+            if ROWS[row].family == family:
+                shown = [
+                    f"{spread(after(cells, row, c), digits[c])} ({mean(changes(cells, row, c)):+.{digits[c]}f})"
+                    for c in FIGURES
+                ]
+                minutes = mean(c["minutes"] for c in by_seed.values())
+                lines.append([ROWS[row].name, str(len(by_seed)), *shown, f"{minutes:.1f}"])
+    return markdown(["method", "seeds", *FIGURES, "minutes"], lines)
+
+
+def reward_table(cells):
+    """Held-out figures of the reward models, a line for each and each data file."""
+    lines = []
+    for row, by_seed in cells.items():
+        if row in policies(cells):
+            continue
+        files = {}
+        for cell in by_seed.values():
+            for path, held in cell["after"]["reward"].items():
+                files.setdefault(Path(path).name, []).append(held)
+        minutes = mean(c["minutes"] for c in by_seed.values())
+        for name, held in files.items():
+            shown = [spread([h[column] for h in held], 3) for column in REWARD]
+            lines.append([ROWS[row].name, str(len(held)), name, *shown, f"{minutes:.1f}"])
+    return markdown(["reward model", "seeds", "held-out pairs", *REWARD.values(), "minutes"], lines)
+
+
+def log_table(cells):
+    """What the runs that sample logged: first fifth -> last fifth of the steps, means over seeds."""
+    lines = []
+    for row, by_seed in policies(cells).items():
+        logs = [c["log"] for c in by_seed.values() if "response_length" in c.get("log", {})]
+        if logs:
+            shown = [
+                " → ".join(f"{mean(log[name][part] for log in logs):.2f}" for part in (0, 1))
+                if name in logs[0]
+                else ""
+                for name in LOGGED
+            ]
+            lines.append([ROWS[row].name, *shown])
+    return markdown(["method", *LOGGED.values()], lines)
+
+
+def front_table(cells):
+    """The README's choice of rows and columns."""
+    columns = ("CHAIR_s", "recall", "POPE adversarial")
+    start = bases(cells).values()
+    lines = [["base", *(f"{mean(figure(b, FIGURES[c]) for b in start):.3f}" for c in columns), ""]]
+    for row in FRONT:
+        shown = [
+            f"{mean(after(cells, row, c)):.3f} ({100 * mean(changes(cells, row, c)):+.1f})"
+            for c in columns
+        ]
+        minutes = mean(c["minutes"] for c in cells[row].values())
+        lines.append([ROWS[row].name, *shown, f"{minutes:.1f}"])
+    return markdown(["method", *columns, "minutes"], lines)
+
+
+def bench_table(bench):
+    """Seconds and memory of a DPO step: median (least - most), ratios within a round."""
+    lines = []
+    for name, row in bench["step"].items():
+        shown = lambda key, digits: (
+            f"{row[key]['median']:.{digits}f} ({row[key]['min']:.{digits}f} - {row[key]['max']:.{digits}f})"
+        )
+        ratio = lambda key: "1" if name == "ours" else shown(key, 1)
+        lines.append(
+            [BENCH[name], shown("seconds", 1), ratio("seconds_ratio"),
+             shown("seconds_3_epochs", 1), ratio("seconds_3_epochs_ratio"), shown("peak_mib", 0)]
+        )  # fmt: skip
+    head = ["", "CPU s a step, one epoch", "ratio", "CPU s a step, three epochs", "ratio"]
+    return markdown([*head, "peak MiB beside the weights"], lines)
+
+
+def blocks(cells, bench):
+    """The parts of README.md that are computed."""
+    first = cells["dpo"]["0"]
+    shown = report.table({"before": first["before"], "after": first["after"]})
+    findings = "\n".join(f"{i}. {text}" for i, text in enumerate(claims.findings(cells), 1))
+    return {
+        "first-run": f"```\n{shown}\n```",
+        "results": f"{front_table(cells)}\n\n{findings}",
+        "speed": bench_table(bench),
+    }
+
+
+def fill(text, parts):
+    """README's text with the parts between its marks written anew."""
+    for name, part in parts.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md: {begin} and {end} must be there once each")
+        text = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{part}\n{end}", text, flags=re.DOTALL)
+    return text
+
+
+def results_page(cells):
+    """results/README.md."""
+    parts = [claims.INTRODUCTION, table(cells), claims.CHARTS]
+    parts += ["## What the papers claim, and what happens here", claims.HOW_TO_READ]
+    paper = None
+    for claim in claims.claims(cells):
+        if claim.paper != paper:
+            paper = claim.paper
+            parts.append(f"### {paper}")
+        parts.append(
+            f"**{claim.sentence}**\n\n- The paper: {claim.reported}\n- Here: {claim.here}\n- {claim.verdict}"
+        )
+    parts.append("## What else the rows show")
+    parts.append("\n".join(f"- {text}" for text in claims.observations(cells)))
+    parts += ["## Reward models", claims.REWARD_MODELS, reward_table(cells)]
+    parts.append("\n".join(f"- {text}" for text in claims.reward_observations(cells)))
+    parts += ["## What was sampled during training", claims.SAMPLED, log_table(cells)]
+    parts += [claims.REST]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,135 @@
+"""The rows of results/: which command lines `lab.reproduce` runs, and where a figure is in what they write."""
+
+import statistics
+from typing import NamedTuple
+
+BDHS = ["--lr", "3e-4"]  # as bdhs.py --online
+# An annotator's corrections only remove text: at the default rate the model would learn to say less.
+CORRECTED = ["--lr", "5e-5"]
+CONSTRUCTED = ("povid.json", "povid_seen.json")
+# The base model's own answers, ranked by the oracle. Nothing is trained on them.
+TEST = ["--test-data", "vlfeedback.jsonl"]
+LONG = ["--steps", "1500"]  # three times the default
+MIX = ["--mix", "0.5"]
+BARE = ["--length-weight", "0"]
+# As many answers an iteration as PPO.
+RLOO = ["--advantage", "rloo", "--samples", "4", "--minibatches", "1"]
+
+
+class Row(NamedTuple):
+    """One method.
+
+    commands: (script, data, further flags), one after the other. data: files of the toy world, or None for the
+    preferences.json of the command before. A flag "@row" is that row's run folder.
+    """
+
+    family: str
+    name: str
+    label: str  # in the chart, below the family's name
+    commands: list
+
+
+FAMILIES = {
+    "offline": "Offline: DPO, IPO and SLiC on given pairs",
+    "bdhs": "BDHS and POVID: the model's own biased completions",
+    "online": "Online and mixed DPO: the model's own answers, ordered",
+    "rl": "Reinforcement learning: PPO and RLOO",
+    "reward": "Reward models",
+}
+ROWS = {
+    "dpo": Row("offline", "DPO, corrupted truth (default)", "corrupted truth (default)", [
+        ("dpo.py", "povid.json", [])]),
+    "dpo-seen": Row("offline", "DPO, corrupted truth, images seen in SFT", "images seen in SFT", [
+        ("dpo.py", "povid_seen.json", [])]),
+    "dpo-corrected": Row("offline", "DPO, corrected samples", "corrected samples", [
+        ("dpo.py", "rlhf_v.jsonl", CORRECTED)]),
+    "dpo-ranked": Row("offline", "DPO, ranked samples", "ranked samples", [
+        ("dpo.py", "vlfeedback.jsonl", CORRECTED)]),
+    "ipo": Row("offline", "IPO, corrected samples", "IPO, corrected samples", [
+        ("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo", *CORRECTED])]),
+    "slic": Row("offline", "SLiC, corrected samples", "SLiC, corrected samples", [
+        ("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", *CORRECTED])]),
+    "bdhs": Row("bdhs", "BDHS, offline", "BDHS, offline", [
+        ("bdhs.py", "povid.json", []), ("dpo.py", None, BDHS)]),
+    "bdhs-online": Row("bdhs", "BDHS, online", "BDHS, online", [
+        ("bdhs.py", "povid.json", ["--online"])]),
+    "bdhs-noise": Row("bdhs", "BDHS, noise instead of the mask", "noise instead of the mask", [
+        ("bdhs.py", "povid.json", ["--rho", "0", "--noise-steps", "500"]), ("dpo.py", None, BDHS)]),
+    "mask-only": Row("bdhs", "BDHS, mask without guidance", "mask, no guidance", [
+        ("bdhs.py", "povid.json", ["--no-guidance"]), ("dpo.py", None, BDHS)]),
+    "guidance-only": Row("bdhs", "BDHS, guidance without mask", "guidance, no mask", [
+        ("bdhs.py", "povid.json", ["--rho", "0"]), ("dpo.py", None, BDHS)]),
+    "povid": Row("bdhs", "POVID: image distortion + corrupted truth", "POVID", [
+        ("povid.py", "povid.json", ["--gamma", "0.5"])]),
+    "reward": Row("reward", "reads facts", "", [("reward_model.py", CONSTRUCTED, TEST)]),
+    "reward-plain": Row("reward", "plain", "", [
+        ("reward_model.py", CONSTRUCTED, ["--no-facts", *TEST])]),
+    "reward-long": Row("reward", "reads facts, 1500 steps", "", [
+        ("reward_model.py", CONSTRUCTED, [*LONG, *TEST])]),
+    "reward-plain-long": Row("reward", "plain, 1500 steps", "", [
+        ("reward_model.py", CONSTRUCTED, ["--no-facts", *LONG, *TEST])]),
+    "online": Row("online", "Online DPO, the oracle annotates", "online, oracle", [
+        ("online_dpo.py", "rlhf_v.jsonl", [])]),
+    "online-povid": Row(
+        "online", "Online DPO, the oracle annotates, prompts of corrupted truth",
+        "online, oracle, other prompts", [("online_dpo.py", "povid.json", [])]),
+    "mixed": Row("online", "Mixed-DPO, with corrupted truth", "mixed, corrupted truth", [
+        ("online_dpo.py", "povid.json", MIX)]),
+    "mixed-corrected": Row("online", "Mixed-DPO, with corrected samples", "mixed, corrected samples", [
+        ("online_dpo.py", "rlhf_v.jsonl", MIX)]),
+    "online-reward": Row("online", "Online DPO, factual reward model annotates", "online, reward model", [
+        ("online_dpo.py", "rlhf_v.jsonl", ["--annotator", "@reward"])]),
+    "ppo": Row("rl", "PPO, factual reward model (Fact-RLHF)", "PPO, factual (Fact-RLHF)", [
+        ("ppo.py", "povid.json", ["--reward-model", "@reward"])]),
+    "ppo-plain": Row("rl", "PPO, plain reward model, no length term", "PPO, plain, no length term", [
+        ("ppo.py", "povid.json", ["--reward-model", "@reward-plain", *BARE])]),
+    "ppo-plain-length": Row("rl", "PPO, plain reward model", "PPO, plain", [
+        ("ppo.py", "povid.json", ["--reward-model", "@reward-plain"])]),
+    "ppo-oracle": Row("rl", "PPO, the oracle rewards, no length term", "PPO, oracle", [
+        ("ppo.py", "povid.json", ["--reward-model", "oracle", *BARE])]),
+    "rloo": Row("rl", "RLOO, factual reward model", "RLOO, factual", [
+        ("ppo.py", "povid.json", ["--reward-model", "@reward", *RLOO])]),
+}  # fmt: skip
+FIGURES = {  # column: where it is in {"pope":, "chair":}
+    "POPE random": ("pope", "random", "accuracy"),
+    "POPE popular": ("pope", "popular", "accuracy"),
+    "POPE adversarial": ("pope", "adversarial", "accuracy"),
+    "yes ratio (adv.)": ("pope", "adversarial", "yes_ratio"),
+    "CHAIR_s": ("chair", "chair_s"),
+    "CHAIR_i": ("chair", "chair_i"),
+    "recall": ("chair", "recall"),
+    "words": ("chair", "length"),
+}
+
+
+def figure(result, place):
+    """The number at a place of {"pope", "chair"}."""
+    for key in place:
+        result = result[key]
+    return result
+
+
+def policies(cells):
+    """Those of the cells {row: {seed: summary}} whose row trains a policy."""
+    return {row: by_seed for row, by_seed in cells.items() if ROWS[row].family != "reward"}
+
+
+def bases(cells):
+    """The base model's evaluation {seed: result}."""
+    return {seed: cell["before"] for row in policies(cells).values() for seed, cell in row.items()}
+
+
+def after(cells, row, column):
+    """A row's figures after training, one a seed."""
+    return [figure(cell["after"], FIGURES[column]) for cell in cells[row].values()]
+
+
+def changes(cells, row, column):
+    """Differences to the base of the same seed, one a seed."""
+    place = FIGURES[column]
+    return [figure(c["after"], place) - figure(c["before"], place) for c in cells[row].values()]
+
+
+def mean(values):
+    """Arithmetic mean; a name shorter than the library's for lines full of numbers."""
+    return statistics.fmean(values)
