@@ -183,11 +183,13 @@ class Processor:
                     scored += [is_scored] * len(ready)
                     text, start = "", len(ids)
                     continue
-                text += "".join(group)
+                new = "".join(group)
+                text += new
                 before, whole = ids[start:], self.tokenise(text)
                 if is_scored and whole[: len(before)] != before:
                     raise BadInput(
-                        f"{where}: the tokenizer joins the end of the prompt and {text[-30:]!r}."
+                        f"{where}: the tokenizer joins the end of the prompt with the answer "
+                        f"{new.strip()[:30]!r}."
                     )
                 unscored = len(before) if is_scored else len(whole)
                 ids[start:] = whole

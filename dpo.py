@@ -124,15 +124,14 @@ def main():
     toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
     args.beta = args.beta or (TOY_BETA if args.toy_world else BETA)[args.loss]
 
-    # ---- load model and data
+    # ---- load data and model
     device, dtype = training.device_and_dtype(args)
+    rows = dataset.read(args.data, args.images, answers=2, skip_bad_rows=args.skip_bad_rows)
     model, processor = checkpoints.load(
         args.model, dtype, device, args.template, args.image_aspect, args.max_length
     )
-    examples, skipped = dataset.load(
-        processor, args.data, args.images, answers=2, skip_bad_rows=args.skip_bad_rows
-    )
-    out = training.start(args, "dpo", skipped)
+    examples = rows.encode(processor)
+    out = training.start(args, "dpo", rows.skipped)
     report.show_start(processor, examples)
     clock.lap("setup")
     before = report.evaluate_start(model, processor, args, out / "before")
@@ -186,9 +185,9 @@ def main():
                 metrics[name] += values.sum().item() / pairs
 
         # 4. step
-        rows = [examples[i].record.where for micro in micro_batches for i in micro]
+        names = [examples[i].record.where for micro in micro_batches for i in micro]
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], rows)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 

@@ -341,10 +341,11 @@ class MLLM(nn.Module):
         x = self.llm.get_input_embeddings()(input_ids.masked_fill(at_image, 0))
         features = [] if pixel_values is None else self.image_features(pixel_values, image_sizes)
         tokens = [n for n in at_image.sum(1).tolist() if n]
-        if tokens != [len(f) for f in features]:
+        found = [len(f) for f in features]
+        if tokens != found:
             raise BadInput(
-                f"image tokens in the rows' text: {tokens}; features of their images: "
-                f"{[len(f) for f in features]}; the two must be equal."
+                f"{sum(tokens)} image tokens in the text against {sum(found)} image features "
+                f"(by row: {tokens}, by image: {found})."
             )
         if not features:
             return x

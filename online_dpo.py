@@ -187,22 +187,21 @@ def main():
     toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
     args.beta = args.beta or (TOY_BETA if args.toy_world else BETA)[args.loss]
 
-    # ---- load model, data and annotator
+    # ---- load data, annotator and model
     device, dtype = training.device_and_dtype(args)
-    model, processor = checkpoints.load(
-        args.model, dtype, device, args.template, args.image_aspect, args.max_length
-    )
-    examples, skipped = dataset.load(
-        processor,
+    rows = dataset.read(
         args.data,
         args.images,
         answers=2 if args.mix else 0,
         skip_bad_rows=args.skip_bad_rows,
         unique=None if args.mix else lambda record: record.prompt_key,
-        room=args.max_new_tokens,
     )
-    annotator = judge.make(args, device, dtype, [e.record for e in examples])
-    out = training.start(args, "online_dpo", skipped)
+    annotator = judge.make(args, device, dtype, rows.records)
+    model, processor = checkpoints.load(
+        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+    )
+    examples = rows.encode(processor, room=args.max_new_tokens)
+    out = training.start(args, "online_dpo", rows.skipped)
     report.show_start(processor, examples)
     clock.lap("setup")
     before = report.evaluate_start(model, processor, args, out / "before")
@@ -225,7 +224,7 @@ def main():
     log = training.Log(out, first, steps)
     for step in range(first, steps):
         metrics = Counter(dict.fromkeys(METRICS, 0.0))
-        rows, all_scores, lengths = [], [], []
+        names, all_scores, lengths = [], [], []
 
         # 1. batch: eq. 4, pairs[i] is the data's pair, or None where the policy answers
         micro_batches = training.batch_of(step, args, len(examples))
@@ -277,7 +276,7 @@ def main():
             )
             (losses.sum() / prompts).backward()
 
-            rows += [pair.record.where for pair in pairs]
+            names += [pair.record.where for pair in pairs]
             for name, values in (
                 ("loss", losses),
                 ("rewards/chosen", reward_chosen),
@@ -292,7 +291,7 @@ def main():
 
         # 6. step
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], rows)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 

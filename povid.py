@@ -126,15 +126,11 @@ def main():
     args, clock = parse(), training.Clock()
     toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
 
-    # ---- load model and data
+    # ---- load data and model
     device, dtype = training.device_and_dtype(args)
-    model, processor = checkpoints.load(
-        args.model, dtype, device, args.template, args.image_aspect, args.max_length
-    )
     # without --gamma, pairs that share a chosen answer are one task
     one_task = None if args.gamma else lambda record: (*record.prompt_key, record.answers)
-    examples, skipped = dataset.load(
-        processor,
+    rows = dataset.read(
         args.data,
         args.images,
         answers=2 if args.gamma else 1,
@@ -142,7 +138,11 @@ def main():
         unique=one_task,
         needs_image="POVID would distort",
     )
-    out = training.start(args, "povid", skipped)
+    model, processor = checkpoints.load(
+        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+    )
+    examples = rows.encode(processor)
+    out = training.start(args, "povid", rows.skipped)
     report.show_start(processor, examples)
     clock.lap("setup")
     before = report.evaluate_start(model, processor, args, out / "before")
@@ -211,9 +211,9 @@ def main():
                 metrics[name] += values.sum().item() / pairs
 
         # 5. step
-        rows = [examples[i].record.where for micro in micro_batches for i in micro]
+        names = [examples[i].record.where for micro in micro_batches for i in micro]
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], rows)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 

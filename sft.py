@@ -119,8 +119,9 @@ def main():
     args, clock = parse(), training.Clock()
     toy.fill(args, TOY)  # without --model: parts and world of our own, and TOY's settings
 
-    # ---- load or compose the model, load the data
+    # ---- load data; load or compose the model
     device, dtype = training.device_and_dtype(args)
+    rows = dataset.read(args.data, args.images, answers=1, skip_bad_rows=args.skip_bad_rows)
     if args.model:
         model, processor = checkpoints.load(
             args.model, dtype, device, args.template, args.image_aspect, args.max_length
@@ -136,16 +137,8 @@ def main():
             args.seed,
             args.max_length,
         )
-    examples, skipped = dataset.load(
-        processor,
-        args.data,
-        args.images,
-        answers=1,
-        skip_bad_rows=args.skip_bad_rows,
-        every_turn=True,
-    )
-    examples = share_prompt(examples)
-    out = training.start(args, "sft", skipped)
+    examples = share_prompt(rows.encode(processor, every_turn=True))
+    out = training.start(args, "sft", rows.skipped)
     report.show_start(processor, examples)
     clock.lap("setup")
     before = report.evaluate_start(model, processor, args, out / "before") if args.model else None
@@ -186,9 +179,9 @@ def main():
             metrics["loss"] += loss.item()
 
         # 4. step
-        rows = [e.record.where for e in step_examples]
+        names = [e.record.where for e in step_examples]
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], rows)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 

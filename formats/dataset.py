@@ -1,78 +1,37 @@
-"""Whole data sets: files in any layout -> examples, with every row that cannot be used reported."""
+"""Whole data sets: files in any layout -> records -> examples; every row that is not used is reported.
+
+rows = dataset.read(args.data, args.images, answers=2, skip_bad_rows=args.skip_bad_rows)
+model, processor = ...                 # large, so the files are read before it is loaded
+examples = rows.encode(processor)      # rows.skipped: what was left out, for skipped.json
+"""
 
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common import BadInput
 from formats import layouts
 
 
-def load(
-    processor,
-    files,
-    images=None,
-    answers=2,
-    skip_bad_rows=False,
-    every_turn=False,
-    prompts_only=False,
-    unique=None,
-    needs_image="",
-    room=0,
-):
-    """Data files -> (Examples, rows that were skipped as [{"file":, "row":, "why":}]).
+@dataclass
+class Rows:
+    """The records of a data set, and the rows that were left out: [{"file":, "row":, "why":}]."""
 
-    answers: how many a row must have (2: preference pairs, 1: instruction data or prompts).
-    skip_bad_rows: leave out a row that cannot be used; without it, such a row stops the run.
-    every_turn: score all assistant turns, see `Processor.encode`.
-    prompts_only: encode no answer; they stay in the records.
-    unique: a function of a record; of several records with equal values the first is kept.
-    needs_image: what for; a text-only row is then one that cannot be used.
-    room: tokens that must be left for an answer after the prompt.
-    """
-    bad = BadRows(skip_bad_rows)
+    records: list
+    skip_bad_rows: bool = False
+    skipped: list = field(default_factory=list)
 
-    # 1. read
-    records = []
-    for path in files:
-        records += read_records(path, images, answers, bad)
-    if needs_image:
-        why = f"no image, which {needs_image}"
-        bad.add([located(r.where, why) for r in records if r.image is None], len(records))
-        records = [r for r in records if r.image is not None]
-    if unique:
-        records = without_repeats(records, unique)
+    def leave_out(self, rows, total):
+        """Report rows that cannot be used, out of `total`, of which at least one must remain.
 
-    # 2. encode
-    encoded = [encode(processor, r, every_turn, prompts_only) for r in records]
-    reasons = [(r.where, why) for r, (_, why) in zip(records, encoded) if why]
-    bad.add([located(where, why) for where, why in reasons], len(records))
-    examples = [example for example, why in encoded if not why]
-
-    # 3. leave room for what will be sampled
-    if room:
-        limit = processor.max_length
-        why = f"the prompt leaves no room for --max-new-tokens {room}; the limit is {limit} tokens"
-        too_long = [e for e in examples if len(e.prompt) + room > limit]
-        bad.add([located(e.record.where, why) for e in too_long], len(examples))
-        examples = [e for e in examples if len(e.prompt) + room <= limit]
-    return examples, bad.skipped
-
-
-class BadRows:
-    """Rows that cannot be used: the first stops the run, or with `skip` they are collected."""
-
-    def __init__(self, skip):
-        self.skip, self.skipped = skip, []
-
-    def add(self, rows, total):
-        """rows: [{"file":, "row":, "why":}] out of `total`, of which at least one must remain."""
+        Without skip_bad_rows the first of them stops the run.
+        """
         if not rows:
             return
         first = rows[0]
         where = f"{first['file']}, row {first['row']}: {first['why']}"
-        if not self.skip or len(rows) >= total:
+        if not self.skip_bad_rows or len(rows) >= total:
             raise BadInput(
                 f"{where} ({len(rows)} of {total} rows are refused; "
                 "--skip-bad-rows goes on without them)"
@@ -80,37 +39,65 @@ class BadRows:
         print(f"{len(rows)} of {total} rows are skipped, first {where}", file=sys.stderr)
         self.skipped += rows
 
+    def encode(self, processor, every_turn=False, prompts_only=False, room=0):
+        """Records -> Examples.
 
-def located(where, why):
-    """`Record.where` and a reason -> {"file":, "row":, "why":}, as skipped.json lists it."""
-    file, row, part = re.fullmatch(r"(.*?), row (\d+)(.*)", where, re.DOTALL).groups()
-    return {"file": file, "row": int(row), "why": f"{part.strip(', ')}: {why}" if part else why}
+        every_turn: score all assistant turns, see `Processor.encode`.
+        prompts_only: encode no answer; they stay in the records.
+        room: tokens that must be left for an answer after the prompt.
+        """
+        encoded = [encode(processor, r, every_turn, prompts_only) for r in self.records]
+        refused = [located(r.where, why) for r, (_, why) in zip(self.records, encoded) if why]
+        self.leave_out(refused, len(self.records))
+        examples = [example for example, why in encoded if not why]
+        return self.with_room(processor, examples, room) if room else examples
+
+    def with_room(self, processor, examples, room):
+        """The examples whose prompt leaves room for an answer of so many tokens."""
+        limit = processor.max_length
+        fits = [len(e.prompt) + room <= limit for e in examples]
+        why = f"the prompt leaves no room for --max-new-tokens {room}; the limit is {limit} tokens"
+        refused = [located(e.record.where, why) for e, good in zip(examples, fits) if not good]
+        self.leave_out(refused, len(examples))
+        return [e for e, good in zip(examples, fits) if good]
 
 
-def read_records(path, images, answers, bad):
-    """The records of one file, each with this many answers."""
-    file = layouts.read(path, images)
-    bad.add([{"file": file.path.name, **row} for row in file.refused], file.rows)
-    for why, count in file.notes.items():
-        print(f"{path}: {count} {why}", file=sys.stderr)
-    if not file.records:
-        raise BadInput(f"{path}: {file.rows} rows of layout {file.layout} give no pair.")
-    if len(file.records[0].answers) < answers:
-        raise BadInput(
-            f"{path}: layout {file.layout} is instruction data, one answer a prompt; "
-            "preference pairs are needed."
-        )
-    return [replace(r, answers=r.answers[:answers]) for r in file.records]
+def read(files, images=None, answers=2, skip_bad_rows=False, unique=None, needs_image=""):
+    """Data files -> Rows.
 
+    answers: how many a row must have (2: preference pairs, 1: instruction data or prompts).
+    skip_bad_rows: leave out a row that cannot be used; without it, such a row stops the run.
+    unique: a function of a record; of several records with equal values the first is kept.
+    needs_image: what for; a text-only row is then one that cannot be used.
+    """
+    rows = Rows([], skip_bad_rows)
+    for path in files:
+        file = layouts.read(path, images)
+        rows.leave_out([{"file": file.path.name, **row} for row in file.refused], file.rows)
+        for why, count in file.notes.items():
+            print(f"{path}: {count} {why}", file=sys.stderr)
+        if not file.records:
+            raise BadInput(f"{path}: {file.rows} rows of layout {file.layout} give no pair.")
+        if len(file.records[0].answers) < answers:
+            raise BadInput(
+                f"{path}: layout {file.layout} is instruction data, one answer a prompt; "
+                "preference pairs are needed."
+            )
+        rows.records += [replace(r, answers=r.answers[:answers]) for r in file.records]
 
-def without_repeats(records, key):
-    """The first record for each value of `key`."""
-    unique = {}
-    for record in records:
-        unique.setdefault(key(record), record)
-    if len(unique) < len(records):
-        print(f"{len(records) - len(unique)} rows repeat another row", file=sys.stderr)
-    return list(unique.values())
+    if needs_image:
+        why = f"no image, which {needs_image}"
+        without = [located(r.where, why) for r in rows.records if r.image is None]
+        rows.leave_out(without, len(rows.records))
+        rows.records = [r for r in rows.records if r.image is not None]
+    if unique:
+        first = {}
+        for record in rows.records:
+            first.setdefault(unique(record), record)
+        if len(first) < len(rows.records):
+            print(f"{len(rows.records) - len(first)} rows repeat another row", file=sys.stderr)
+        rows.records = list(first.values())
+    return rows
 
 
 def encode(processor, record, every_turn=False, prompts_only=False):
@@ -120,6 +107,12 @@ def encode(processor, record, every_turn=False, prompts_only=False):
         return replace(processor.encode(bare, every_turn), record=record), None
     except BadInput as error:
         return None, str(error).removeprefix(f"{record.where}: ")
+
+
+def located(where, why):
+    """`Record.where` and a reason -> {"file":, "row":, "why":}, as skipped.json lists it."""
+    file, row, part = re.fullmatch(r"(.*?), row (\d+)(.*)", where, re.DOTALL).groups()
+    return {"file": file, "row": int(row), "why": f"{part.strip(', ')}: {why}" if part else why}
 
 
 def images_folder(files, images=None):

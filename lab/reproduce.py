@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-import training
-from lab import chart, pages, toyworld
+from common import BadInput, Parser, run, write_json
+from lab import chart, pages, toy
 from lab.rows import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -34,13 +34,13 @@ def run_cell(row, seed, quick, folder):
         sources = (
             [out / "preferences.json"]
             if file is None
-            else [toyworld.path(seed, name) for name in files]
+            else [toy.data_file(seed, name) for name in files]
         )
         out = folder / (f"{row}-{seed}" if i == len(ROWS[row].commands) else f"{row}-{seed}-data")
         flags = [written(flag, seed, folder) for flag in flags]
         for source in sources:
             flags += ["--data", str(source)]
-        flags += ["--images", str(toyworld.world(seed) / "images"), "--seed", str(seed)]
+        flags += ["--images", str(toy.world(seed) / "images"), "--seed", str(seed)]
         if quick and i == len(ROWS[row].commands):
             flags += ["--steps", "3"]
         commands.append([script, *flags, "--out", str(out)])
@@ -48,7 +48,7 @@ def run_cell(row, seed, quick, folder):
         print(f"\n{row}, seed {seed}: python {' '.join(commands[-1])}", file=sys.stderr)
         done = subprocess.run([sys.executable, str(ROOT / script), *commands[-1][1:]])
         if done.returncode:
-            raise training.BadInput(
+            raise BadInput(
                 f"{row}, seed {seed} ended with status {done.returncode}; call again to go on from here."
             )
     summary = json.loads((out / "summary.json").read_text())
@@ -64,9 +64,9 @@ def written(flag, seed, folder):
     if flag.startswith("@"):
         run = folder / f"{flag[1:]}-{seed}"
         if not (run / "summary.json").is_file():
-            raise training.BadInput(f"{run}: not there yet; --only {flag[1:]} makes it.")
+            raise BadInput(f"{run}: not there yet; --only {flag[1:]} makes it.")
         return str(run)
-    return str(toyworld.path(seed, flag)) if flag.endswith(".jsonl") else flag
+    return str(toy.data_file(seed, flag)) if flag.endswith(".jsonl") else flag
 
 
 def log_of(out):
@@ -106,7 +106,7 @@ def write_pages(cells, folder):
 
 def main():
     """Run what is missing, write results.json and the pages, print the tables."""
-    parser = training.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--only",
         action="append",
@@ -138,17 +138,17 @@ def main():
                 cells = json.loads(path.read_text()) if path.exists() else {}
                 cells.setdefault(row, {})[str(seed)] = cell
                 cells = {r: dict(sorted(cells[r].items())) for r in ROWS if r in cells}
-                training.write_json(path, cells)
+                write_json(path, cells)
     if not cells:
-        raise training.BadInput(f"{path}: no results yet.")
+        raise BadInput(f"{path}: no results yet.")
     parts = pages.table(cells), pages.reward_table(cells), pages.log_table(cells)
     print("\n\n".join(part for part in parts if part))
     why = incomplete(cells)
     if args.report and why:
-        raise training.BadInput(f"{path}: the pages need all rows with the same seeds; {why}.")
+        raise BadInput(f"{path}: the pages need all rows with the same seeds; {why}.")
     if not args.quick and not why:
         write_pages(cells, folder)
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

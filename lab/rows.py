@@ -46,9 +46,9 @@ ROWS = {
     "dpo-ranked": Row("offline", "DPO, ranked samples", "ranked samples", [
         ("dpo.py", "vlfeedback.jsonl", CORRECTED)]),
     "ipo": Row("offline", "IPO, corrected samples", "IPO, corrected samples", [
-        ("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo", *CORRECTED])]),
+        ("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo", "--beta", "0.5", *CORRECTED])]),
     "slic": Row("offline", "SLiC, corrected samples", "SLiC, corrected samples", [
-        ("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", *CORRECTED])]),
+        ("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", "--beta", "0.5", *CORRECTED])]),
     "bdhs": Row("bdhs", "BDHS, offline", "BDHS, offline", [
         ("bdhs.py", "povid.json", []), ("dpo.py", None, BDHS)]),
     "bdhs-online": Row("bdhs", "BDHS, online", "BDHS, online", [

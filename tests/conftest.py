@@ -7,7 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-import checkpoints
+from formats import checkpoints, dataset
 from model import MLLM, Projector
 
 SENTENCES = (
@@ -26,6 +26,11 @@ CLIP = {
 }
 LLM = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+def read_records(paths, images=None, answers=2):
+    """The records of data files, as a run reads them; a bad row is an error."""
+    return dataset.read(paths, images, answers).records
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_records
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
+import common
 import dpo
-import training
+from common import BadInput
 from data import Record
-from model import BadInput
+from formats import files, inspector, layouts
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +31,7 @@ def sentence(status, err, expected, code=2):
     lines = err.splitlines()
     assert status == code, err
     assert "Traceback" not in err and "Error:" not in "".join(lines[:-1]), err
-    assert [line for line in lines if line.startswith(("dpo.py: ", "data.py: "))] == lines[-1:], err
+    assert [line for line in lines if line.startswith(("dpo.py: ", "data.py: ", "inspector.py: "))] == lines[-1:], err
     for part in [expected] if isinstance(expected, str) else expected:
         assert part in lines[-1], lines[-1]
     return lines[-1]
@@ -53,7 +54,7 @@ def say(monkeypatch, capsys, tmp_path):
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            training.run(main)
+            common.run(main)
         return sentence(stop.value.code, capsys.readouterr().err, expected, code)
 
     return run
@@ -300,14 +301,14 @@ def test_a_bad_row_stops_the_run_before_it_starts(folder, say, name):
     )
     assert not (folder / "runs").exists()
     # and a look at the file lists it, beside the good row
-    found = data.read(file, folder / "images")
+    found = layouts.read(file, folder / "images")
     assert len(found.records) == 1 and [r["row"] for r in found.refused] == [1]
 
 
 @pytest.mark.parametrize("layout", GOOD, ids=lambda f: f.__name__)
 def test_the_good_rows_are_good(folder, layout):
     assert (
-        len(data.load([lines_of(folder / "good.jsonl", [GOOD[layout]] * 2)], folder / "images"))
+        len(read_records([lines_of(folder / "good.jsonl", [GOOD[layout]] * 2)], folder / "images"))
         == 2
     )
 
@@ -401,12 +402,12 @@ def test_parquet(folder, say, monkeypatch):
     columns = {"image": cells, "text": [json.dumps(QA)] * 4, "origin_dataset": ["demo"] * 4}
     pq.write_table(pa.table(columns), folder / "pictures.parquet", row_group_size=2)
     monkeypatch.chdir(folder)  # for .cache
-    file = data.read(folder / "pictures.parquet")
+    file = layouts.read(folder / "pictures.parquet")
     assert [(r["row"], r["why"][:21]) for r in file.refused] == [(0, "the row names no imag")]
     for i, record in enumerate(file.records, 1):
         where = f"pictures.parquet, row {i}"
         with pytest.raises(BadInput, match=f"{where}: not a readable picture"):
-            data.open_image(record.image)
+            files.open_image(record.image)
 
 
 # ---- pictures: what the header does not tell
@@ -415,7 +416,7 @@ def test_parquet(folder, say, monkeypatch):
 @pytest.mark.parametrize("name", ["cut.jpg", "cut.png"])
 def test_a_cut_picture(folder, say, checkpoint, name):
     file = lines_of(folder / "rows.jsonl", [povid(name)])
-    data.load([file], folder / "images")  # the header is whole
+    read_records([file], folder / "images")  # the header is whole
     args = ["--model", checkpoint, "--data", file, "--images", folder / "images"]
     assert "truncated" in say(dpo.main, args, f"{name}: the picture cannot be decoded")
 
@@ -434,7 +435,7 @@ def test_corrupt_exif(folder, kind, value):
         whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:]
     )
     with pytest.raises(BadInput, match="exif.jpg: the picture cannot be decoded"):
-        data.open_image(folder / "exif.jpg")
+        files.open_image(folder / "exif.jpg")
 
 
 # ---- model, flags, run folder
@@ -512,12 +513,15 @@ def test_flags(folder, say):
         (["--loss", "ppo"], ["--loss: invalid choice: 'ppo'", "ipo"]),
         (["--bata", "0.1"], "unrecognized arguments: --bata 0.1; --help lists what is accepted"),
         (["--step", "3"], "unrecognized arguments: --step 3"),  # no abbreviations
-        (["--steps", "many"], "--steps: invalid int value: 'many'"),
-        (["--batch-size", "0"], "--batch-size is 0; at least 1 is needed"),
-        (["--steps", "-1"], "--steps is -1; at least 1 is needed"),
+        (["--steps", "many"], "--steps: 'many' was given; a whole number, 1 or more, is needed"),
+        (
+            ["--batch-size", "0"],
+            "--batch-size: '0' was given; a whole number, 1 or more, is needed",
+        ),
+        (["--steps", "-1"], "--steps: '-1' was given; a whole number, 1 or more, is needed"),
     ):
         say(dpo.main, [*args, *flags], expected)
-    say(data.main, [folder / "rows.jsonl", "--jason"], "unrecognized arguments: --jason")
+    say(inspector.main, [folder / "rows.jsonl", "--jason"], "unrecognized arguments: --jason")
     assert not (folder / "runs").exists()
 
 
@@ -685,8 +689,8 @@ def test_skip_bad_rows(folder, checkpoint):
     status, _, err = command("dpo.py", *args, "--out", "run", "--skip-bad-rows", cwd=folder)
     assert status == 0, err
     assert (
-        "rows.jsonl: 1 of 5 rows are skipped" in err
-        and "2 of 4 rows are skipped at encoding" in err
+        "1 of 5 rows are skipped, first rows.jsonl, row 1" in err
+        and "2 of 4 rows are skipped, first rows.jsonl, row " in err
     )
     skipped = json.loads((folder / "run" / "skipped.json").read_text())
     assert [(s["file"], s["row"]) for s in skipped] == [

@@ -13,10 +13,14 @@ import torch
 from PIL import Image
 
 import bdhs
-import checkpoints
-import data
-import training
-from model import MLLM, BadInput, Samples, attention_mask, pack
+import noise
+import sampling
+from attention import attention_mask
+from common import BadInput
+from data import Record
+from formats import checkpoints, layouts
+from model import MLLM, pack
+from sampling import Samples
 
 # What the tests watch or replace: the only names of this file that say where something is done.
 SAMPLER = (MLLM, "sample")
@@ -53,7 +57,7 @@ def examples(llava, tmp_path):
         )
         found.append(
             processor.encode(
-                data.Record(f"row {i}", tmp_path / f"{i}.png", ("Describe the image.",), (answer,))
+                Record(f"row {i}", tmp_path / f"{i}.png", ("Describe the image.",), (answer,))
             )
         )
     return found
@@ -237,8 +241,8 @@ def test_all_hidden_is_blind_and_nothing_hidden_is_ordinary(llava, examples):
     model, processor = llava
     prompts = [e.prompt for e in examples]
     pixels = torch.stack([processor.pixels(e.record.image) for e in examples])
-    draw = lambda pixels, mask: model.sample(
-        prompts, pixels, 2, 10, image_mask=mask, generator=torch.Generator().manual_seed(1)
+    draw = lambda pixels, mask: sampling.sample(
+        model, prompts, pixels, 2, 10, masked=mask, generator=torch.Generator().manual_seed(1)
     )
     hide = lambda rho: bdhs.image_mask(
         prompts, processor.image_token_id, rho, torch.Generator().manual_seed(0)
@@ -259,15 +263,15 @@ def test_diffusion():
         (700, 0.594, 0.804),
         (999, 0.285, 0.959),
     ):
-        abar = bdhs.alpha_bar(steps)
+        abar = noise.alpha_bar(steps)
         assert math.sqrt(abar) == pytest.approx(signal, abs=2e-3) and math.sqrt(
             1 - abar
         ) == pytest.approx(noise, abs=2e-3)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     m, s = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     pixels = (torch.full((1, 3, 200, 200), 0.5) - m) / s
-    assert torch.equal(bdhs.diffuse(pixels, 0, mean, std, None), pixels)
-    noisy = bdhs.diffuse(pixels, 300, mean, std, torch.Generator().manual_seed(0)) * s + m
+    assert torch.equal(noise.diffuse(pixels, 0, mean, std, None), pixels)
+    noisy = noise.diffuse(pixels, 300, mean, std, torch.Generator().manual_seed(0)) * s + m
     assert noisy.min() >= -1e-6 and noisy.max() <= 1 + 1e-6
     assert noisy.mean() == pytest.approx(0.981 * 0.5, abs=5e-3) and noisy.std() == pytest.approx(
         0.194, abs=5e-3
@@ -285,7 +289,9 @@ def slow_completion(model, prompt, given, cut, pixels, hidden, stop, steps):
         hide = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
         hide[:, : len(hidden)] = hidden
         batch.pixel_values = pixels[None]
-        logits = model.hidden(batch, hide)[0, -1] @ model.llm.get_output_embeddings().weight.t()
+        logits = (
+            model.hidden_states(batch, hide)[0, -1] @ model.llm.get_output_embeddings().weight.t()
+        )
         logits[model.image_token_id] = -torch.inf
         tokens.append(int(logits.argmax()))
         if tokens[-1] in stop:
@@ -307,7 +313,7 @@ def test_sampling_from_cuts_is_sampling_from_prefixes(llava, examples):
         [(examples[1].answers[0], [1])],
         [(examples[2].answers[0], [2, 3])],
     ]
-    samples = model.sample(prompts, pixels, 1, 6, 0, processor.stop_ids, hidden, given)
+    samples = sampling.sample(model, prompts, pixels, 1, 6, 0, processor.stop_ids, hidden, given)
     for b, texts in enumerate(given):
         branches = [(tokens, cut) for tokens, cuts in texts for cut in cuts]
         assert len(samples.tokens[b]) == len(branches)
@@ -524,18 +530,18 @@ def test_rho_of_the_drawer(large, say, rho, share):
 def test_alpha_bar_by_hand():
     """0: no noise. n: the product of 1 - beta_0 .. 1 - beta_n, n + 1 factors: POVID takes entry n of the products."""
     beta = [1e-5 + (0.5e-2 - 1e-5) / (1 + math.exp(6 - 12 * k / 999)) for k in range(1000)]
-    assert bdhs.alpha_bar(0) == 1
-    assert 1 - bdhs.alpha_bar(1) == pytest.approx(beta[0] + beta[1] - beta[0] * beta[1], rel=1e-9)
-    assert 1 - bdhs.alpha_bar(1) == pytest.approx(4.48e-5, abs=1e-7)  # beta_0 is 2.23e-5
+    assert noise.alpha_bar(0) == 1
+    assert 1 - noise.alpha_bar(1) == pytest.approx(beta[0] + beta[1] - beta[0] * beta[1], rel=1e-9)
+    assert 1 - noise.alpha_bar(1) == pytest.approx(4.48e-5, abs=1e-7)  # beta_0 is 2.23e-5
     for steps in (1, 2, 300, 500, 999):
         want = math.prod(1 - b for b in beta[: steps + 1])
-        assert bdhs.alpha_bar(steps) == pytest.approx(want, rel=1e-9)
+        assert noise.alpha_bar(steps) == pytest.approx(want, rel=1e-9)
 
 
 def test_noise_is_drawn_for_every_pixel():
     """Two equal pictures get other noise, as do two colours; a generator repeats itself."""
     pixels = torch.zeros(2, 3, 40, 40)
-    draw = lambda seed: bdhs.diffuse(
+    draw = lambda seed: noise.diffuse(
         pixels, 100, (0.5,) * 3, (0.5,) * 3, torch.Generator().manual_seed(seed)
     )
     a = draw(0)
@@ -772,13 +778,13 @@ def test_distorted_answer(llava, examples):
     assert torch.allclose(rows[[0, 2]], model.answer_log_probs(batch).view(2, 2).T)
     weight, at = model.llm.get_output_embeddings().weight, 0
     for b, example in enumerate(examples):
-        clean = model.hidden(
+        clean = model.hidden_states(
             replace(
                 pack([example.prompt], [example.answers[:1]]),
                 pixel_values=batch.pixel_values[b : b + 1],
             )
         )
-        dirty = model.hidden(
+        dirty = model.hidden_states(
             replace(pack([example.prompt], [example.answers[:1]]), pixel_values=noisy[b : b + 1])
         )
         total, P = 0.0, len(example.prompt)
@@ -826,7 +832,7 @@ def run(monkeypatch, capsys):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["bdhs.py", *map(str, args)])
         try:
-            training.run(bdhs.main)
+            run(bdhs.main)
         except SystemExit as end:
             assert not ok and end.code == 2
         else:
@@ -880,7 +886,7 @@ def test_offline_file_is_read_by_dpo_and_resumes(run, files, checkpoint):
     )
     out, _ = run(*flags, "--out", "whole", cwd=files)
     rows = json.loads((files / "whole" / "preferences.json").read_text())
-    found = data.read(files / "whole" / "preferences.json", files / "images")
+    found = layouts.read(files / "whole" / "preferences.json", files / "images")
     assert found.layout == "povid" and len(found.records) == len(rows) and not found.refused
     told = json.loads((files / "whole" / "statistics.json").read_text())
     assert told["answers"] == 5 == sum(told["tries"].values()) == sum(told["similarity"].values())

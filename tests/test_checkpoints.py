@@ -11,10 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-import checkpoints
-from checkpoints import compose, load, load_adapter, save, save_adapter
+import sampling
+from common import BadInput
 from data import TEMPLATES, Processor, Record
-from model import BadInput, LoRALinear, pack
+from formats import checkpoints
+from formats.adapters import load_adapter, save_adapter
+from formats.checkpoints import compose, load, save
+from lora import LoRALinear
+from model import pack
 
 MISTRAL = {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 SLIDING = {
@@ -184,7 +188,9 @@ def prompts(image_tokens=16):
 
 def our_logits(model, rows, pixels):
     with torch.no_grad():
-        return model.llm.lm_head(model.hidden(pack(rows, [[]] * len(rows), pixel_values=pixels)))
+        return model.llm.lm_head(
+            model.hidden_states(pack(rows, [[]] * len(rows), pixel_values=pixels))
+        )
 
 
 def their_logits(model, rows, pixels):
@@ -240,8 +246,8 @@ def test_logits_are_those_of_transformers(tmp_path, kind, layer, strategy, more)
 def test_greedy_sampling_is_generate(folder, hf):
     model, processor = load(folder)
     rows, pixels = prompts(), torch.randn(2, 3, SIDE, SIDE)
-    samples = model.sample(
-        rows, pixels, max_new_tokens=12, temperature=0, stop_ids=processor.stop_ids
+    samples = sampling.sample(
+        model, rows, pixels, max_new_tokens=12, temperature=0, stop_ids=processor.stop_ids
     )
     seen = set()
     for row, picture, tokens in zip(rows, (pixels[:1], None, pixels[1:]), samples.tokens):

@@ -6,12 +6,14 @@ import random
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import read_records
 from PIL import Image
 from tokenizers import (
     AddedToken,
@@ -24,9 +26,12 @@ from tokenizers import (
 )
 
 import data
-import layouts
-from data import Processor, Record
-from model import BadInput, pack
+import facts
+import sft
+from common import BadInput
+from data import TEMPLATES, Example, Processor, Record
+from formats import dataset, files, layouts
+from model import pack
 
 HERE = Path(__file__).parent / "data"
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
@@ -133,7 +138,7 @@ def write(path, rows):
 
 
 def test_povid(images):
-    file = data.read(HERE / "povid.json", images)
+    file = layouts.read(HERE / "povid.json", images)
     assert (file.layout, file.rows, file.refused) == ("povid", 3, [])
     assert pairs(file) == [
         ((QUESTION,), CHOSEN, REJECTED),
@@ -154,7 +159,7 @@ def test_povid(images):
 
 
 def test_rlhf_v_jsonl(images):
-    file = data.read(HERE / "rlhf_v.jsonl", images)
+    file = layouts.read(HERE / "rlhf_v.jsonl", images)
     assert (file.layout, file.rows, file.refused) == ("rlhf_v", 4, [])
     # text as object, JSON string, base64 of a list, list; both sets of key names; nothing is a placeholder here
     assert pairs(file) == [((QUESTION,), CHOSEN, REJECTED)] * 3 + [
@@ -204,14 +209,14 @@ def test_rlhf_v_parquet(tmp_path, monkeypatch):
         pa.table({"image": cells, **parquet_rows(n)}), tmp_path / "demo.parquet", row_group_size=3
     )
     assert pq.ParquetFile(tmp_path / "demo.parquet").num_row_groups == 3
-    file = data.read(tmp_path / "demo.parquet")
+    file = layouts.read(tmp_path / "demo.parquet")
     assert (file.layout, file.rows, file.refused) == ("rlhf_v", n, [])
     assert pairs(file) == [((f"What is {i}?",), f"It is {i}.", f"It is {i + 1}.") for i in range(n)]
     assert file.records[4].where == "demo.parquet, row 4"
     for i in (6, 0, 3, 2, 5, 1, 4):  # as in training: any order, over all row groups
-        picture = data.open_image(file.records[i].image)
+        picture = files.open_image(file.records[i].image)
         assert picture.size == (20, 12) and picture.getpixel((3, 3)) == colours[i]
-    hashes = [data.image_hash(r.image) for r in file.records]
+    hashes = [files.image_hash(r.image) for r in file.records]
     assert len(set(hashes)) == n and str(file.records[4].image).endswith("demo.parquet, row 4")
 
 
@@ -220,11 +225,13 @@ def test_rlhf_v_parquet_with_a_column_of_paths(tmp_path):
     (tmp_path / "a.png").write_bytes(png("red"))
     columns = parquet_rows(1) | {"image_path": [None], "image": ["a.png"]}
     pq.write_table(pa.table(columns), tmp_path / "demo.parquet")
-    assert [r.image for r in data.read(tmp_path / "demo.parquet").records] == [tmp_path / "a.png"]
+    assert [r.image for r in layouts.read(tmp_path / "demo.parquet").records] == [
+        tmp_path / "a.png"
+    ]
 
 
 def test_llava_rlhf(images):
-    file = data.read(HERE / "llava_rlhf.json", images)
+    file = layouts.read(HERE / "llava_rlhf.json", images)
     assert (file.layout, file.rows, file.refused) == ("llava_rlhf", 3, [])
     assert pairs(file) == [
         ((QUESTION,), CHOSEN, REJECTED),  # `<image>` stood at the end
@@ -239,7 +246,7 @@ def test_llava_rlhf(images):
 
 
 def test_vlfeedback(images):
-    file = data.read(HERE / "vlfeedback.jsonl", images)
+    file = layouts.read(HERE / "vlfeedback.jsonl", images)
     assert (file.layout, file.rows, file.refused) == ("vlfeedback", 3, [])
     assert pairs(file) == [
         ((QUESTION,), CHOSEN, REJECTED),
@@ -283,7 +290,7 @@ def test_ratings(rating, mean):
 
 
 def test_llava_instruct(images):
-    file = data.read(HERE / "llava_instruct.json", images)
+    file = layouts.read(HERE / "llava_instruct.json", images)
     assert (file.layout, file.rows, file.refused) == ("llava_instruct", 3, [])
     assert pairs(file) == [
         (("What is this?", "A lamp.", "And its colour?"), "Red."),
@@ -291,12 +298,12 @@ def test_llava_instruct(images):
         (("Describe the desk.",), "It is made of wood."),  # the leading gpt turn is dropped
     ]
     assert [r.image for r in file.records] == [images / "lamp.jpg", None, images / "desk.png"]
-    assert len(data.load([HERE / "llava_instruct.json"], images, answers=1)) == 3
+    assert len(read_records([HERE / "llava_instruct.json"], images, answers=1)) == 3
 
 
 def test_several_files_and_the_first_answer_only(images):
     files = [HERE / "povid.json", HERE / "vlfeedback.jsonl", HERE / "llava_instruct.json"]
-    records = data.load(files, images, answers=1)
+    records = read_records(files, images, answers=1)
     assert [len(r.answers) for r in records] == [1] * (3 + 6 + 3) and records[0].answers == (
         CHOSEN,
     )
@@ -306,7 +313,7 @@ def test_images_default_to_the_files_folder(images, tmp_path):
     shutil.copytree(images, tmp_path / "all")
     shutil.copy(HERE / "llava_rlhf.json", tmp_path / "all")
     assert (
-        data.read(tmp_path / "all" / "llava_rlhf.json").records[0].image
+        layouts.read(tmp_path / "all" / "llava_rlhf.json").records[0].image
         == tmp_path / "all" / "lamp.jpg"
     )
 
@@ -315,7 +322,9 @@ def test_images_default_to_the_files_folder(images, tmp_path):
 def test_a_pair_is_the_same_in_all_layouts(images, tokenizer):
     processor = processor_of(TOKENIZERS[tokenizer]())
     files = ("povid.json", "rlhf_v.jsonl", "llava_rlhf.json", "vlfeedback.jsonl")
-    first, *others = [processor.encode(data.read(HERE / name, images).records[0]) for name in files]
+    first, *others = [
+        processor.encode(layouts.read(HERE / name, images).records[0]) for name in files
+    ]
     for other in others:
         assert other.record.image == first.record.image
         assert torch.equal(other.prompt, first.prompt)
@@ -328,13 +337,13 @@ def test_photos(tmp_path, monkeypatch):
     names = ("povid.json", "llava_rlhf_preference.json", "vlfeedback.jsonl", "rlhf_v.parquet")
     pytest.importorskip("pyarrow")
     povid, llava, vlfeedback, parquet = [
-        data.read(PHOTOS / name, PHOTOS / "images") for name in names
+        layouts.read(PHOTOS / name, PHOTOS / "images") for name in names
     ]
     assert not any(file.refused for file in (povid, llava, vlfeedback, parquet))
     assert len(povid.records) == 9 and pairs(povid) == pairs(llava) == pairs(parquet)
     assert [r.image for r in povid.records] == [r.image for r in llava.records]
     for r, s in zip(povid.records, parquet.records):
-        assert np.array_equal(data.open_image(r.image), data.open_image(s.image))
+        assert np.array_equal(files.open_image(r.image), files.open_image(s.image))
     found = pairs(vlfeedback)
     # four answers a row, the last without a rating: up to three pairs, the first of which is that of the other files
     assert list(dict.fromkeys(p for p in found if p in pairs(povid))) == pairs(povid)
@@ -377,7 +386,7 @@ def spelled(text, eos, image_tokens, turns=TURNS):
 
 
 def test_every_template_is_written_out():
-    assert FORMS.keys() == data.TEMPLATES.keys()
+    assert FORMS.keys() == TEMPLATES.keys()
 
 
 @pytest.mark.parametrize("template", FORMS)
@@ -514,7 +523,7 @@ def test_share_prompt_is_exact(images, build):
         Record("text only too", None, ("What is on the desk?",), ("A mug.",)),
     ]
     examples = [processor.encode(r) for r in records] + [processor.encode(multi, every_turn=True)]
-    shared = data.share_prompt(examples)
+    shared = sft.share_prompt(examples)
     order = [0, 2, 4, 6, 1, 3, 5]  # by picture; rows without one stay alone
     assert [len(e.answers) for e in shared] == [2 + 1 + 2 + 1, 2, 2, 1]
     assert (shared[0].prompt == processor.image_token_id).sum() == 4
@@ -547,7 +556,7 @@ def test_share_prompt_is_exact(images, build):
 def test_share_prompt_of_one_changes_nothing():
     record = Record("row 0", Path("x.png"), ("What is this?",), ("A lamp.", "A cup."))
     example = processor_of(byte_level()).encode(record)
-    (alone,) = data.share_prompt([example])
+    (alone,) = sft.share_prompt([example])
     assert torch.equal(alone.prompt, example.prompt)
     for a, b in zip(alone.answers + alone.scored, example.answers + example.scored, strict=True):
         assert torch.equal(a, b)
@@ -604,7 +613,7 @@ def test_pad_by_hand(wide):
 
 def opened(image, path, **how):
     image.save(path, **how)
-    return data.open_image(path)
+    return files.open_image(path)
 
 
 @pytest.mark.parametrize(
@@ -683,7 +692,7 @@ def test_16_bit_gray_is_scaled(tmp_path, name, order):
 
 def test_collate_pairs_pictures_with_rows(images):
     processor = processor_of(byte_level())
-    records = data.load([HERE / "povid.json"], images)
+    records = read_records([HERE / "povid.json"], images)
     batch = processor.collate([processor.encode(r) for r in records])
     assert batch.answers == 6 and batch.pixel_values.shape == (
         2,
@@ -716,7 +725,7 @@ def test_size_of_a_turned_picture(tmp_path, orientation, kind):
     shown = opened(picture, tmp_path / f"x.{kind}", exif=exif)
     expected = picture.transpose(Image.Transpose[turn]) if turn else picture
     assert shown.size == expected.size
-    assert data.image_size(tmp_path / f"x.{kind}") == (expected.height, expected.width)
+    assert files.image_size(tmp_path / f"x.{kind}") == (expected.height, expected.width)
     if kind == "png":
         assert np.array_equal(shown, expected)
 
@@ -744,9 +753,9 @@ def header_only(path, width, height):
 def test_how_large_a_picture_may_be(tmp_path, largest, too_large):
     """What is accepted goes on to the decoder, which finds no pixels; the rest is refused by its header."""
     with pytest.raises(BadInput, match="cannot be decoded"):
-        data.open_image(header_only(tmp_path / "x.png", *largest))
+        files.open_image(header_only(tmp_path / "x.png", *largest))
     with pytest.raises(BadInput, match="{} x {} pixels; at most".format(*too_large)):
-        data.open_image(header_only(tmp_path / "x.png", *too_large))
+        files.open_image(header_only(tmp_path / "x.png", *too_large))
 
 
 # ---- what stands around an answer
@@ -765,11 +774,11 @@ def test_bos_only_where_the_tokenizer_adds_it():
 def test_share_prompt_of_a_prompt_that_is_the_beginning_of_another():
     record = Record("row 0", Path("x.png"), ("What?",), ("A.",))
     long, short = torch.tensor([5, 6, 7, 8]), torch.tensor([5, 6])
-    one = lambda prompt, answer: data.Example(
+    one = lambda prompt, answer: Example(
         prompt, [torch.tensor([answer])], [torch.tensor([True])], record
     )
     for prompts in ((long, short), (short, long)):
-        (shared,) = data.share_prompt([one(p, 40 + len(p)) for p in prompts])
+        (shared,) = sft.share_prompt([one(p, 40 + len(p)) for p in prompts])
         assert shared.prompt.tolist() == [5, 6]
         assert [a.tolist() for a in shared.answers] == [
             [7, 8, 44] if p is long else [42] for p in prompts
@@ -797,34 +806,34 @@ CHOICE = "Which?\nA. a lamp\nB. a cup"
 )  # fmt: skip
 def test_names_of_facts(image, turns, known, found):
     record = Record("row 0", Path("x") / image, turns, ("A.",))
-    assert data.facts_of(record, {name: [name] for name in known}) == (found and [found])
+    assert facts.facts_of(record, {name: [name] for name in known}) == (found and [found])
 
 
 def test_facts_of_records_without():
     text, lamp = Record("row 0", None, ("Hi.",)), Record("row 1", Path("lamp.jpg"), ("What?",))
-    assert data.facts_for([text], {}, "refuse") == [[]]
+    assert facts.facts_for([text], {}, "refuse") == [[]]
     with pytest.raises(BadInput, match="row 1: --facts has no caption of lamp.jpg"):
-        data.facts_for([text, lamp], {}, "refuse")
-    assert data.facts_for([text, lamp], {}, "count") == [[], []]
+        facts.facts_for([text, lamp], {}, "refuse")
+    assert facts.facts_for([text, lamp], {}, "count") == [[], []]
 
 
 def test_the_longest_facts_are_those_of_most_tokens():
     processor = processor_of(byte_level())
-    facts = ["xyzxyz", "the user's questions", "a", "qqqqqqq"]  # 6, 3, 1 and 7 tokens or so
-    tokens = {text: processor.length(text) for text in facts}
-    assert len(facts[1]) > len(facts[3]) and tokens[facts[1]] < tokens[facts[0]] < tokens[facts[3]]
-    assert set(data.longest_facts(processor, facts, 2)) == {facts[0], facts[3]}
-    assert set(data.longest_facts(processor, facts)) == set(facts)
+    texts = ["xyzxyz", "the user's questions", "a", "qqqqqqq"]  # 6, 3, 1 and 7 tokens or so
+    tokens = {text: len(processor.tokenise(text)) for text in texts}
+    assert len(texts[1]) > len(texts[3]) and tokens[texts[1]] < tokens[texts[0]] < tokens[texts[3]]
+    assert set(facts.longest_facts(processor, texts, 2)) == {texts[0], texts[3]}
+    assert set(facts.longest_facts(processor, texts)) == set(texts)
 
 
 def test_facts_in_an_evaluation_turn():
-    facts, turn = [f"fact {i}" for i in range(6)], "Good?{facts} End."
-    drawn = {data.evaluation(turn, " Seen:", facts, random.Random(i), 2) for i in range(9)}
+    texts, turn = [f"fact {i}" for i in range(6)], "Good?{facts} End."
+    drawn = {facts.evaluation_turn(turn, " Seen:", texts, random.Random(i), 2) for i in range(9)}
     lists = [text.removeprefix("Good? Seen:\n- ").removesuffix(" End.") for text in drawn]
-    assert all(len(set(text.split("\n- ")) & set(facts)) == 2 for text in lists) and len(drawn) > 3
-    whole = [data.evaluation(turn, " Seen:", facts, random.Random(i)) for i in range(9)]
+    assert all(len(set(text.split("\n- ")) & set(texts)) == 2 for text in lists) and len(drawn) > 3
+    whole = [facts.evaluation_turn(turn, " Seen:", texts, random.Random(i)) for i in range(9)]
     assert all(text.count("\n- ") == 6 for text in whole) and len(set(whole)) > 3
-    assert data.evaluation(turn, " Seen:", [], random.Random(0)) == "Good? End."
+    assert facts.evaluation_turn(turn, " Seen:", [], random.Random(0)) == "Good? End."
 
 
 def test_room_for_an_answer():
@@ -834,14 +843,14 @@ def test_room_for_an_answer():
         for i, text in enumerate(("ab", "abcd"))
     )
     processor.max_length = len(long.prompt) + 10
-    assert data.with_room(processor, [short, long], 10) == [short, long]
-    skipped = []
-    with pytest.raises(BadInput, match="a.json, row 1: a prompt of 5 tokens leaves no room"):
-        data.with_room(processor, [short, long], 11)
-    assert data.with_room(processor, [short, long], 11, skipped) == [short]
-    assert [(r["file"], r["row"]) for r in skipped] == [("a.json", 1)]
+    refuse, skip = dataset.Rows([]), dataset.Rows([], skip_bad_rows=True)
+    assert refuse.with_room(processor, [short, long], 10) == [short, long]
+    with pytest.raises(BadInput, match="a.json, row 1: the prompt leaves no room"):
+        refuse.with_room(processor, [short, long], 11)
+    assert skip.with_room(processor, [short, long], 11) == [short]
+    assert [(r["file"], r["row"]) for r in skip.skipped] == [("a.json", 1)]
     with pytest.raises(BadInput, match="leaves no room"):
-        data.with_room(processor, [long], 11, [])
+        skip.with_room(processor, [long], 11)
 
 
 def test_a_rated_answer_is_closed_once():
@@ -850,11 +859,11 @@ def test_a_rated_answer_is_closed_once():
     cut = example.answers[0][:2]  # at max_new_tokens
     answers = [example.answers[0], cut]
     turn = processor.tokenizer.encode("ok\n", add_special_tokens=False)
-    rated = processor.rated(data.replace(example, answers=answers), "ok")
+    rated = facts.with_evaluation(processor, replace(example, answers=answers), "ok")
     assert rated.answers[0].tolist() == [*answers[0].tolist(), *turn]
     assert rated.answers[1].tolist() == [*cut.tolist(), processor.end_id, *turn]
     processor.max_length = len(example.prompt) + len(rated.answers[0])
-    processor.rated(data.replace(example, answers=answers), "ok")
+    facts.with_evaluation(processor, replace(example, answers=answers), "ok")
     processor.max_length -= 1
     with pytest.raises(BadInput, match="row 0: prompt, answer and evaluation of"):
-        processor.rated(data.replace(example, answers=answers), "ok")
+        facts.with_evaluation(processor, replace(example, answers=answers), "ok")

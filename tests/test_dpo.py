@@ -12,17 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_records
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoints
-import data
 import dpo as dpo_script
 import online_dpo
 import training
-from anyres import AnyRes
-from dpo import preference_loss
-from model import MLLM, BadInput
+from common import BadInput
+from data import TEMPLATES, Record
+from dpo import dpo_loss
+from formats import adapters, checkpoints
+from formats.anyres import AnyRes
+from model import MLLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +54,7 @@ def test_losses_by_hand(script, kind, beta, want):
         t([-20.0, -9.0, -40.0], requires_grad=True),
     )
     ref_chosen, ref_rejected = t([-12.0, -7.0, -30.0]), t([-17.0, -9.5, -40.0])
-    losses, reward_chosen, reward_rejected = script.preference_loss(
+    losses, reward_chosen, reward_rejected = script.dpo_loss(
         chosen, rejected, ref_chosen, ref_rejected, beta, kind
     )
     assert torch.allclose(losses, t(want), rtol=1e-5, atol=1e-7)
@@ -73,7 +75,7 @@ def test_losses_by_hand(script, kind, beta, want):
 
 def test_dpo_loss_of_a_lost_pair_is_finite():
     zero = torch.zeros(1)
-    losses, *_ = preference_loss(torch.tensor([-5000.0]), zero, zero, zero, 0.5, "dpo")
+    losses, *_ = dpo_loss(torch.tensor([-5000.0]), zero, zero, zero, 0.5, "dpo")
     assert losses.item() == 2500.0
 
 
@@ -238,7 +240,7 @@ def test_metrics_are_what_they_say(six, world, checkpoint):
     args = argparse.Namespace(batch_size=2, grad_accum=1, steps=6, seed=0)
     (chosen_rows,) = training.batch_of(0, args, len(PAIRS))
     model, processor = checkpoints.load(checkpoint)
-    examples = [processor.encode(r) for r in data.load([world / "povid.json"], world / "images")]
+    examples = [processor.encode(r) for r in read_records([world / "povid.json"], world / "images")]
     sums = []
     for i in chosen_rows:
         for answer in examples[i].answers:
@@ -256,7 +258,7 @@ def test_metrics_are_what_they_say(six, world, checkpoint):
 def test_adapter_is_the_trained_model(six, checkpoint):
     """What `adapter/` holds is what the last checkpoint holds, under PEFT's names."""
     state = load_file(six[0] / "checkpoints" / "step-000006" / "state.safetensors")
-    model = checkpoints.load_adapter(checkpoints.load(checkpoint)[0], six[0] / "adapter")
+    model = adapters.load_adapter(checkpoints.load(checkpoint)[0], six[0] / "adapter")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trained.keys() == {k[len("model.") :] for k in state if k.startswith("model.")}
     assert all(torch.equal(p, state[f"model.{n}"]) for n, p in trained.items())
@@ -405,14 +407,14 @@ def score(monkeypatch, tmp_path, world, checkpoint):
         model.prepare(rank)
         if adjust:
             adjust(model, processor)
-        records = data.load([world / "povid.json"], images or world / "images", answers=2)
+        records = read_records([world / "povid.json"], images or world / "images", answers=2)
         examples = [processor.encode(r) for r in records]
         if edit_data:
             examples = edit_data(examples)
         monkeypatch.chdir(work)
         passes.clear()
         args = argparse.Namespace(batch_size=batch)
-        found = dpo_script.reference_log_probs(model, processor, examples, args)
+        found = dpo_script.reference_log_probs(model, processor, examples, args.batch_size)
         return found, bool(passes)
 
     return call
@@ -425,7 +427,7 @@ def test_the_cache_is_found_again(score, world, checkpoint):
     again, computed = score(batch=1, rank=3)
     assert torch.equal(again, first) and not computed
     model, processor = checkpoints.load(checkpoint)
-    records = data.load([world / "povid.json"], world / "images", answers=2)
+    records = read_records([world / "povid.json"], world / "images", answers=2)
     with torch.no_grad():
         for row, record in zip(first, records, strict=True):
             alone = model.answer_log_probs(processor.collate([processor.encode(record)]))
@@ -561,7 +563,7 @@ def test_not_a_number_stops_the_run(world, checkpoint):
     bad = world / "bad-model"
     shutil.copytree(checkpoint, bad)
     _, processor = checkpoints.load(checkpoint)
-    examples = [processor.encode(r) for r in data.load([world / "povid.json"], world / "images")]
+    examples = [processor.encode(r) for r in read_records([world / "povid.json"], world / "images")]
     tokens = [set(torch.cat([e.prompt, *e.answers]).tolist()) for e in examples]
     letter = min(tokens[4] - set().union(*tokens[:4], tokens[5]))
     weights = load_file(bad / "model.safetensors")
@@ -658,7 +660,7 @@ def test_loss_is_that_of_trl(checkpoint, tmp_path):
     ]  # squares: transformers does not pad to a square
     model, processor = checkpoints.load(checkpoint)
     examples = [
-        processor.encode(data.Record("row", folder / image, (question,), (chosen, rejected)))
+        processor.encode(Record("row", folder / image, (question,), (chosen, rejected)))
         for image, question, chosen, rejected in rows
     ]
     batch = processor.collate(examples)
@@ -669,7 +671,7 @@ def test_loss_is_that_of_trl(checkpoint, tmp_path):
     checkpoints.save(model, processor, tmp_path / "policy")
     model.prepare()
 
-    template = data.TEMPLATES[processor.template]
+    template = TEMPLATES[processor.template]
     dataset = datasets.Dataset.from_list(
         [
             {
@@ -716,7 +718,7 @@ def test_loss_is_that_of_trl(checkpoint, tmp_path):
 
         model.zero_grad()
         chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T
-        losses, reward_chosen, reward_rejected = preference_loss(
+        losses, reward_chosen, reward_rejected = dpo_loss(
             chosen, rejected, *reference.T, beta, ours
         )
         losses.mean().backward()

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoints
-import data
 import eval_chair
 import eval_pope
+import sampling
+from common import BadInput
+from data import Record
+from formats import adapters, checkpoints
 from lab import parts, toyworld
-from model import BadInput
 
 ROOT = Path(__file__).parents[1]
 OFFICIAL = ROOT.parent / "shared" / "data" / "benchmarks"
@@ -221,7 +222,7 @@ def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
         asked.append([(r.image.name, r.turns) for r in records])
         return [["No, none."] if "cat" in r.turns[0] else ["Yes"] for r in records]
 
-    monkeypatch.setattr(data, "generate", generate)
+    monkeypatch.setattr(eval_pope, "generate", generate)
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     dog = question("a.png", "dog")
@@ -269,7 +270,7 @@ def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
 
 
 def test_missing_picture_is_found_before_the_first_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "generate", lambda *a, **k: pytest.fail("asked too early"))
+    monkeypatch.setattr(eval_pope, "generate", lambda *a, **k: pytest.fail("asked too early"))
     (tmp_path / "a.png").touch()
     path = write_lines(tmp_path / "random.json", [question(), question("b.png")])
     with pytest.raises(BadInput, match="random.json, row 1: image 'b.png' is not below"):
@@ -347,7 +348,7 @@ def test_pope_answers_on_the_command_line(tmp_path):
         ("--questions empty.json --answers a.jsonl", "empty.json: the file holds no question"),
         (
             "--questions q_random.json --model m --images . --out new --batch-size 0",
-            "--batch-size is 0",
+            "argument --batch-size: '0' was given; a whole number, 1 or more, is needed",
         ),
         ("--questions q_random.json --model none --images . --out new", "none"),
     ],
@@ -577,7 +578,7 @@ def test_chair_evaluate(coco, monkeypatch):
         assert [r.turns for r in records] == [("Tell.",)] * 2 and max_new_tokens == 128
         return [[said[r.image.name]] for r in records]
 
-    monkeypatch.setattr(data, "generate", generate)
+    monkeypatch.setattr(eval_chair, "generate", generate)
     files = [coco / "instances.json"], [coco / "captions.json"], coco / "synonyms.txt"
     figures = eval_chair.evaluate(None, None, *files, coco, coco / "out", prompt="Tell.", limit=2)
     assert figures == pytest.approx(
@@ -746,7 +747,7 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
     for name, weight in model.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(weight, std=0.5)
-    checkpoints.save_adapter(model, tmp_path / "adapter", str(tmp_path / "model"))
+    adapters.save_adapter(model, tmp_path / "adapter", str(tmp_path / "model"))
     truth = f"--instances {world}/instances.json --captions {world}/captions.json --synonyms {world}/synonyms.txt"
     said = {}
     for out, more in (("plain", ""), ("adapted", f"--adapter {tmp_path}/adapter")):
@@ -760,10 +761,10 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
         assert [line["image"] for line in said[out]] == [f"test_{i:05d}.png" for i in range(5)]
         assert json.loads((tmp_path / out / "metrics.json").read_text())["n"] == 5
     records = [
-        data.Record("here", world / "images" / line["image"], (eval_chair.PROMPT,))
+        Record("here", world / "images" / line["image"], (eval_chair.PROMPT,))
         for line in said["plain"]
     ]
     assert [line["caption"] for line in said["adapted"]] == [
-        t for (t,) in data.generate(model, processor, records, 8)
+        t for (t,) in sampling.generate(model, processor, records, 8)
     ]
     assert said["plain"] != said["adapted"]

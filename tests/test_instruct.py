@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import read_records
 from PIL import Image
 
-import instruct
-import layouts
-from model import BadInput
+from common import BadInput
+from formats import instruct, layouts
 
 HERE = Path(__file__).parent / "data" / "instruct"
 WORD = "\nAnswer the question using a single word or phrase."
@@ -78,7 +78,7 @@ def test_conversations_and_facts(tmp_path, monkeypatch, capsys):
     }
     for name in (nine, "000000000025.jpg", "lamp.jpg"):
         Image.new("RGB", (30, 20)).save(tmp_path / name)
-    assert len(layouts.load([out], tmp_path, answers=1)) == 4
+    assert len(read_records([out], tmp_path, answers=1)) == 4
     with pytest.raises(BadInput, match="out.json: exists already"):
         run(monkeypatch, **flags)
 

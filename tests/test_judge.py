@@ -13,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
-import data
+import facts
 import judge
-from model import BadInput, last_tokens
+from common import BadInput
+from data import Processor, Record
+from facts import last_tokens
+from formats import adapters, checkpoints
+from lora import add_adapter
 
 KEY = "sk-secret-0123456789"
 
@@ -41,7 +44,7 @@ def record(tmp_path):
     """A prompt with a picture, in a folder that a toy world would have."""
     (tmp_path / "images").mkdir()
     Image.effect_noise((40, 28), 80).convert("RGB").save(tmp_path / "images" / "0.png")
-    return data.Record("row 0", tmp_path / "images" / "0.png", ("Describe the image.",))
+    return Record("row 0", tmp_path / "images" / "0.png", ("Describe the image.",))
 
 
 # ---- the oracle
@@ -91,7 +94,7 @@ def test_oracle_knows_toy_pictures_only(record):
     with pytest.raises(BadInput, match="row 0: the oracle knows pictures of a toy world"):
         score([record], [["a", "b"]])
     with pytest.raises(BadInput, match="row 0: the oracle knows"):
-        score([data.Record("row 0", None, ("Hello",))], [["a", "b"]])
+        score([Record("row 0", None, ("Hello",))], [["a", "b"]])
 
 
 # ---- two orders
@@ -182,8 +185,8 @@ def test_checkpoint_asks_greedily_with_the_picture(record, checkpoint, monkeypat
         calls.append((records, max_new_tokens, rest))
         return [[longer(*shown(r.turns[0]))] for r in records]
 
-    monkeypatch.setattr(data, "generate", generate)
-    monkeypatch.setattr(data.Processor, "encode", lambda self, r, every_turn=False: refuse(r))
+    monkeypatch.setattr(judge, "generate", generate)
+    monkeypatch.setattr(Processor, "encode", lambda self, r, every_turn=False: refuse(r))
 
     def refuse(r):
         if "x" * 50 in r.turns[0]:
@@ -213,7 +216,7 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
     """Scores are the network's on each answer alone; equal texts score alike; facts are needed by one that reads them."""
     base, processor = checkpoints.load(checkpoint)
     base.prepare(llm=False, projector=False)
-    base.add_adapter("reward", 2)
+    add_adapter(base.llm, "reward", 2)
     base.add_head("reward")
     for name, p in base.named_parameters():
         if "lora_B" in name:
@@ -226,7 +229,7 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
         "template": processor.template,
         "image_aspect": processor.image_aspect,
     }
-    checkpoints.save_reward(base, tmp_path / "run", checkpoint, settings)
+    adapters.save_reward(base, tmp_path / "run", checkpoint, settings)
     (tmp_path / "facts.json").write_text(json.dumps({"0.png": ["a dog"]}))
     given = flags(annotator=str(tmp_path / "run"), facts=str(tmp_path / "facts.json"))
     other = replace(record, turns=("What is it?",), where="row 1")
@@ -235,8 +238,8 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
     assert found[0][0] == found[0][2] != found[0][1]
     for r, row, scores in zip((record, other), texts, found):
         for text, score in zip(row, scores):
-            example = processor.rated(
-                processor.encode(replace(r, answers=(text,))), "Good? Seen:\n- a dog"
+            example = facts.with_evaluation(
+                processor, processor.encode(replace(r, answers=(text,))), "Good? Seen:\n- a dog"
             )
             batch = processor.collate([example])
             with torch.no_grad(), base.use("reward"):
@@ -344,7 +347,7 @@ def test_endpoint(server, record, monkeypatch):
     score = judge.make(args)
     assert args.judge_url == url + "/" and KEY not in str(vars(args))
     texts = [["a", "bbbb"], ["ccccc", "d"], ["e", "e"], ["f", "g"]]
-    alone = data.Record("row 1", None, ("Hello?", "Hello.", "Who is there?"))
+    alone = Record("row 1", None, ("Hello?", "Hello.", "Who is there?"))
     assert score([record, record, record, alone], texts) == [[-1, 1], [1, -1], [0, 0], [0, 0]]
     assert len(requests) == 6
     for path, headers, body in requests:
@@ -526,20 +529,7 @@ def test_keys(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("before", [185, 190])
-@pytest.mark.parametrize(
-    "status",
-    [
-        401,
-        503,
-        pytest.param(
-            200,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="a reply that is no completion is cut before the key is replaced",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("status", [401, 503, 200])
 def test_no_part_of_the_key_is_shown_at_the_cut(server, record, status, before):
     """The key stands across the end of what is shown of the server's words."""
     url, _ = server(lambda n, body: (status, b"x" * (before - 1) + b" " + KEY.encode() + b" end"))

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import read_records
 from PIL import Image
 
-import files
-import layouts
-from model import BadInput
+from common import BadInput
+from formats import dataset, files, layouts
 
 HERE, ROOT = Path(__file__).parent / "data", Path(__file__).parents[1]
 SPLIT = ("Hi.", "Hello.", "Who are you?")
@@ -172,10 +172,9 @@ def test_a_file(images, tmp_path, name, gzipped):
         with pytest.raises(
             BadInput, match=rf"\({len(refused)} of {file.rows} rows are refused; --skip-bad-rows"
         ):
-            layouts.load([path], images)
-        skipped = []
-        kept = layouts.load([path], images, skipped=skipped)
-        assert len(kept) == len(records) and skipped == [
+            read_records([path], images)
+        rows = dataset.read([path], images, skip_bad_rows=True)
+        assert len(rows.records) == len(records) and rows.skipped == [
             {"file": path.name, **r} for r in file.refused
         ]
 
@@ -350,7 +349,8 @@ def test_rlaif_v_parquet(images, tmp_path, picture):
 MEASURE = """
 import random, sys
 import pyarrow.parquet
-import layouts
+from formats import layouts
+
 def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) >> 10
 start = peak()
 records = layouts.read(sys.argv[1]).records

@@ -8,16 +8,11 @@ from conftest import CLIP
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from model import (
-    MLLM,
-    BadInput,
-    FusedLogProb,
-    LastBlock,
-    LoRALinear,
-    attention_mask,
-    fused_log_probs,
-    pack,
-)
+import sampling
+from attention import LastBlock, attention_mask, mask_and_prefix
+from common import BadInput
+from lora import LoRALinear, add_adapter
+from model import MLLM, FusedLogProb, fused_log_probs, pack
 
 SLIDING = {
     "use_sliding_window": True,
@@ -347,7 +342,7 @@ def test_four_answers_and_gradient_checkpointing(build, kind, more):
     calls = []
     model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     model.train()
-    model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    model.llm.activation_checkpointing_enable({"use_reentrant": False})
     assert_same(gradients(model, model.answer_log_probs(batch)), got, 1e-12)
     assert len(calls) == 2, "nothing was computed again"
 
@@ -375,12 +370,16 @@ def test_last_block_computes_wanted_rows_alone(build, monkeypatch, kind, more, k
     rows = batch.index[
         torch.randperm(len(batch.index))
     ]  # in any order; the first tokens' position comes twice
-    got = gradients(model, model.hidden(batch, rows=rows).sin().sum(-1))
+    got = gradients(model, model.hidden_states(batch, wanted=rows).sin().sum(-1))
     assert seen == [len(rows) if known else 3 * L]
-    assert_same(got, gradients(model, model.hidden(batch).flatten(0, 1)[rows].sin().sum(-1)), 1e-6)
+    assert_same(
+        got, gradients(model, model.hidden_states(batch).flatten(0, 1)[rows].sin().sum(-1)), 1e-6
+    )
     early = torch.tensor([2, 2 * L + 20])  # a row of the prompt's
     assert torch.allclose(
-        model.hidden(batch, rows=early), model.hidden(batch).flatten(0, 1)[early], atol=1e-12
+        model.hidden_states(batch, wanted=early),
+        model.hidden_states(batch).flatten(0, 1)[early],
+        atol=1e-12,
     )
 
 
@@ -388,18 +387,26 @@ def test_how_long_the_prefix_is(build):
     """The shortest prompt of the rows; none where something is hidden or a window slides; never the whole row."""
     batch = pack([ids(11), ids(4), ids(14)], [[ids(2)], [ids(3), ids(1)], [ids(1)]])
     model = build("llama", torch.float32)
-    see, prefix = model.visible(batch)
+    config = model.llm.config
+    see, prefix = mask_and_prefix(batch, config)
     assert prefix == 4 and torch.equal(see, attention_mask(batch.segments))
     hidden = torch.zeros_like(batch.segments, dtype=torch.bool)
-    assert model.visible(batch, hidden)[1] == 4
+    assert mask_and_prefix(batch, config, masked=hidden)[1] == 4
     hidden[0, 1] = True
-    assert model.visible(batch, hidden)[1] == 0
-    assert model.visible(batch, rows=batch.index)[1] == 3, (
+    assert mask_and_prefix(batch, config, masked=hidden)[1] == 0
+    assert mask_and_prefix(batch, config, wanted=batch.index)[1] == 3, (
         "the prompt's last position predicts the first answer token"
     )
-    assert model.visible(batch, rows=torch.tensor([2 * batch.input_ids.shape[1] + 1, 9]))[1] == 1
-    assert model.visible(pack([ids(5), ids(5)], [[], []]))[1] == 4
-    assert build("mistral", torch.float32, sliding_window=3).visible(batch)[1] == 0
+    assert (
+        mask_and_prefix(batch, config, wanted=torch.tensor([2 * batch.input_ids.shape[1] + 1, 9]))[
+            1
+        ]
+        == 1
+    )
+    assert mask_and_prefix(pack([ids(5), ids(5)], [[], []]), config)[1] == 4
+    assert (
+        mask_and_prefix(batch, build("mistral", torch.float32, sliding_window=3).llm.config)[1] == 0
+    )
 
 
 def test_lora_in_bfloat16_is_that_of_float32(build):
@@ -450,7 +457,7 @@ def test_log_probs_of_some_tokens_and_entropy(build):
         every, entropy = model.log_probs(pack(rows, answers, pixel_values=images))
         some, some_entropy = model.log_probs(pack(rows, answers, scored, images))
         batch = pack(rows, answers, pixel_values=images)
-        logits = model.llm.lm_head(model.hidden(batch)).flatten(0, 1)[batch.index]
+        logits = model.llm.lm_head(model.hidden_states(batch)).flatten(0, 1)[batch.index]
     assert torch.equal(some, every.view(3, 4)[:, [0, 3]].flatten())
     assert torch.equal(some_entropy, entropy.view(3, 4)[:, [0, 3]].flatten())
     assert torch.allclose(
@@ -493,7 +500,7 @@ def images_of(rows, images):
 def test_cached_sampling_is_uncached(build, kind, more):
     """Unequal prompts with and without pictures in one batch, against each alone, token by token."""
     model, rows, images = build(kind, **more), prompts(), pixels()
-    samples = model.sample(rows, images, max_new_tokens=12, temperature=0)
+    samples = sampling.sample(model, rows, images, max_new_tokens=12, temperature=0)
     for b, image in enumerate(images_of(rows, images)):
         tokens, log_probs = greedy(model, rows[b], image, 12)
         assert samples.tokens[b][0].tolist() == tokens.tolist()
@@ -506,7 +513,7 @@ def test_cached_sampling_is_uncached(build, kind, more):
 
 def test_text_only_sampling(build):
     model, rows = build(), [ids(6), ids(3)]
-    samples = model.sample(rows, max_new_tokens=6, temperature=0)
+    samples = sampling.sample(model, rows, max_new_tokens=6, temperature=0)
     for b, row in enumerate(rows):
         assert samples.tokens[b][0].tolist() == greedy(model, row, None, 6)[0].tolist()
 
@@ -516,7 +523,7 @@ def test_ended_answers_leave_the_batch(build, kind, more):
     """Answers end at different lengths; those that go on are what each prompt gives alone."""
     model, rows = build(kind, **more), [*prompts(), *prompts(), *prompts()]
     images = pixels(6)
-    samples = model.sample(rows, images, max_new_tokens=20, temperature=0, stop_ids=STOP)
+    samples = sampling.sample(model, rows, images, max_new_tokens=20, temperature=0, stop_ids=STOP)
     for b, image in enumerate(images_of(rows, images)):
         tokens, log_probs = greedy(model, rows[b], image, 20, STOP)
         assert samples.tokens[b][0].tolist() == tokens.tolist()
@@ -530,7 +537,8 @@ def test_ended_answers_leave_the_batch(build, kind, more):
 def test_sampled_log_probs_are_those_of_a_second_look(build):
     """Drawn at another temperature, while ended answers leave the batch; scored as training will score them."""
     model, rows, images = build(), prompts(), pixels()
-    samples = model.sample(
+    samples = sampling.sample(
+        model,
         rows,
         images,
         k=5,
@@ -548,7 +556,8 @@ def test_sampled_log_probs_are_those_of_a_second_look(build):
 
 def test_samples_stop_finish_and_repeat(build):
     model, rows, images = build(), prompts(), pixels()
-    draw = lambda seed, **how: model.sample(
+    draw = lambda seed, **how: sampling.sample(
+        model,
         rows,
         images,
         k=6,
@@ -570,7 +579,7 @@ def test_samples_stop_finish_and_repeat(build):
     )
     flat = lambda s: [t.tolist() for row in s.tokens for t in row]
     assert flat(draw(0)) == flat(samples) and flat(draw(1)) != flat(samples)
-    one = model.sample(rows, images, max_new_tokens=1, temperature=0)
+    one = sampling.sample(model, rows, images, max_new_tokens=1, temperature=0)
     assert all(len(row[0]) == 1 for row in one.tokens)
 
 
@@ -584,7 +593,8 @@ def test_frequencies_of_samples(build):
             torch.stack([torch.cat([prompt, torch.tensor([t])]) for t in range(8)])
         ).logits[:, -1]
     for temperature in (1.0, 2.0):
-        samples = model.sample(
+        samples = sampling.sample(
+            model,
             [prompt],
             k=n,
             max_new_tokens=2,
@@ -609,8 +619,8 @@ def test_hidden_pictures(build):
     mask = torch.zeros(3, 14, dtype=torch.bool)
     for b, row in enumerate(rows):
         mask[b, : len(row)] = row == IMAGE
-    run = lambda images, mask=None: model.sample(
-        rows, images, max_new_tokens=6, temperature=0, image_mask=mask
+    run = lambda images, mask=None: sampling.sample(
+        model, rows, images, max_new_tokens=6, temperature=0, masked=mask
     )
     hidden, other = run(images, mask), run(pixels() * 2, mask)
     for b in range(3):
@@ -631,7 +641,7 @@ def test_image_mask_against_transformers(build, kind, more):
     for b, row in enumerate(rows):
         mask[b, : len(row)] = (row == IMAGE) & (torch.arange(len(row)) % 2 == 0)
     width = more.get("sliding_window") or 10**6
-    samples = model.sample(rows, images, max_new_tokens=8, temperature=0, image_mask=mask)
+    samples = sampling.sample(model, rows, images, max_new_tokens=8, temperature=0, masked=mask)
     for b, image in enumerate(images_of(rows, images)):
 
         def visible(length):
@@ -772,8 +782,8 @@ def test_dropout_of_a_checkpoint_stays_off(build, where):
 @pytest.mark.parametrize("outer", ["reward", None])
 def test_use_gives_back_what_was_in_use(build, outer):
     model = build().prepare(lora_rank=2)
-    model.add_adapter("reward", 2)
-    model.add_adapter("value", 2)
+    add_adapter(model.llm, "reward", 2)
+    add_adapter(model.llm, "value", 2)
     perturb(model)
     policy = some_log_probs(model)
     with model.use(outer):

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import data
+import common
 import dpo
 import judge
 import online_dpo
-import training
+from common import BadInput
+from data import Processor, Record
+from formats import dataset
 
 ADAPTER = "adapter/adapter_model.safetensors"
 KEY = "sk-secret-0123456789"
@@ -100,7 +102,7 @@ def run(monkeypatch, capsys, files, checkpoint):
             monkeypatch.setattr(judge, "make", lambda *_: annotator)
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, [*command, *args])])
         try:
-            training.run(script.main)
+            common.run(script.main)
         except SystemExit as end:
             assert end.code == status
         else:
@@ -133,7 +135,7 @@ def test_step_0(run, files, more):
     name = "start" + "".join(map(str, more))
     lines, err = run(name, "--steps", 3, *more, annotator=by(lambda text: sum(map(ord, text)) % 3))
     assert len(lines) == 3 and len({tuple(line) for line in lines}) == 1
-    assert "1 rows repeat picture and prompt" in err
+    assert "1 rows repeat another row" in err
     for line in lines:
         parts = [line[f"annotator/{name}"] for name in ("pairs", "ties", "unreadable")]
         assert sum(parts) == pytest.approx(1) and parts[2] == 0
@@ -202,9 +204,9 @@ def test_no_pair_no_gradient(run, files, value, name):
 
 def test_the_pair_is_the_best_and_the_worst_as_drawn(run, monkeypatch):
     """Tokens go into the loss as they were drawn, best first, and the prompt's weight is 1 / prompts."""
-    seen, drawn, collate, sample = [], [], data.Processor.collate, online_dpo.sample
+    seen, drawn, collate, sample = [], [], Processor.collate, online_dpo.sample
     monkeypatch.setattr(
-        data.Processor,
+        Processor,
         "collate",
         lambda self, pairs: seen.append((self, pairs)) or collate(self, pairs),
     )
@@ -230,7 +232,7 @@ def test_sampling_is_seeded_and_leaves_the_generators_alone(llava, files):
     model, processor = llava
     args = SimpleNamespace(k=2, max_new_tokens=6, temperature=1.0, gradient_checkpointing=False)
     examples = [
-        processor.encode(data.Record("row", files / "images" / f"{i}.png", ("Is there a dog?",)))
+        processor.encode(Record("row", files / "images" / f"{i}.png", ("Is there a dog?",)))
         for i in range(2)
     ]
     state = torch.get_rng_state()
@@ -248,24 +250,20 @@ def test_prompts_without_room_for_an_answer(run, llava, capsys):
     assert "leaves no room for --max-new-tokens 5000" in err and not lines
     _, processor = llava
     ask = lambda i, text: processor.encode(
-        data.Record(f"f.json, row {i}, completions 1 > 2", None, (text,))
+        Record(f"f.json, row {i}, completions 1 > 2", None, (text,))
     )
-    examples, skipped = [ask(0, "Why?"), ask(1, "Why? " * 20), ask(2, "Why?")], []
+    examples = [ask(0, "Why?"), ask(1, "Why? " * 20), ask(2, "Why?")]
     processor.max_length = len(examples[0].prompt) + 6
-    assert data.with_room(processor, examples, 6, skipped) == [examples[0], examples[2]]
-    assert skipped == [
-        {
-            "file": "f.json",
-            "row": 1,
-            "why": "completions 1 > 2: the prompt leaves no room for --max-new-tokens",
-        }
-    ]
-    assert "1 of 3 prompts" in capsys.readouterr().err
+    rows = dataset.Rows([], skip_bad_rows=True)
+    assert rows.with_room(processor, examples, 6) == [examples[0], examples[2]]
+    why = f"the prompt leaves no room for --max-new-tokens 6; the limit is {processor.max_length}"
+    assert rows.skipped == [{"file": "f.json", "row": 1, "why": f"completions 1 > 2: {why} tokens"}]
+    assert "1 of 3 rows are skipped" in capsys.readouterr().err
     with pytest.raises(
-        data.BadInput,
-        match=r"f.json, row 0, .* leaves no room for --max-new-tokens 7; .*\(3 of 3 prompts",
+        BadInput,
+        match=r"f.json, row 0: .* leaves no room for --max-new-tokens 7; .*\(3 of 3 rows",
     ):
-        data.with_room(processor, examples, 7, skipped)
+        rows.with_room(processor, examples, 7)
 
 
 def test_resumed_is_uninterrupted(run, files):
@@ -488,11 +486,11 @@ def test_the_key_is_in_no_file_and_no_message(run, files, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--k", "1"], "--k is 1; 2 or more"),
-        (["--mix", "1.5"], "--mix is 1.5; 0 to 1"),
-        (["--temperature", "0"], "--temperature is 0.0; more than 0"),
-        (["--max-new-tokens", "0"], "--max-new-tokens is 0; 1 or more"),
-        (["--beta", "0"], "--beta is 0.0; more than 0"),
+        (["--k", "1"], "--k: '1' was given; a whole number, 2 or more"),
+        (["--mix", "1.5"], "--mix: '1.5' was given; a number, 0 to 1"),
+        (["--temperature", "0"], "--temperature: '0' was given; a number, more than 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: '0' was given; a whole number, 1 or more"),
+        (["--beta", "0"], "--beta: '0' was given; a number, more than 0"),
         (["--annotator", "nowhere"], "nowhere: no such folder"),
         (["--annotator", "endpoint"], "--annotator endpoint needs --judge-url"),
         (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_records
 from transformers import LlavaForConditionalGeneration
 
-import checkpoints
-import data
+from formats import checkpoints
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are
 
 def log_probs(model, processor, file):
     """{(question, chosen, rejected): (log p(chosen), log p(rejected))} of a data file."""
-    records = data.load([PHOTOS / file], PHOTOS / "images")
+    records = read_records([PHOTOS / file], PHOTOS / "images")
     with torch.no_grad():
         batches = [
             model.answer_log_probs(processor.collate([processor.encode(r)])) for r in records
@@ -42,7 +42,7 @@ def test_the_layouts_agree_with_each_other_and_with_transformers(checkpoint):
             torch.testing.assert_close(pairs[pair], values, rtol=1e-5, atol=1e-4)
 
     theirs = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
-    for record in data.load([PHOTOS / "povid.json"], PHOTOS / "images"):
+    for record in read_records([PHOTOS / "povid.json"], PHOTOS / "images"):
         example = processor.encode(record)
         pixels = processor.pixels(record.image)[None]
         for answer, ours in zip(example.answers, expected[record.turns[-1], *record.answers]):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from common import BadInput
 from lab import chart, claims, pages, report, reproduce
 from lab.rows import ROWS
-from training import BadInput
 
 ROOT = Path(__file__).parents[1]
 

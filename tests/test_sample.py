@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
-import data
 import sample
-import training
+import sampling
+from common import run
+from data import Record
+from formats import adapters, checkpoints
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def ask(tmp_path, monkeypatch, capsys, checkpoint):
         ]
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, command)])
         try:
-            training.run(sample.main)
+            run(sample.main)
         except SystemExit as end:
             assert end.code == status
         return capsys.readouterr()
@@ -55,15 +56,15 @@ def test_columns():
 
 def test_without_and_with_an_adapter(ask, checkpoint, tmp_path):
     model, processor = checkpoints.load(checkpoint)
-    record = data.Record("row", Path("a.png"), ("What?",))
-    ((before,),) = data.generate(model, processor, [record], 6)
+    record = Record("row", Path("a.png"), ("What?",))
+    ((before,),) = sampling.generate(model, processor, [record], 6)
     model.prepare(2, projector=False)
     torch.manual_seed(0)
     with torch.no_grad():
         for _, layer in checkpoints.adapters(model):
             layer.lora_B.normal_()
-    checkpoints.save_adapter(model, tmp_path / "adapter", checkpoint)
-    ((after,),) = data.generate(model, processor, [record], 6)
+    adapters.save_adapter(model, tmp_path / "adapter", checkpoint)
+    ((after,),) = sampling.generate(model, processor, [record], 6)
     assert before != after
     out, _ = ask()
     assert out.splitlines() == ["a.png  What?", *sample.side_by_side([before], 60), ""]
@@ -79,8 +80,8 @@ def test_without_and_with_an_adapter(ask, checkpoint, tmp_path):
 
 def test_bad_flags(ask):
     for flags, words in (
-        (["--k", 0], "--k is 0; 1 or more"),
-        (["--temperature", "nan"], "--temperature is nan; 0 or more"),
+        (["--k", 0], "argument --k: '0' was given; a whole number, 1 or more, is needed"),
+        (["--temperature", "nan"], "argument --temperature: 'nan' was given; a number, 0 or more, is needed"),
         (["--image", "none.png"], "--image none.png: no such file"),
         (["--adapter", "nowhere"], "nowhere"),
     ):

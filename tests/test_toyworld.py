@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lab import parts, drawing, toyworld
+from common import BadInput
+from lab import drawing, parts, toy, toyworld
 from lab.oracle import Oracle, claims, mentions, preference_prompts, preferences_from_answers
 from lab.toyworld import NOISE, SHORT, Scene, Thing
-from model import BadInput
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,8 +114,8 @@ def test_world_is_built_once_and_cached_by_code_and_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         toyworld, "write", lambda folder, seed: (built.append(seed), folder.mkdir(parents=True))
     )
-    first = toyworld.world(0)
-    assert toyworld.world(0) == first and toyworld.world(1) != first and built == [0, 1]
+    first = toy.world(0)
+    assert toy.world(0) == first and toy.world(1) != first and built == [0, 1]
     assert first.parent.name == ".cache" and re.fullmatch("world-[0-9a-f]{12}", first.name)
 
 

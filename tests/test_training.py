@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_records
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoints
-import data
 import dpo
 import online_dpo
 import training
-from model import MLLM, BadInput
+from common import BadInput, NonFinite, run
+from formats import checkpoints
+from lab import toy
+from model import MLLM
 
 PAIRS = [  # chosen, rejected: all about one picture
     ("A red cup.", "A dog and two bananas."),
@@ -70,17 +72,30 @@ def lines_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def optimizer_step(optimizer, factor, loss, names, max_norm=1.0):
+    """The three lines that end a step in every loop -> the gradient's norm before clipping."""
+    norm = training.clip_gradients(optimizer, max_norm)
+    training.check_finite(loss, norm, names)
+    training.take_step(optimizer, factor)
+    return norm
+
+
 @pytest.fixture
 def steps_seen(monkeypatch):
-    """A list that fills with what reaches each optimizer step: its rows and its gradients."""
-    seen, step = [], training.optimizer_step
+    """A list that fills with what ends each step: the names of its rows, its gradients, the largest norm."""
+    seen, clip, check = [], training.clip_gradients, training.check_finite
 
-    def spy(optimizer, factor, loss, rows, *more):
+    def spy_clip(optimizer, max_norm):
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        seen.append((list(rows), [p.grad.clone() for p in params]))
-        return step(optimizer, factor, loss, rows, *more)
+        seen.append([None, [p.grad.clone() for p in params], max_norm])
+        return clip(optimizer, max_norm)
 
-    monkeypatch.setattr(training, "optimizer_step", spy)
+    def spy_check(loss, grad_norm, names):
+        seen[-1][0] = list(names)
+        return check(loss, grad_norm, names)
+
+    monkeypatch.setattr(training, "clip_gradients", spy_clip)
+    monkeypatch.setattr(training, "check_finite", spy_check)
     return seen
 
 
@@ -96,7 +111,8 @@ def test_the_gradient_of_a_step_is_the_mean_over_its_pairs(train, steps_seen, ch
     """
     flags = ("--lr", 0, "--projector-lr", 1e-9, "--beta", 0.3, "--epochs", 2)
     out = train(script, "run", *flags, "--batch-size", 2, "--grad-accum", 2)
-    rows = [rows for rows, _ in steps_seen]
+    rows = [names for names, _, _ in steps_seen]
+    assert {max_norm for _, _, max_norm in steps_seen} == {1.0}
     assert [len(r) for r in rows] == [4, 4, 2]
     order = sum(rows, [])
     assert sorted(order[:5]) == sorted(order[5:]) and len(set(order)) == 5, "a pass is every row"
@@ -104,9 +120,9 @@ def test_the_gradient_of_a_step_is_the_mean_over_its_pairs(train, steps_seen, ch
 
     model, processor = checkpoints.load(checkpoint)
     model.prepare(llm=False)
-    records = data.load(["povid.json"], "images", answers=2)
+    records = read_records(["povid.json"], "images", answers=2)
     examples = {r.where: processor.encode(r) for r in records}
-    for (names, gradients), line in zip(steps_seen, lines_of(out), strict=True):
+    for (names, gradients, _), line in zip(steps_seen, lines_of(out), strict=True):
         model.zero_grad()
         sums = torch.zeros(2)
         for name in names:
@@ -146,7 +162,7 @@ def test_metrics_of_known_log_probs(train, monkeypatch, checkpoint, script, loss
     """Every answer's log-probs are given; what one step of 2 x 3 rows makes of them is worked out above."""
     _, processor = checkpoints.load(checkpoint)
     given = {}
-    for record, reference in zip(data.load(["povid.json"], "images", answers=2), WORKED):
+    for record, reference in zip(read_records(["povid.json"], "images", answers=2), WORKED):
         for answer, policy, ref in zip(processor.encode(record).answers, (-10, -20), reference):
             given[tuple(answer.tolist())] = (float(policy), float(ref))
     real = MLLM.answer_log_probs
@@ -231,35 +247,65 @@ def test_the_papers_defaults(monkeypatch, script):
     args = parsed()
     assert (args.lr, args.projector_lr, args.lora_rank) == (1e-6, 2e-6, 128)
     assert (args.epochs, args.steps, args.batch_size, args.grad_accum) == (3, None, 32, 1)
-    assert (args.loss, args.beta, args.seed, args.save_every) == ("dpo", 0.1, 0, 100)
-    assert parsed("--loss", "ipo").beta == 0.9 and parsed("--loss", "slic").beta == 0.1
+    assert (args.loss, args.beta, args.seed, args.save_every) == ("dpo", None, 0, 100)
     assert parsed("--loss", "ipo", "--beta", "0.8").beta == 0.8
     if script is online_dpo:
         assert (args.mix, args.k, args.temperature, args.max_new_tokens) == (0, 2, 1, 256)
 
 
-@SCRIPTS
-def test_toy_settings_are_for_flags_that_are_not_given(monkeypatch, script):
-    """--epochs is given, so the toy number of steps is not taken: it would win. Nothing toy remains beside --model."""
+class Resolved(Exception):
+    """Carries the flags of a run that was stopped before it loaded anything."""
+
+
+@pytest.fixture
+def resolved(monkeypatch):
+    """A function that gives the flags with which a script's main() would run."""
     for name in ("world", "base"):
-        monkeypatch.setattr(f"lab.toyworld.{name}", lambda seed: Path(f"toy-{seed}"))
-    monkeypatch.setattr("lab.toyworld.path", lambda seed, name: Path(f"toy-{seed}") / name)
+        monkeypatch.setattr(toy, name, lambda seed: Path(f"toy-{seed}"))
+    monkeypatch.setattr(toy, "data_file", lambda seed, name: Path(f"toy-{seed}") / name)
 
-    def parsed(*words):
+    def stop(args):
+        raise Resolved(args)
+
+    monkeypatch.setattr(training, "device_and_dtype", stop)
+
+    def flags(script, *words):
         monkeypatch.setattr(sys, "argv", ["script.py", *words])
-        return script.parse()
+        with pytest.raises(Resolved) as stopped:
+            script.main()
+        return stopped.value.args[0]
 
-    toy = script.TOY
-    args = parsed()
-    assert (args.steps, args.lr, args.beta) == (toy["steps"], toy["lr"], toy["beta"])
-    assert args.model == "toy-0" and args.data == [f"toy-0/{name}" for name in toy["data"]]
-    args = parsed("--epochs", "2", "--lr=1e-3", "--seed", "4")
-    assert (args.steps, args.epochs, args.lr, args.beta) == (None, 2, 1e-3, toy["beta"])
-    assert args.model == "toy-4" and args.batch_size == toy["batch_size"]
-    args = parsed("--epochs", "2", "--steps", "5")
+    return flags
+
+
+@SCRIPTS
+def test_toy_settings_are_for_flags_that_are_not_given(resolved, script):
+    """--epochs is given, so the toy number of steps is not taken: it would win. Nothing toy remains beside --model."""
+    settings = script.TOY
+    args = resolved(script)
+    assert (args.steps, args.lr, args.beta) == (settings["steps"], settings["lr"], 0.5)
+    assert args.model == "toy-0" and args.data == [f"toy-0/{name}" for name in settings["data"]]
+    assert args.images == "toy-0/images" and args.toy_world == "toy-0"
+    args = resolved(script, "--epochs", "2", "--lr=1e-3", "--seed", "4")
+    assert (args.steps, args.epochs, args.lr, args.beta) == (None, 2, 1e-3, 0.5)
+    assert args.model == "toy-4" and args.batch_size == settings["batch_size"]
+    args = resolved(script, "--epochs", "2", "--steps", "5")
     assert (args.steps, args.epochs) == (5, 2)
-    args = parsed("--model", "m", "--data", "d.json", "--steps", "5")
+    args = resolved(script, "--data", "mine.json")
+    assert args.data == ["mine.json"] and args.images is None and args.toy_world == "toy-0"
+    args = resolved(script, "--model", "m", "--data", "d.json", "--steps", "5")
     assert (args.steps, args.lr, args.beta, args.batch_size) == (5, 1e-6, 0.1, 32)
+    assert args.toy_world is None
+
+
+@SCRIPTS
+def test_beta_is_that_of_the_loss(resolved, script):
+    """A toy setting never replaces a default that depends on the method."""
+    real = ("--model", "m", "--data", "d.json")
+    for loss, toy_beta, beta in (("dpo", 0.5, 0.1), ("ipo", 0.9, 0.9), ("slic", 0.1, 0.1)):
+        assert resolved(script, "--loss", loss).beta == toy_beta
+        assert resolved(script, "--loss", loss, *real).beta == beta
+        assert resolved(script, "--loss", loss, "--beta", "0.3").beta == 0.3
 
 
 # ---- which rows a step takes
@@ -344,12 +390,12 @@ def sgd(*rates):
 def test_the_gradient_is_clipped_to_norm_1():
     (a, b), optimizer = sgd(1.0, 0.1)
     a.grad, b.grad = torch.tensor([3.0]), torch.tensor([-4.0])
-    assert training.optimizer_step(optimizer, 0.5, 0.7, ["row"]) == pytest.approx(5)
+    assert optimizer_step(optimizer, 0.5, 0.7, ["row"]) == pytest.approx(5)
     assert a.item() == pytest.approx(-0.3), "0.5 * 1.0 * 3 / 5"
     assert b.item() == pytest.approx(0.04), "0.5 * 0.1 * 4 / 5"
     assert a.grad is None and b.grad is None
     a.grad, b.grad = torch.tensor([0.3]), torch.tensor([0.4])
-    assert training.optimizer_step(optimizer, 1.0, 0.7, ["row"]) == pytest.approx(0.5)
+    assert optimizer_step(optimizer, 1.0, 0.7, ["row"]) == pytest.approx(0.5)
     assert a.item() == pytest.approx(-0.6), "a small gradient is left alone: 0.3 more"
     assert [g["base_lr"] for g in optimizer.param_groups] == [1.0, 0.1]
 
@@ -360,8 +406,8 @@ def test_the_gradient_is_clipped_to_norm_1():
 def test_what_is_not_finite_stops_before_the_step(loss, gradient):
     (a, b), optimizer = sgd(1.0, 0.1)
     a.grad, b.grad = torch.tensor([gradient]), torch.tensor([1.0])
-    with pytest.raises(training.NonFinite, match="f.json, row 3; f.json, row 8"):
-        training.optimizer_step(optimizer, 0.5, loss, ["f.json, row 3", "f.json, row 8"])
+    with pytest.raises(NonFinite, match="f.json, row 3; f.json, row 8"):
+        optimizer_step(optimizer, 0.5, loss, ["f.json, row 3", "f.json, row 8"])
     assert a.item() == b.item() == 0 and [g["lr"] for g in optimizer.param_groups] == [9.0, 9.0]
 
 
@@ -378,7 +424,7 @@ def moves(model, optimizer, *gradients, factor=1.0):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for value in gradients:
         fill_gradients(model, value)
-        training.optimizer_step(optimizer, factor, 0.5, ["row"], 1e9)
+        optimizer_step(optimizer, factor, 0.5, ["row"], 1e9)
     found = {}
     for n, p in model.named_parameters():
         found.setdefault(n.split(".")[0], []).append((before[n] - p.detach()).flatten())
@@ -520,6 +566,7 @@ def test_a_checkpoint_of_another_model_is_refused(build, tmp_path, saved, now):
 
 def flags(**more):
     given = {"out": None, "resume": False, "seed": 0, "data": ["rows.json"], "lr": 0.5, "steps": 9}
+    given |= {"skip_bad_rows": False}
     return argparse.Namespace(**given | more)
 
 
@@ -532,11 +579,17 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_run_folder_and_its_args(folder):
     (folder / "more.json").write_text("")
-    out = training.start(flags(), "dpo", None, ["more.json"])
+    out = training.start(flags(given={"lr"}), "dpo", [], ["more.json"])
     assert out == Path("runs/dpo-0") and sorted(p.name for p in out.iterdir()) == ["args.json"]
     record = json.loads((out / "args.json").read_text())
     assert record.keys() == {"script", "flags", "versions", "data"} and record["script"] == "dpo"
-    assert record["flags"] == {"seed": 0, "data": ["rows.json"], "lr": 0.5, "steps": 9}
+    assert record["flags"] == {
+        "seed": 0,
+        "data": ["rows.json"],
+        "lr": 0.5,
+        "steps": 9,
+        "skip_bad_rows": False,
+    }
     assert record["versions"].keys() == {"torch", "transformers", "pillow", "numpy", "safetensors"}
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["data"] == {  # sha256 of "abc" and of nothing, as published
@@ -545,7 +598,7 @@ def test_a_run_folder_and_its_args(folder):
     }
     assert training.start(flags(), "dpo") == Path("runs/dpo-1")
     assert training.start(flags(), "bdhs") == Path("runs/bdhs-0")
-    out = training.start(flags(out="mine"), "dpo", [{"row": 3}])
+    out = training.start(flags(out="mine", skip_bad_rows=True), "dpo", [{"row": 3}])
     assert out == Path("mine") and json.loads((out / "skipped.json").read_text()) == [{"row": 3}]
     with pytest.raises(FileExistsError):
         training.start(flags(out="mine"), "dpo")
@@ -610,7 +663,7 @@ def test_the_log_of_a_new_run(tmp_path):
     "error, status, said",
     [
         (BadInput("mend this"), 2, "mend this"),
-        (training.NonFinite("loss nan"), 1, "loss nan"),
+        (NonFinite("loss nan"), 1, "loss nan"),
         (KeyboardInterrupt(), 130, "--resume"),
     ],
 )
@@ -620,14 +673,14 @@ def test_exit_status(monkeypatch, capsys, error, status, said):
 
     monkeypatch.setattr(sys, "argv", ["/somewhere/dpo.py"])
     with pytest.raises(SystemExit) as stop:
-        training.run(fail)
+        run(fail)
     err = capsys.readouterr().err
     assert stop.value.code == status and said in err and err.strip().startswith("dpo.py: ")
 
 
 def test_a_fault_of_ours_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
-        training.run(lambda: 1 / 0)
+        run(lambda: 1 / 0)
 
 
 def test_device_and_dtype():

@@ -23,12 +23,16 @@ from test_checkpoints import (
     write,
 )
 
-import data
 import dpo
+import sampling
 import sft
-from anyres import AnyRes
-from checkpoints import load, load_adapter, save, save_adapter
-from model import BadInput, pack
+from common import BadInput
+from data import TEMPLATES, Record
+from formats import files
+from formats.adapters import load_adapter, save_adapter
+from formats.anyres import AnyRes
+from formats.checkpoints import load, save
+from model import pack
 
 DEFAULT = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 TINY = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))  # of 28 pixels, 4 patches a side
@@ -90,7 +94,7 @@ def examples(processor, pictures):
     answers = ("A cup.", "Two red cups on a table."), ("No", "Yes, there is a dog.")
     return [
         processor.encode(
-            data.Record(f"row {i}", image, ("What is this?" * (1 + i % 3),), answers[i % 2])
+            Record(f"row {i}", image, ("What is this?" * (1 + i % 3),), answers[i % 2])
         )
         for i, image in enumerate(images)
     ]
@@ -112,7 +116,7 @@ def one_by_one(processor, theirs, example, k=0):
     if example.record.image is None:
         return their_logits(theirs, ids, None, None)
     return their_logits(
-        theirs, ids, *their_pixels(processor, data.open_image(example.record.image))
+        theirs, ids, *their_pixels(processor, files.open_image(example.record.image))
     )
 
 
@@ -128,7 +132,9 @@ def their_pixels(processor, picture):
 def our_logits(model, rows, pixel_values, image_sizes):
     with torch.no_grad():
         return model.llm.lm_head(
-            model.hidden(pack(rows, [[]] * len(rows), None, pixel_values, image_sizes=image_sizes))
+            model.hidden_states(
+                pack(rows, [[]] * len(rows), None, pixel_values, image_sizes=image_sizes)
+            )
         )
 
 
@@ -198,8 +204,8 @@ def test_a_picture_s_size_is_known_without_decoding(tmp_path, kind, turn):
     if turn:
         exif[0x0112] = turn
     noise(20, 50).save(tmp_path / f"p.{kind}", exif=exif)
-    picture = data.open_image(tmp_path / f"p.{kind}")
-    assert data.image_size(tmp_path / f"p.{kind}") == (picture.height, picture.width)
+    picture = files.open_image(tmp_path / f"p.{kind}")
+    assert files.image_size(tmp_path / f"p.{kind}") == (picture.height, picture.width)
     assert (picture.height > picture.width) == (turn in (6, 8))
 
 
@@ -216,7 +222,7 @@ def test_logits_of_a_batch_of_shapes(tmp_path, pictures, kind, more):
     texts = [torch.cat([e.prompt, e.answers[0]]) for e in rows]
     batch = processor.collate(rows)
     assert len(batch.pixel_values) == sum(
-        1 + len(processor.anyres.tiles(data.open_image(p))) - 1 for p in pictures
+        1 + len(processor.anyres.tiles(files.open_image(p))) - 1 for p in pictures
     )
     assert batch.image_sizes.tolist() == [list(s) for s in SHAPES]
     ours = our_logits(model, texts, batch.pixel_values, batch.image_sizes)
@@ -225,7 +231,7 @@ def test_logits_of_a_batch_of_shapes(tmp_path, pictures, kind, more):
         want = one_by_one(processor, theirs, e)
         assert (ours[b, : len(want)] - want).abs().max() <= 1e-5, e.record.image
         assert want.std() > 0.3
-    stacked = [their_pixels(processor, data.open_image(p)) for p in pictures[:2]]
+    stacked = [their_pixels(processor, files.open_image(p)) for p in pictures[:2]]
     swapped = our_logits(model, texts[1:2], stacked[0][0][0].flip(0), stacked[0][1])
     assert (swapped[0] - ours[1, : len(swapped[0])]).abs().max() > 1e-2, (
         "the order of the tiles does not matter"
@@ -244,12 +250,13 @@ def test_logits_of_a_batch_of_shapes(tmp_path, pictures, kind, more):
 def test_greedy_answers_are_those_of_generate(folder, hf, pictures):
     model, processor = load(folder)
     records = [
-        data.Record("r", image, ("What is this?" * n,), ())
+        Record("r", image, ("What is this?" * n,), ())
         for n, image in enumerate([None, *pictures], 1)
     ]
     rows = [processor.encode(r) for r in records]
     pixel_values, image_sizes = processor.images(rows)
-    samples = model.sample(
+    samples = sampling.sample(
+        model,
         [e.prompt for e in rows],
         pixel_values,
         2,
@@ -258,13 +265,13 @@ def test_greedy_answers_are_those_of_generate(folder, hf, pictures):
         processor.stop_ids,
         image_sizes=image_sizes,
     )
-    texts = data.generate(model, processor, records, 12, batch_size=4)
+    texts = sampling.generate(model, processor, records, 12, batch_size=4)
     seen = set()
     for e, tokens, text in zip(rows, samples.tokens, texts):
         inputs = {"input_ids": e.prompt[None], "attention_mask": torch.ones_like(e.prompt)[None]}
         if e.record.image is not None:
             inputs["pixel_values"], inputs["image_sizes"] = their_pixels(
-                processor, data.open_image(e.record.image)
+                processor, files.open_image(e.record.image)
             )
         how = {
             "do_sample": False,
@@ -283,8 +290,7 @@ def test_greedy_answers_are_those_of_generate(folder, hf, pictures):
 def test_features_and_tokens_must_agree_in_every_row(folder, pictures):
     model, processor = load(folder)
     a, b = (
-        processor.encode(data.Record("r", p, ("What?",), ("A",)))
-        for p in (pictures[0], pictures[2])
+        processor.encode(Record("r", p, ("What?",), ("A",))) for p in (pictures[0], pictures[2])
     )
     pixel_values, image_sizes = processor.images([a, b])
     pixels = lambda e: int((e.prompt == IMAGE_ID).sum())
@@ -317,7 +323,7 @@ def test_every_naming_gives_the_same_weights(tmp_path, hf, naming):
     assert processor.anyres == AnyRes(TINY, SIDE, SIDE // PATCH)
 
 
-@pytest.mark.parametrize("template", data.TEMPLATES)
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_transformers_reads_what_is_saved(tmp_path, folder, pictures, template):
     model, processor = load(
         write(tmp_path / "m", tiny_next(tie_word_embeddings=template == "plain")), template=template
@@ -338,7 +344,7 @@ def test_transformers_reads_what_is_saved(tmp_path, folder, pictures, template):
             }
         ]
         text = whole.apply_chat_template(chat, add_generation_prompt=True)
-        inputs = whole(images=data.open_image(e.record.image), text=text, return_tensors="pt")
+        inputs = whole(images=files.open_image(e.record.image), text=text, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == e.prompt.tolist()
         assert (inputs["pixel_values"][0] - processor.pixels(e.record.image)).abs().max() <= 1e-6
         want = their_logits(
@@ -401,7 +407,7 @@ def test_adapter_round_trip_through_peft(tmp_path, folder, pictures):
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
     for b, e in enumerate(rows):
         want = their_logits(
-            theirs, e.prompt, *their_pixels(processor, data.open_image(e.record.image))
+            theirs, e.prompt, *their_pixels(processor, files.open_image(e.record.image))
         )
         assert (ours[b, : len(want)] - want).abs().max() <= 1e-5
     theirs.save_pretrained(tmp_path / "b")
@@ -573,7 +579,7 @@ def test_chatml_for_a_tokenizer_that_knows_it(tmp_path):
     _, processor = load(new)
     assert processor.template == "chatml"
     text = processor.tokenizer.decode(
-        processor.encode(data.Record("r", None, ("Why?",), ("So.",))).prompt
+        processor.encode(Record("r", None, ("Why?",), ("So.",))).prompt
     )
     assert (
         text
@@ -707,7 +713,7 @@ def generated(folder, records):
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": r.turns[0]}]}
         ]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
-        inputs = processor(images=data.open_image(r.image), text=text, return_tensors="pt")
+        inputs = processor(images=files.open_image(r.image), text=text, return_tensors="pt")
         how = {
             "do_sample": False,
             "max_new_tokens": 12,
@@ -763,12 +769,13 @@ def test_train_and_merge(tmp_path, monkeypatch, folder, pictures, kind, script):
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert script is sft or first["loss"] == pytest.approx(0.6931, abs=1e-4)
 
-    records = [data.Record("r", p, ("What is it?",), ()) for p in pictures]
+    records = [Record("r", p, ("What is it?",), ()) for p in pictures]
     merged, processor = load(tmp_path / "run" / "model", image_aspect="checkpoint")
     adapted = load_adapter(load(folder, image_aspect="checkpoint")[0], tmp_path / "run" / "adapter")
     rows = [processor.encode(r) for r in records]
     pixel_values, image_sizes = processor.images(rows)
-    draw = lambda m: m.sample(
+    draw = lambda m: sampling.sample(
+        m,
         [e.prompt for e in rows],
         pixel_values,
         1,
