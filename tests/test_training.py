@@ -215,6 +215,24 @@ def test_what_a_run_leaves(train, script):
 
 
 @SCRIPTS
+def test_a_resumed_run_does_only_the_rest(train, steps_seen, script):
+    """Stopped after the third of four steps with a checkpoint of the second: two steps are done, and logged once."""
+    flags = ("--steps", 4, "--batch-size", 2, "--lora-rank", 2, "--lr", 1e-2, "--save-every", 2)
+    out = train(script, "run", *flags)
+    whole, want = list(steps_seen), lines_of(out)
+    (out / "checkpoints" / "latest").write_text("step-000002")
+    text = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(text[:3]))
+    steps_seen.clear()
+    train(script, "run", *flags, "--resume")
+    assert [rows for rows, *_ in steps_seen] == [rows for rows, _ in whole[2:]]
+    for (_, found), (_, gradients) in zip(steps_seen, whole[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
+    timeless = lambda lines: [{k: v for k, v in x.items() if "seconds" not in k} for x in lines]
+    assert timeless(lines_of(out)) == timeless(want)
+
+
+@SCRIPTS
 def test_save_every_0_saves_nothing(train, script):
     out = train(script, "run", "--steps", 2, "--batch-size", 2, "--lora-rank", 2, "--save-every", 0)
     assert not (out / "checkpoints").exists() and (out / "adapter").is_dir()
@@ -598,6 +616,7 @@ def test_a_run_folder_and_its_args(folder):
     }
     assert training.start(flags(), "dpo") == Path("runs/dpo-1")
     assert training.start(flags(), "bdhs") == Path("runs/bdhs-0")
+    assert json.loads(Path("runs/bdhs-0/args.json").read_text())["script"] == "bdhs"
     out = training.start(flags(out="mine", skip_bad_rows=True), "dpo", [{"row": 3}])
     assert out == Path("mine") and json.loads((out / "skipped.json").read_text()) == [{"row": 3}]
     with pytest.raises(FileExistsError):
