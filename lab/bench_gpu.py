@@ -19,7 +19,8 @@ Cells, by what their names begin with; b4 = 4 pairs (or prompts) at a time, the 
     naive/      the step as most scripts take it: padded batch of 2 B rows with its own image each, logits of all positions in float32,
                 and the reference (adapters off) in every step; our model's parts, LoRA and optimizer. `apart`: the largest difference
                 of its log-probs of an answer from ours, both bfloat16
-    sample/     128 tokens of each prompt; t0 greedy, t1 temperature 1; `generate`: transformers' own loop, greedy
+    sample/     128 tokens of each prompt, LoRA beside the weights; t0 greedy, t1 temperature 1; `generate`: transformers' own
+                loop on the same model, greedy
     negative/   BDHS's guided completions: five sentences of each of the answers at once, 99 % of the picture hidden, 24 tokens a
                 sentence; `plain`: a prompt with its picture for each sentence
     head/       log-probs of 280 answer tokens and the gradient to their hidden states, head frozen: `fused`; `answer-rows`: log_softmax of
@@ -41,7 +42,6 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 import transformers

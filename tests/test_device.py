@@ -344,7 +344,7 @@ def test_online_scripts_start_at_ln_2(run, files, dtype):  # noqa: F811
 def test_ppo_starts_at_the_reference(run_ppo, dtype):  # noqa: F811
     """Policy, reference, values and reward model on the device, two steps."""
     out = run_ppo("out", "--device", DEVICE, "--dtype", dtype, "--steps", "2")
-    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and abs(lines[0]["objective/kl"]) <= (
         1e-5 if dtype == "float32" else 0.1
     )
