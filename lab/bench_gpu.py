@@ -352,8 +352,8 @@ class Bench:
         """Give back what a cell has left: gradients, and memory that the allocator keeps."""
         for model in self.models.values():
             model.zero_grad(set_to_none=True)
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def card_name(self):
