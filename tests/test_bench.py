@@ -1,11 +1,12 @@
-"""lab/bench.py at a tiny size: the competitors compute the same thing, and the figures come out."""
+"""lab/bench.py and lab/bench_gpu.py at a tiny size: competitors compute the same thing, and the figures come out."""
 
 import json
 import math
 
 import pytest
+import torch
 
-from lab import bench
+from lab import bench, bench_gpu
 
 VISION = {
     "hidden_size": 32,
@@ -75,3 +76,96 @@ def test_both_ways_to_negatives_draw_the_same(tmp_path):
         bench.negatives("prefill-a-sentence", tmp_path),
     )
     assert one["log_probs"][0] == pytest.approx(apart["log_probs"][0], abs=1e-3)
+
+
+# ---- the real shapes on a GPU; here a tiny one on the CPU
+
+
+def gpu_bench(tmp_path, *flags):
+    """-> exit status, {cell: line}."""
+    file = tmp_path / "gpu.json"
+    status = bench_gpu.main(
+        ["--device", "cpu", "--size", "tiny", "--json", str(file), *map(str, flags)]
+    )
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    assert len({line["cell"] for line in lines}) == len(lines)
+    return status, {line["cell"]: line for line in lines}
+
+
+def test_every_cell_of_the_gpu_is_measured(tmp_path, capsys, monkeypatch):
+    measure = bench_gpu.Bench.measure
+    monkeypatch.setattr(
+        bench_gpu.Bench, "measure", lambda self, run, *_, **__: measure(self, run, 0, 1)
+    )
+    status, lines = gpu_bench(tmp_path)
+    assert status == 0 and list(lines) == bench_gpu.CELLS
+    for name, line in lines.items():
+        median, low, high = line["seconds"]
+        assert 0 < low <= median <= high and line["card"] == "CPU"
+        if name.startswith("naive/"):
+            assert line["apart"] < 0.02, "the plain way computed something else"
+    # a prompt of 15 tokens of text and 4 of the picture, two answers of 10; NeXT: 14 of 30 x 50 pixels
+    assert lines["step/1.5/b4"]["tokens"] == 4 * (15 + 4 + 2 * 10)
+    assert lines["step/next/b2"]["tokens"] == 2 * (15 + 14 + 2 * 10)
+    told = capsys.readouterr().out
+    assert all(f"\n| {name} | " in told for name in bench_gpu.CELLS)
+
+
+def test_cells_of_the_gpu_do_what_they_say(monkeypatch):
+    """The layers that are run again, the prefix of the attention, the rows that are prefilled."""
+    cells = bench_gpu.Bench(bench_gpu.SHAPES["tiny"], "cpu")
+    model, seen = cells.model("1.5"), []
+    cells.measure = lambda run, *_, **__: run() or {"seconds": (1, 1, 1)}
+    model.llm.model.layers[0].mlp.register_forward_pre_hook(
+        lambda _, args: seen.append(tuple(args[0].shape[:-1]))
+    )
+    decode = model.decode
+    prefixes = []
+
+    def spy(x, see, position_ids, cache=None, prefix=0, rows=None):
+        prefixes.append(prefix)
+        return decode(x, see, position_ids, cache, prefix, rows)
+
+    monkeypatch.setattr(model, "decode", spy)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def run(name):
+        """-> rows and length of each forward pass, prefixes."""
+        seen.clear(), prefixes.clear()
+        found = bench_gpu.run_cell(cells, name)
+        assert "error" not in found, found
+        return list(seen), list(prefixes)
+
+    assert run("step/1.5/b2") == ([(2, 39)], [18])
+    assert run("step/1.5/b2/checkpointing") == ([(2, 39)] * 2, [18])
+    assert run("step/1.5/b2") == ([(2, 39)], [18]), "checkpointing stays on"
+    assert run("step/1.5/b2/dense") == ([(2, 39)], [0])
+    assert run("reference/1.5/b2")[0] == [(2, 39)]
+    # ours for the comparison, the plain way for it, its reference, its policy
+    assert run("naive/1.5/b2")[0] == [(2, 39)] + [(4, 29)] * 3
+    assert run("sample/1.5/b3/t0")[0] == [(3, 19)] + [(3, 1)] * 5
+    assert run("negative/1.5/b2")[0] == [(2, 29)] + [(10, 1)] * 2
+    rows, length = run("negative/1.5/b2/plain")[0][0]
+    assert (rows, length) == (10, 19 + 9), "cut behind 1, 3, 5, 7 and 9 of 10 tokens"
+    trained = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert trained and all(".lora_" in n or n.startswith("projector.") for n in trained)
+
+
+def test_a_cell_that_does_not_fit_or_fails_is_a_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(bench_gpu.Bench, "reference", full)
+    monkeypatch.setattr(bench_gpu.Bench, "negative", lambda *_: 1 / 0)
+    status, lines = gpu_bench(tmp_path, "--only", "reference/1.5", "negative/1.5/b8", "head/fused")
+    assert status == 1, "a failure is told"
+    assert lines["reference/1.5/b4"]["does_not_fit"] == "CUDA out of memory."
+    assert lines["negative/1.5/b8"]["error"] == "ZeroDivisionError: division by zero"
+    assert lines["head/fused"]["seconds"][0] > 0, "the run did not go on"
+    assert "| reference/1.5/b4 | does not fit |" in capsys.readouterr().out
+
+
+def test_no_cell_is_started_late(tmp_path, capsys):
+    status, lines = gpu_bench(tmp_path, "--only", "head/", "--seconds", 1e-9)
+    assert status == 0 and not lines
+    assert "not measured, --seconds 1e-09: head/fused head/answer-rows" in capsys.readouterr().out

@@ -1,0 +1,351 @@
+"""Another device gives the CPU's numbers: log-probs, gradients, samples, checkpoints, whole runs of the scripts.
+
+Skipped where there is no CUDA. `TEST_DEVICE=cpu` runs the same bodies on the CPU, which shows that they run, not that a GPU
+agrees. One model is built twice, on the CPU and on the device, in float32 without TensorFloat-32; what differs is rounding.
+"""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from test_dpo import metrics
+from test_model import (
+    IMAGE,
+    LLMS,
+    SLIDING,
+    STOP,
+    assert_same,
+    head,
+    ids,
+    perturb,
+    pixels,
+    plain_log_probs,
+    prompts,
+    row_error,
+    with_gradients,
+)
+from test_online_dpo import by, files, run  # noqa: F401
+from test_ppo import command as run_ppo  # noqa: F401
+
+import bdhs
+import dpo
+import training
+from anyres import AnyRes
+from model import MLLM, fused_log_probs, pack
+
+CUDA = torch.cuda.is_available()
+DEVICE = os.environ.get("TEST_DEVICE") or ("cuda" if CUDA else "")
+pytestmark = pytest.mark.skipif(not DEVICE, reason="no CUDA; TEST_DEVICE=cpu runs this on the CPU")
+ANYRES = AnyRes(((28, 56), (56, 28), (56, 56)), 28, 2)  # the tower of `build`: 2 patches a side
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """PyTorch lets cuDNN round float32 to TensorFloat-32; CLIP's patch embedding is a convolution."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def sample(model, *args, **how):
+    return model.sample(*args, **how)
+
+
+def twice(build, kind="llama", dtype=torch.float32, prepare=None, tiles=False, **more):
+    """The same model on the CPU and on the device; prepare: what to train, moved away from where it starts."""
+    models = []
+    for device in ("cpu", DEVICE):
+        model = build(kind, dtype, **more)
+        if tiles:
+            model = MLLM(model.vision, model.projector, model.llm, IMAGE, anyres=ANYRES)
+            model.image_newline.data.normal_(generator=torch.Generator().manual_seed(0))
+        models.append(model.to(device))
+        if prepare is not None:
+            model.prepare(**prepare)
+    torch.manual_seed(0)
+    if prepare is not None:
+        perturb(models[0])
+        models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+def pairs(k=2, high=9):
+    """Three prompts, two of them with a picture, and k answers of each, of unequal lengths."""
+    answers = [[ids(1 + (5 * i + 3 * j) % high) for j in range(k)] for i in range(3)]
+    return pack(prompts(), answers, pixel_values=pixels())
+
+
+def dpo_gradients(model, batch):
+    """The loss of dpo.py on a batch, against a reference that is the same everywhere, and its gradients on the CPU."""
+    batch = batch.to(model.device)
+    chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T
+    reference = torch.tensor([[-9.0, -14.0, -20.0], [-13.0, -8.0, -21.0]], device=model.device)
+    losses, *_ = dpo.preference_loss(chosen, rejected, *reference, 0.1, "dpo")
+    model.zero_grad()
+    losses.sum().backward()
+    grads = {n: None if p.grad is None else p.grad.cpu() for n, p in model.named_parameters()}
+    return losses.sum().detach().cpu(), grads
+
+
+def assert_same_samples(got, want):
+    """Token for token; log-probs up to rounding."""
+    assert [[t.tolist() for t in row] for row in got.tokens] == [
+        [t.tolist() for t in row] for row in want.tokens
+    ]
+    assert got.finished == want.finished
+    for mine, theirs in zip(got.log_probs, want.log_probs):
+        for a, b in zip(mine, theirs):
+            assert (a - b).abs().max() <= 1e-4
+
+
+# ---- log-probs and gradients
+
+
+@pytest.mark.parametrize("kind, more", LLMS)
+@torch.no_grad()
+def test_log_probs_of_shared_prompts(build, kind, more):
+    here, there = twice(build, kind, **more)
+    batch = pairs(4)
+    for got, want in zip(there.log_probs(batch.to(DEVICE)), here.log_probs(batch)):
+        assert got.device.type == DEVICE and (got.cpu() - want).abs().max() <= 1e-4
+    answers = there.answer_log_probs(batch.to(DEVICE)).cpu()
+    assert torch.allclose(answers, here.answer_log_probs(batch), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind, more", [LLMS[0], LLMS[2], ("qwen2", SLIDING)])
+@pytest.mark.parametrize("rank", [3, 0])
+def test_gradients_of_dpo(build, kind, more, rank):
+    here, there = twice(build, kind, prepare={"lora_rank": rank}, **more)
+    batch = pairs()
+    want, got = dpo_gradients(here, batch), dpo_gradients(there, batch)
+    assert_same(got, want, 2e-4)
+    assert sum(g is not None for g in got[1].values()) >= 20
+
+    calls = []
+    there.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    there.train()
+    there.llm.activation_checkpointing_enable({"use_reentrant": False})
+    assert_same(dpo_gradients(there, batch), got, 1e-4)
+    assert len(calls) == 2, "nothing was computed again"
+
+
+@torch.no_grad()
+def test_tiles(build):
+    """LLaVA-NeXT: pictures of different numbers of tiles, in training's rows and when sampling."""
+    here, there = twice(build, tiles=True)
+    sizes = torch.tensor([[28, 50], [60, 20], [40, 40]])
+    tokens = [ANYRES.tokens(size) for size in sizes.tolist()]
+    tiles = [1 + rows * columns for rows, columns in map(ANYRES.grid, sizes.tolist())]
+    assert len(set(tokens)) == 3 and len(set(tiles)) == 2
+    rows = [torch.cat([ids(3), torch.full((n,), IMAGE), ids(4)]) for n in tokens]
+    images = torch.randn(sum(tiles), 3, 28, 28)
+    batch = pack(rows, [[ids(4), ids(2)]] * 3, None, images, image_sizes=sizes)
+    got = there.image_features(images.to(DEVICE), sizes)
+    for a, b in zip(got, here.image_features(images, sizes), strict=True):
+        assert (a.cpu() - b).abs().max() <= 1e-4
+    got, want = there.log_probs(batch.to(DEVICE))[0], here.log_probs(batch)[0]
+    assert (got.cpu() - want).abs().max() <= 1e-4
+    how = {"max_new_tokens": 8, "temperature": 0, "image_sizes": sizes}
+    assert_same_samples(sample(there, rows, images, **how), sample(here, rows, images, **how))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
+def test_fused_log_probs_in_float32(p):
+    h, weight, targets = head(p, torch.float32)
+    incoming = torch.ones(len(h), dtype=torch.float64)
+    truth = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
+    given = [t.to(DEVICE) for t in (h, weight, targets, incoming)]
+    ours = [t.cpu() for t in with_gradients(fused_log_probs, *given)]
+    assert ((ours[0] - truth[0]).abs() / truth[0].abs().clamp(min=1)).max() <= 3e-6
+    assert (ours[1] - truth[1]).abs().max() <= 1e-5
+    assert row_error(ours[2], truth[2]).max() <= 1e-6 * weight.norm(dim=1).mean()
+    assert row_error(ours[3], truth[3]).max() <= 1e-6 * h.norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
+def test_fused_log_probs_in_bfloat16(p):
+    """On CUDA a product of bfloat16 with a float32 sum. As on the CPU: as near to float64 as autograd, but for chance."""
+    h, weight, targets = head(p, torch.bfloat16)
+    for incoming in (torch.ones(len(h)).double(), torch.randn(len(h)).double()):
+        truth = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
+        given = [t.to(DEVICE) for t in (h, weight, targets, incoming)]
+        ours = [t.cpu() for t in with_gradients(fused_log_probs, *given)]
+        plain = [t.cpu() for t in with_gradients(plain_log_probs, *given)]
+        for i in (0, 1):
+            ours_off, plain_off = ((x[i] - truth[i]).abs().mean() for x in (ours, plain))
+            assert ours_off <= 1.05 * plain_off, i
+        for i in (2, 3):
+            ours_off, plain_off = (row_error(x[i], truth[i]).mean() for x in (ours, plain))
+            assert ours_off <= 1.01 * plain_off, i
+
+
+# ---- bfloat16
+
+
+def far(model, batch, truth):
+    """How far the log-probs of a bfloat16 model are from those of float32, on average."""
+    return (model.log_probs(batch.to(model.device))[0].cpu() - truth).abs().mean()
+
+
+@torch.no_grad()
+def test_prefix_attention_in_bfloat16(build, monkeypatch):
+    """No farther from float32 than with one dense mask, and than on the CPU."""
+    batch = pack(prompts(), [[ids(40), ids(30)]] * 3, pixel_values=pixels())
+    truth = build().log_probs(batch)[0]
+    here, there = twice(build, dtype=torch.bfloat16)
+    assert there.visible(batch.to(DEVICE), rows=batch.index.to(DEVICE))[1] == 3
+    ours, cpu, visible = far(there, batch, truth), far(here, batch, truth), there.visible
+    monkeypatch.setattr(there, "visible", lambda *args: (visible(*args)[0], 0))
+    dense = far(there, batch, truth)
+    assert 0 < ours <= 1.25 * min(dense, cpu), (ours, dense, cpu)
+
+
+def test_training_in_bfloat16_points_where_float32_does(build):
+    """The step that a GPU takes by default: frozen weights bfloat16, gradients float32."""
+    here, _ = twice(build, prepare={"lora_rank": 3})
+    _, there = twice(build, dtype=torch.bfloat16, prepare={"lora_rank": 3})
+    trains = training.trainable(here)
+    there.load_state_dict({n: p.detach() for n, p in trains.items()}, strict=False)
+    batch = pairs()
+    want, got = dpo_gradients(here, batch)[1], dpo_gradients(there, batch)[1]
+    assert all(got[n].dtype == torch.float32 for n in trains)
+    a, b = (torch.cat([grads[n].flatten() for n in trains]) for grads in (got, want))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.99
+    assert 0.9 < a.norm() / b.norm() < 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_reference_is_the_base(build, dtype):
+    _, there = twice(build, dtype=dtype)
+    batch = pairs().to(DEVICE)
+    start = there.log_probs(batch)[0]
+    there.prepare(lora_rank=4)
+    assert torch.equal(there.log_probs(batch)[0], start)
+    perturb(there)
+    assert (there.log_probs(batch)[0] - start).abs().max() > 1e-2
+    with there.reference() as reference:
+        assert torch.equal(reference.log_probs(batch)[0], start)
+
+
+# ---- sampling
+
+
+@pytest.mark.parametrize("kind, more", LLMS)
+def test_greedy_answers(build, kind, more):
+    """Answers that end at different lengths, of unequal prompts with pictures and without."""
+    here, there = twice(build, kind, **more)
+    rows, images = [*prompts(), *prompts()], pixels(4)
+    for stop in (STOP, ()):
+        how = {"max_new_tokens": 16, "temperature": 0, "stop_ids": stop}
+        want = sample(here, rows, images, **how)
+        assert_same_samples(sample(there, rows, images, **how), want)
+    assert len({t for row in want.tokens for t in row[0].tolist()}) > 5, "it repeats itself"
+
+
+def test_given_texts_and_hidden_pictures(build):
+    """BDHS: continued from several cuts, behind a picture of which half is hidden, then all of it."""
+    here, there = twice(build)
+    rows, images = prompts(), pixels()
+    given = [[(ids(6), [0, 2, 5]), (ids(3), [3])], [(ids(4), [1, 4])], [(ids(5), [2])]]
+    mask = torch.zeros(3, 14, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        mask[b, : len(row)] = (row == IMAGE) & (torch.arange(len(row)) % 2 == 0)
+    how = {"max_new_tokens": 7, "temperature": 0, "image_mask": mask, "given": given}
+    assert_same_samples(sample(there, rows, images, **how), sample(here, rows, images, **how))
+
+    for b, row in enumerate(rows):
+        mask[b, : len(row)] = row == IMAGE
+    one = sample(there, rows, images, **how)
+    assert_same_samples(sample(there, rows, pixels() * 2, **how), one)
+    shown = sample(there, rows, images, **(how | {"image_mask": None}))
+    assert not torch.allclose(shown.log_probs[0][0][:1], one.log_probs[0][0][:1], atol=1e-3)
+
+
+def test_drawn_answers(build):
+    """The device's own generator: a seed repeats itself, and the log-probs are those that training will find."""
+    _, there = twice(build)
+    rows, images = prompts(), pixels()
+    how = {"k": 5, "max_new_tokens": 15, "temperature": 0.8, "stop_ids": STOP}
+    draw = lambda seed: sample(
+        there, rows, images, **how, generator=torch.Generator(DEVICE).manual_seed(seed)
+    )
+    samples, again, other = draw(0), draw(0), draw(1)
+    flat = lambda s: [t.tolist() for row in s.tokens for t in row]
+    assert flat(samples) == flat(again) != flat(other)
+    with torch.no_grad():
+        log_p, _ = there.log_probs(pack(rows, samples.tokens, pixel_values=images).to(DEVICE))
+    drawn = torch.cat([t for row in samples.log_probs for t in row])
+    assert (log_p.cpu() - drawn).abs().max() <= 1e-4
+
+
+# ---- checkpoints and whole runs
+
+
+def test_checkpoint_goes_on_bit_for_bit(build, tmp_path):
+    """Parameters, the optimizer's state where it was, and the random numbers of the CPU and of the device.
+
+    The gradients are given: those of a model vary on a GPU in the last bit, for atomic sums have no order.
+    """
+
+    def step(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p in training.trainable(model).values():
+            p.grad = torch.randn(p.shape, generator=generator).to(DEVICE)
+        training.optimizer_step(optimizer, 1.0, 0.0, [])
+        return {n: p.detach().clone() for n, p in training.trainable(model).items()}
+
+    runs = []
+    for _ in range(2):
+        model = build().to(DEVICE).prepare(lora_rank=2)
+        runs.append((model, training.optimizer_for(model, 1e-2, 1e-3)))
+    (model, optimizer), (resumed, other) = runs
+    step(model, optimizer, 0)
+    training.save_checkpoint(tmp_path, 1, model, optimizer)
+    draws = lambda: (torch.rand(4), torch.rand(4, device=DEVICE))
+    state = lambda o: [o.state[p] for g in o.param_groups for p in g["params"]]
+    want, places = draws(), [{k: v.device for k, v in s.items()} for s in state(optimizer)]
+    want_step = step(model, optimizer, 1)
+
+    assert training.load_checkpoint(tmp_path, resumed, other) == 1
+    assert all(torch.equal(a, b) for a, b in zip(draws(), want))
+    assert [{k: v.device for k, v in s.items()} for s in state(other)] == places
+    got_step = step(resumed, other, 1)
+    assert all(torch.equal(got_step[n], p) for n, p in want_step.items())
+
+
+@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"], ["--lora-rank", "0"]])
+def test_dpo_takes_the_steps_of_the_cpu(run, files, more):  # noqa: F811
+    """The command line, reference pass included, and its files."""
+    outs = []
+    for device in ("cpu", DEVICE):
+        shutil.rmtree(files / ".cache", ignore_errors=True)  # the other device's reference
+        outs.append(files / f"dpo-{device}-{len(outs)}{''.join(more)}")
+        flags = ["--dtype", "float32", "--steps", 4, "--device", device, *more]
+        run(outs[-1].name, *flags, script=dpo)
+    for want, got in zip(*map(metrics, outs), strict=True):
+        if want["step"] == 0:
+            want["rewards/accuracies"] = got["rewards/accuracies"] = 0  # of rewards near 0
+        assert got == pytest.approx(want, rel=5e-3, abs=5e-3)
+    assert metrics(outs[0])[-1]["loss"] < 0.69, "nothing was trained: says little"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_online_scripts_start_at_ln_2(run, files, dtype):  # noqa: F811
+    """Both draw from the policy on the device and take two steps; the policy is the reference at step 0."""
+    where = ["--device", DEVICE, "--dtype", dtype, "--steps", 2]
+    lines, _ = run(f"online-{dtype}", *where, annotator=by(len))
+    assert len(lines) == 2 and lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    lines, _ = run(f"bdhs-{dtype}", "--online", "--max-new-tokens", 6, *where, script=bdhs)
+    assert len(lines) == 2 and lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ppo_starts_at_the_reference(run_ppo, dtype):  # noqa: F811
+    """Policy, reference, values and reward model on the device, two steps."""
+    out = run_ppo("out", "--device", DEVICE, "--dtype", dtype, "--steps", "2")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and abs(lines[0]["objective/kl"]) <= (
+        1e-5 if dtype == "float32" else 0.1
+    )
