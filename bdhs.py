@@ -226,7 +226,7 @@ class Drawer:
         self.similarity = load_embedder(args.embedder) if args.embedder else word_cosines
 
     def hallucinate(self, examples, seed):
-        """y- for the first answer of each example -> a list of `Negative`. A seed gives the same."""
+        """y- for the first answer of each example -> a list of `Negative`, the same for a seed."""
         args, processor = self.args, self.processor
         rng = random.Random(seed)  # of cuts and exchanges
         bits = random.Random(seed).getrandbits(62)
@@ -355,7 +355,7 @@ def default_rho(tokens):
 
 
 def image_mask(prompts, image_token_id, rho_th, generator):
-    """Eq. 6: hide image token i iff rho_i < rho_th, rho_i ~ U(0, 1) -> (B, longest P), True = hidden."""
+    """Eq. 6: hide image token i iff rho_i < rho_th, rho_i ~ U(0, 1) -> (B, longest P) bool."""
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=-1)
     return (ids == image_token_id) & (torch.rand(ids.shape, generator=generator) < rho_th)
 
@@ -364,7 +364,7 @@ def image_mask(prompts, image_token_id, rho_th, generator):
 
 
 def cut_sentences(example, processor, rng):
-    """Split y+ into sentences, exchange Yes and No in half of those that begin with one, cut each."""
+    """Split y+ into sentences, exchange Yes and No in half of those that begin so, cut each."""
     answer, plan = example.record.answers[0], []
     ids = example.answers[0][:-1]  # without the end token
     starts = word_starts(ids, answer, processor.tokenizer)
@@ -546,7 +546,7 @@ def povid_row(record, negative, image):
 
 
 def image_name(image, args, out):
-    """An image's path below --images; one from inside a parquet file is written to out/images first."""
+    """An image's path below --images; one inside a parquet file is written to out/images first."""
     if hasattr(image, "read"):
         name = f"{Path(image.file).stem}_{image.row}.jpg"
         (out / "images").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every file may use: errors, exit statuses, whole files and folders, the command line, progress.
+"""What every file may use: errors, the command line, whole files and folders, progress.
 
 No torch here: reading a JSON file or printing `--help` must not load it.
 """
@@ -18,11 +18,11 @@ from pathlib import Path
 
 
 class BadInput(ValueError):
-    """The user gave something that cannot be used. The message is one sentence: what, and where. Exit status 2."""
+    """The user gave something that cannot be used; one sentence says what, and where. Status 2."""
 
 
 class NonFinite(RuntimeError):
-    """A loss or a gradient is not a number. The run stops before the optimizer step. Exit status 1."""
+    """A loss or gradient is not a number; the run stops before the optimizer step. Status 1."""
 
 
 def run(main):
@@ -57,7 +57,7 @@ def one_line(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes whole flag names only, raises BadInput, and notes which flags were given."""
+    """argparse with whole flag names only; it raises BadInput and notes which flags were given."""
 
     def __init__(self, description):
         super().__init__(

@@ -97,9 +97,7 @@ class Processor:
     image_mean: tuple
     image_std: tuple
     template: str  # a key of TEMPLATES
-    image_aspect: (
-        str  # "pad" to a square of the mean colour, as LLaVA-1.5; "checkpoint": centre crop
-    )
+    image_aspect: str  # "pad": to a square, as LLaVA-1.5 was trained; "checkpoint": centre crop
     max_length: int  # the longest prompt + answer, tokens
     anyres: object = None  # the AnyRes of LLaVA-NeXT; with it, image_aspect has no effect
 
@@ -108,16 +106,12 @@ class Processor:
             accepted = ", ".join(TEMPLATES)
             raise BadInput(f"--template {self.template!r} is unknown; accepted are {accepted}.")
         if self.image_aspect not in ("pad", "checkpoint"):
-            raise BadInput(
-                f"--image-aspect {self.image_aspect!r} is unknown; accepted are pad, checkpoint."
-            )
+            raise BadInput(f"--image-aspect {self.image_aspect!r}; accepted are pad, checkpoint.")
         # `<image>` and `</s>` in a user's text are letters, not special tokens; set on the backend
         # alone, the first `encode` would undo it
         self.tokenizer.split_special_tokens = True
-        # the system sentence comes back in every row: half of the time of encoding
-        self.tokenise = functools.lru_cache(1024)(
-            lambda text: self.tokenizer.encode(text, add_special_tokens=False)
-        )
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
+        self.tokenise = functools.lru_cache(1024)(encode)  # the system sentence is in every row
 
     # ---- text
 
@@ -142,9 +136,7 @@ class Processor:
         """The id of a special token that the template needs."""
         i = self.tokenizer.convert_tokens_to_ids(token)
         if i is None or i == self.tokenizer.unk_token_id:
-            raise BadInput(
-                f"--template {self.template} needs the token {token}, which this tokenizer lacks."
-            )
+            raise BadInput(f"--template {self.template} needs {token}; this tokenizer lacks it.")
         return i
 
     def template_pieces(self, pattern):
@@ -187,10 +179,8 @@ class Processor:
                 text += new
                 before, whole = ids[start:], self.tokenise(text)
                 if is_scored and whole[: len(before)] != before:
-                    raise BadInput(
-                        f"{where}: the tokenizer joins the end of the prompt with the answer "
-                        f"{new.strip()[:30]!r}."
-                    )
+                    what = f"the end of the prompt with the answer {new.strip()[:30]!r}"
+                    raise BadInput(f"{where}: the tokenizer joins {what}.")
                 unscored = len(before) if is_scored else len(whole)
                 ids[start:] = whole
                 scored[start:] = [False] * unscored + [True] * (len(whole) - unscored)
@@ -226,9 +216,7 @@ class Processor:
                 f"the limit is {self.max_length}."
             )
         if len(answers) == 2 and torch.equal(*answers):
-            raise BadInput(
-                f"{record.where}: chosen and rejected are the same tokens; a pair must differ."
-            )
+            raise BadInput(f"{record.where}: chosen and rejected are the same tokens.")
 
         # 3. instruction data: earlier assistant turns are part of the answer, scored as they are
         if every_turn and any(prompt_scored):

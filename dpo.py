@@ -1,6 +1,6 @@
 """Direct preference optimization of a multimodal LLM, offline: DPO, IPO, SLiC.
 
-    h = [log pi(y+|x) - log pi_ref(y+|x)] - [log pi(y-|x) - log pi_ref(y-|x)]     x = image and prompt
+    h = [log pi(y+|x) - log pi_ref(y+|x)] - [log pi(y-|x) - log pi_ref(y-|x)]    x: image, prompt
     DPO   -log sigmoid(beta h)           Amirloo et al. 2024, eq. 3
     IPO   (h - 1 / (2 beta))^2           ibid. section 5.7
     SLiC  max(0, 1 - beta h)             ibid.
@@ -8,8 +8,8 @@
     python dpo.py                                                                 # toy world, CPU
     python dpo.py --model llava-hf/llava-1.5-7b-hf --data RLHF-V-Dataset.parquet
 
-log pi(y|x) is the sum over the tokens of the answer. pi_ref is the model that training starts from;
-its log-probs are computed once and cached in `.cache/reference-*`.
+log pi(y|x) is the sum over the answer's tokens. pi_ref is the model that training starts from; its
+log-probs are computed once, and cached.
 
 One step:
 1. batch   pairs (x, y+, y-), each one row [prompt | chosen | rejected]
@@ -25,31 +25,26 @@ Choices where the paper is silent, and deviations:
 1. The paper searches lr {1e-7 .. 5e-6}, projector lr {2e-5, 2e-6, 2e-7}, epochs {3, 5, 7}, batch
    {16, 32, 48} and beta (DPO {.05, .1, .2, .5}, IPO {.8, .9, 1}, SLiC {.02, .1, .2}). It does not
    say which cell won. The defaults are cells of that grid.
-2. Schedule (cosine, warm-up .03), AdamW without weight decay, and clipping at 1 are those of the
-   scripts of Li et al. 2024.
+2. Cosine schedule with warm-up .03, AdamW without weight decay, clipping at 1: Li et al. 2024.
 3. A pair is one row with one encoding of the image: the same loss and gradients as two rows.
 4. IPO takes sums over tokens, as its paper does; TRL divides by their number.
-5. Toy settings (data, lr, beta) were chosen on test scenes of another world, seed 100; the number
-   of steps was chosen by running time.
+5. Toy data, lr and beta were chosen on test scenes of another world, seed 100; the number of steps
+   by running time.
 
 Metrics: `rewards/chosen` = beta (log pi - log pi_ref) of y+, `rewards/rejected` of y-;
 `rewards/margins` is their difference, `rewards/accuracies` the share of pairs in which it is
 positive. `logps/chosen`, `logps/rejected` = log pi; both often fall, because DPO asks for the
-difference only. `grad_norm` is measured before clipping. `step_seconds` is the whole step, decoding
-of images included.
+difference only. `grad_norm` is taken before clipping; `step_seconds` include decoding of images.
 """
 
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 import training
-from common import Parser, Progress, positive, run, whole_folder
+from common import Parser, Progress, positive, run
 from formats import checkpoints, dataset
 from lab import report, toy
 
@@ -96,26 +91,20 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="d
 
 
 def reference_log_probs(model, processor, examples, batch_size):
-    """log pi_ref of both answers of every pair, (n, 2): one pass, or the cache of an earlier run.
+    """log pi_ref of both answers of each pair, (n, 2), before the first step: LoRA still adds 0."""
 
-    Call this after `prepare` and before the first step; LoRA still adds 0.
-    """
-    folder = Path(".cache") / f"reference-{training.fingerprint(model, processor, examples)}"
-    if folder.is_dir():
-        print(f"reference log-probs: {folder}", file=sys.stderr)
-        return load_file(folder / "log_probs.safetensors")["log_probs"].to(model.device)
-
-    log_probs = torch.empty(len(examples), 2)
-    progress = Progress("reference", len(examples))
-    for i in range(0, len(examples), batch_size):
-        batch = processor.collate(examples[i : i + batch_size]).to(model.device)
-        with torch.no_grad():
+    @torch.no_grad()
+    def score():
+        log_probs = torch.empty(len(examples), 2)
+        progress = Progress("reference", len(examples))
+        for i in range(0, len(examples), batch_size):
+            batch = processor.collate(examples[i : i + batch_size]).to(model.device)
             log_probs[i : i + batch_size] = model.answer_log_probs(batch).view(-1, 2).cpu()
-        progress(min(i + batch_size, len(examples)))
+            progress(min(i + batch_size, len(examples)))
+        return log_probs
 
-    with whole_folder(folder) as aside:
-        save_file({"log_probs": log_probs}, aside / "log_probs.safetensors")
-    return log_probs.to(model.device)
+    name = f"reference-{training.fingerprint(model, processor, examples)}"
+    return training.cached(name, score).to(model.device)
 
 
 def main():

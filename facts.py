@@ -62,7 +62,7 @@ def facts_for(records, known, missing):
 def evaluation_turn(question, intro, facts, rng, most=None):
     """The text of an evaluation turn: in `question`, `{facts}` becomes the facts, a bullet a line.
 
-    intro: introduces them; without facts, nothing takes the place of `{facts}`. The order is random.
+    intro: introduces them; without facts, nothing replaces `{facts}`. The order is random.
     most: how many are drawn, if not all.
     """
     drawn = rng.sample(facts, min(len(facts), most or len(facts)))

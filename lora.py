@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters on the linear layers of a frozen LLM (Hu et al. 2021, arXiv 2106.09685)."""
+"""LoRA: low-rank adapters for the linear layers of a frozen LLM (Hu et al. 2021, 2106.09685)."""
 
 import math
 
@@ -12,7 +12,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class LoRA(nn.Module):
-    """(alpha / rank) x A^T B^T (Hu et al. 2021). A and B are float32; B, and so LoRA, starts at 0."""
+    """(alpha / rank) x A^T B^T. A and B are float32. B, and so what LoRA adds, starts at 0."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()

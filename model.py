@@ -171,19 +171,15 @@ def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes
             start += R
 
     n = len(owner)
-    index, targets, owner = (
-        torch.cat(x or [torch.zeros(0).long()]) for x in (index, targets, owner)
-    )
-    return Batch(
-        input_ids, position_ids, segments, index, targets, owner, n, pixel_values, image_sizes
-    )
+    parts = [torch.cat(x or [torch.zeros(0).long()]) for x in (index, targets, owner)]
+    return Batch(input_ids, position_ids, segments, *parts, n, pixel_values, image_sizes)
 
 
 # ---- the model
 
 
 class Projector(nn.Module):
-    """LLaVA-1.5's two-layer map from image features to LLM embeddings: (.., D_vision) -> (.., D)."""
+    """LLaVA-1.5's two-layer map of image features to LLM embeddings: (.., D_vision) -> (.., D)."""
 
     def __init__(self, vision_size, hidden_size, bias=True):
         super().__init__()
@@ -227,7 +223,6 @@ class MLLM(nn.Module):
     def prepare(
         self,
         lora_rank=0,
-        lora_alpha=None,
         llm=True,
         projector=True,
         vision=False,
@@ -237,11 +232,11 @@ class MLLM(nn.Module):
         """Choose what trains: LoRA on the LLM (rank 0: the whole LLM), the projector, the tower.
 
         Whatever trains becomes float32: a step of 1e-6 on bfloat16 weights changes almost nothing.
-        lora_alpha: 2 x rank by default. keep_reference: where the LLM trains whole, keep a frozen copy.
+        keep_reference: where the LLM trains whole, keep a frozen copy of it for `reference`.
         """
         self.requires_grad_(False)
         if llm and lora_rank:
-            add_adapter(self.llm, "policy", lora_rank, lora_alpha)
+            add_adapter(self.llm, "policy", lora_rank)
         elif llm:
             if keep_reference:
                 self.initial_llm = [copy.deepcopy(self.llm)]
@@ -313,8 +308,8 @@ class MLLM(nn.Module):
 
     def autocast(self):
         """Arithmetic in `dtype`, although what trains is float32."""
-        bf16 = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
+        on = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
     def image_features(self, pixel_values, image_sizes=None):
         """(I, 3, H, W) -> I tensors (T, D). The tower stops at `feature_layer`.
@@ -343,10 +338,8 @@ class MLLM(nn.Module):
         tokens = [n for n in at_image.sum(1).tolist() if n]
         found = [len(f) for f in features]
         if tokens != found:
-            raise BadInput(
-                f"{sum(tokens)} image tokens in the text against {sum(found)} image features "
-                f"(by row: {tokens}, by image: {found})."
-            )
+            what = f"{sum(tokens)} image tokens in the text against {sum(found)} image features"
+            raise BadInput(f"{what} (by row: {tokens}, by image: {found}).")
         if not features:
             return x
         return x.masked_scatter(at_image[:, :, None], torch.cat(features).to(x.dtype))

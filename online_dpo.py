@@ -1,8 +1,9 @@
-"""Online and mixed direct preference optimization: each step the model answers, an annotator judges.
+"""Online and mixed DPO: in each step the model answers, and an annotator judges.
 
     (y~+, y~-)  the better and the worse of two answers, y ~ pi(. | x), according to an annotator
-    Online-DPO  L_DPO(y~+, y~-, x)                                    Amirloo et al. 2024, section 2.3
-    Mixed-DPO   alpha L_DPO(y+, y-, x) + (1 - alpha) L_DPO(y~+, y~-, x)     eq. 4; alpha ~ Bernoulli(P)
+    Online-DPO  L_DPO(y~+, y~-, x)                              Amirloo et al. 2024, section 2.3
+    Mixed-DPO   alpha L_DPO(y+, y-, x) + (1 - alpha) L_DPO(y~+, y~-, x)
+                                                                eq. 4; alpha ~ Bernoulli(P)
     L_DPO       as in dpo.py, eq. 3 (or IPO, SLiC); no gradient flows through drawing and judging
 
     python online_dpo.py                     # toy world, CPU, minutes; its truth is the annotator
@@ -146,7 +147,7 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="d
 
 
 def sample(model, processor, examples, args, seed):
-    """--k answers of the current policy to each prompt -> their tokens, B lists of k tensors (R,)."""
+    """--k answers of the current policy to each prompt -> B lists of k token tensors (R,)."""
     generator = torch.Generator(model.device).manual_seed(random.Random(seed).getrandbits(62))
     pixel_values, image_sizes = processor.images(examples)
     samples = sampling.sample(

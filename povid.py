@@ -100,7 +100,7 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta):
 
 @torch.no_grad()
 def distorted(model, batch, pixels):
-    """The most likely token after the true prefix and these pixels, at every scored position, (N,)."""
+    """The most likely tokens after the true prefix and these pixels, one a scored position (N,)."""
     h = model.hidden_states(replace(batch, pixel_values=pixels), batch.index)  # (N, D)
     logits = h.to(model.dtype) @ model.head_weight().t()  # (N, V)
     logits[:, model.image_token_id] = -torch.inf

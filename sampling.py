@@ -29,14 +29,14 @@ class Samples:
 
 
 class KVCache:
-    """Keys and values of every layer in memory allocated once: the prompt's slots, then one a token."""
+    """Keys and values of every layer, allocated once: the prompt's slots, then one a token."""
 
     def __init__(self, slots):
         self.slots, self.length = slots, 0
         self.keys, self.values = [], []
 
-    def update(self, key, value, layer, *_):
-        """Store (rows, heads, new, d) after what is there; return all of it. transformers calls it."""
+    def update(self, key, value, layer, *_, **__):
+        """transformers calls this: store (rows, heads, new, d) after what is there, return all."""
         if layer == len(self.keys):
             shape = (*key.shape[:2], self.slots)
             self.keys.append(key.new_empty((*shape, key.shape[3])))
@@ -85,8 +85,8 @@ def sample(
     prompts: B tensors (P,). temperature 0 is greedy. Drawing stops at any of `stop_ids` or after
     max_new_tokens; the image token is never drawn. masked: (B, longest P), True = nobody attends to
     this prompt position during the whole generation; no position id moves (BDHS).
-    given: texts that the answers begin with, B lists of (tokens (R,), cuts). Each is prefilled once,
-    after its prompt, and continued k times from each cut, the number of its tokens that are kept.
+    given: texts that the answers begin with, B lists of (tokens (R,), cuts). Each is prefilled
+    once, after its prompt, and continued k times from each cut, the number of its tokens kept.
     The result has the order of `given` and its cuts, and not the given tokens.
     """
     given = given or [[(torch.zeros(0, dtype=torch.long), [0])]] * len(prompts)
@@ -150,7 +150,7 @@ def prefill(model, prompts, given, branches, pixel_values, image_sizes, masked, 
 
 
 def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
-    """Draw until every answer has ended -> tokens (M, max), log-probs (M, max), lengths, finished."""
+    """Draw until every answer has ended -> tokens, log-probs (M, max), lengths, finished (M,)."""
     cache, h, next_position = growing.cache, growing.h, growing.next_position
     M, L, device = len(h), cache.length, h.device
     visible = F.pad(growing.visible, (0, max_new_tokens))

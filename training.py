@@ -26,6 +26,7 @@ from common import (
     not_negative,
     positive_int,
     read_json,
+    whole_folder,
     write_json,
     write_text,
 )
@@ -165,7 +166,7 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size):
 
 
 def parse(parser):
-    """The flags that were given, and the defaults for the others -> args. Nothing is loaded or made."""
+    """The flags that were given, defaults for the others -> args. Nothing is loaded or made."""
     args = parser.parse_args()
     if args.resume and not (args.out and (Path(args.out) / "args.json").is_file()):
         raise BadInput(
@@ -187,7 +188,9 @@ def device_and_dtype(args):
     """--device and --dtype -> (torch.device, torch.dtype)."""
     import torch
 
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -195,9 +198,10 @@ def device_and_dtype(args):
         raise BadInput(
             f"--device {args.device} cannot be used: {str(error).splitlines()[0]}"
         ) from None
-    dtype = (
-        args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    )
+    torch.backends.cudnn.allow_tf32 = False  # on a GPU, float32 would round the tower's convolution
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device, getattr(torch, dtype)
 
 
@@ -257,7 +261,7 @@ def check_same_run(old, new):
 
 
 class Clock:
-    """Seconds of a run by part: `lap("train")` adds to a part what has passed since the last lap."""
+    """Seconds of a run by part: `lap("train")` adds to a part the time since the last lap."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(("setup", "reference", "train", "eval"), 0.0)
@@ -317,7 +321,7 @@ def schedule(step, steps, warmup=0.03):
 def optimizer_for(model, lr, projector_lr, vision_lr=0.0):
     """AdamW without weight decay, a learning rate for each part; groups remember it as `base_lr`.
 
-    beta2 is .98 where the papers' scripts keep .999: runs of hundreds of steps are too short for it.
+    beta2 is .98 where the papers' scripts keep .999, for which hundreds of steps are too few.
     """
     import torch
 
@@ -400,7 +404,7 @@ def save_checkpoint(out, step, model, optimizer, state=None, keep=2):
 
 
 def load_checkpoint(out, model, optimizer, state=None):
-    """Restore the last checkpoint of a run folder -> the step to go on with; 0 without a checkpoint.
+    """Restore a run's last checkpoint -> the step to go on with; 0 without a checkpoint.
 
     `state`, the dict that was given to `save_checkpoint`, is updated in place.
     """
@@ -459,7 +463,7 @@ def fingerprint(model, processor, examples):
     import torch
 
     parts = [
-        model.dtype,
+        (model.dtype, model.device.type),
         (processor.image_aspect, processor.image_size, processor.image_mean, processor.image_std),
         (model.feature_layer, model.keep_cls, model.anyres, model.image_token_id),
         (model.vision.config, model.llm.config),
@@ -473,6 +477,20 @@ def fingerprint(model, processor, examples):
         answers = [a.tolist() for a in e.answers]
         lines.append(f"{image_hash(e.record.image)} {e.prompt.tolist()} {answers}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def cached(name, compute):
+    """The tensor that `compute` gives, kept in `.cache/<name>/`: computed at the first use only."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(".cache") / name
+    if folder.is_dir():
+        print(f"from the cache: {folder}", file=sys.stderr)
+        return load_file(folder / "tensor.safetensors")["tensor"]
+    tensor = compute()
+    with whole_folder(folder) as aside:
+        save_file({"tensor": tensor}, aside / "tensor.safetensors")
+    return tensor
 
 
 # ---- log

@@ -114,7 +114,8 @@ def load_adapter(model, folder, adapter="policy"):
     targets = {name.split(".")[-3] for name in found if name.endswith(".lora_A.weight")}
     projector = any(name.startswith("multi_modal_projector.") for name in found)
     if adapter == "policy":
-        model.prepare(lora_rank=rank, lora_alpha=alpha, projector=projector)
+        model.prepare(llm=False, projector=projector)
+        add_adapter(model.llm, adapter, rank, alpha)
     elif projector:
         raise BadInput(
             f"{folder}: holds a projector; an adapter that stands beside another is LoRA alone."

@@ -48,8 +48,10 @@ import transformers
 
 import bdhs
 import dpo
+import model as modelling
+import sampling
 import training
-from anyres import AnyRes
+from formats.anyres import AnyRes
 from model import MLLM, Projector, fused_log_probs, pack
 
 BETA, LR = 0.1, 1e-6
@@ -115,7 +117,7 @@ SHAPES = {
 
 def sample(model, *args, **how):
     """Draw answers."""
-    return model.sample(*args, **how)
+    return sampling.sample(model, *args, **how)
 
 
 class Bench:
@@ -193,12 +195,14 @@ class Bench:
 
         def run():
             chosen, rejected = model.answer_log_probs(batch.to(self.device)).view(-1, 2).T
-            losses, *_ = dpo.preference_loss(chosen, rejected, *reference, BETA, "dpo")
+            losses, *_ = dpo.dpo_loss(chosen, rejected, *reference, BETA)
             loss = losses.sum() / n
             loss.backward()
-            training.optimizer_step(optimizer, 1.0, loss.item(), [])
+            training.clip_gradients(optimizer, max_norm=1.0)
+            training.check_finite(loss.item(), 0.0, [])
+            training.take_step(optimizer, 1.0)
 
-        with checkpointing(model, how == "checkpointing"), dense_attention(model, how == "dense"):
+        with checkpointing(model, how == "checkpointing"), dense_attention(how == "dense"):
             return {"tokens": batch.input_ids.numel()} | self.measure(run)
 
     def reference(self, kind, n):
@@ -236,10 +240,12 @@ class Bench:
         def run():
             with torch.no_grad(), model.reference():
                 reference = log_probs()
-            losses, *_ = dpo.preference_loss(*log_probs().T, *reference.T, BETA, "dpo")
+            losses, *_ = dpo.dpo_loss(*log_probs().T, *reference.T, BETA)
             loss = losses.sum() / n
             loss.backward()
-            training.optimizer_step(optimizer, 1.0, loss.item(), [])
+            training.clip_gradients(optimizer, max_norm=1.0)
+            training.check_finite(loss.item(), 0.0, [])
+            training.take_step(optimizer, 1.0)
 
         with torch.no_grad():
             batch = pack(rows, answers, None, pixels, image_sizes=sizes).to(self.device)
@@ -286,7 +292,7 @@ class Bench:
         mask = bdhs.image_mask(rows, model.image_token_id, rho, generator)
 
         def run():
-            draw = {"image_mask": mask, "given": given, "image_sizes": sizes}
+            draw = {"masked": mask, "given": given, "image_sizes": sizes}
             sample(model, rows, pixels, 1, new, 1.0, **draw)
 
         found = self.measure(run, warm=1, timed=2)
@@ -386,15 +392,15 @@ def checkpointing(model, on):
 
 
 @contextlib.contextmanager
-def dense_attention(model, on):
+def dense_attention(on):
     """Inside, if on, the prompt's queries are masked like the others."""
-    visible = model.visible
+    plain = modelling.mask_and_prefix
     if on:
-        model.visible = lambda *args: (visible(*args)[0], 0)
+        modelling.mask_and_prefix = lambda *args: (plain(*args)[0], 0)
     try:
         yield
     finally:
-        model.__dict__.pop("visible", None)
+        modelling.mask_and_prefix = plain
 
 
 # The most valuable first: a run may be stopped at any time.

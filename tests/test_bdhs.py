@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import bdhs
+import common
 import noise
 import sampling
 from attention import attention_mask
@@ -23,10 +24,10 @@ from model import MLLM, pack
 from sampling import Samples
 
 # What the tests watch or replace: the only names of this file that say where something is done.
-SAMPLER = (MLLM, "sample")
+SAMPLER = (bdhs, "sample")
+PREFILL = (sampling, "prefill")
+DECODE = (sampling, "decode")
 SCORER = (MLLM, "answer_log_probs")
-ENCODER = (MLLM, "image_features")
-POVID_SCORER = (bdhs, "distorted_log_probs")
 
 ANSWER = "A red cup is on the table. No, there is no dog in the image. Two bananas are in a bowl"
 
@@ -257,7 +258,7 @@ def test_all_hidden_is_blind_and_nothing_hidden_is_ordinary(llava, examples):
 
 def test_diffusion():
     """The schedule's published numbers; a mean and a variance; step 0 leaves the pixels alone."""
-    for steps, signal, noise in (
+    for steps, signal, spread in (
         (300, 0.981, 0.194),
         (500, 0.863, 0.505),
         (700, 0.594, 0.804),
@@ -266,7 +267,7 @@ def test_diffusion():
         abar = noise.alpha_bar(steps)
         assert math.sqrt(abar) == pytest.approx(signal, abs=2e-3) and math.sqrt(
             1 - abar
-        ) == pytest.approx(noise, abs=2e-3)
+        ) == pytest.approx(spread, abs=2e-3)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     m, s = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     pixels = (torch.full((1, 3, 200, 200), 0.5) - m) / s
@@ -290,7 +291,8 @@ def slow_completion(model, prompt, given, cut, pixels, hidden, stop, steps):
         hide[:, : len(hidden)] = hidden
         batch.pixel_values = pixels[None]
         logits = (
-            model.hidden_states(batch, hide)[0, -1] @ model.llm.get_output_embeddings().weight.t()
+            model.hidden_states(batch, masked=hide)[0, -1]
+            @ model.llm.get_output_embeddings().weight.t()
         )
         logits[model.image_token_id] = -torch.inf
         tokens.append(int(logits.argmax()))
@@ -489,14 +491,14 @@ def test_what_is_hidden_is_told(llava, examples, say):
         negatives = drawer.hallucinate(batch, seed)
         first, second = calls[-2:]  # the second example is ready after the first try
         assert [n.tries for n in negatives] == [2, 1, 2] and len(second.prompts) == 2
-        seen = (second.image_mask[0], first.image_mask[1], second.image_mask[1])
+        seen = (second.masked[0], first.masked[1], second.masked[1])
         for example, negative, mask in zip(batch, negatives, seen):
             at = (example.prompt == processor.image_token_id).nonzero()[:, 0].tolist()
             hidden = mask.nonzero()[:, 0].tolist()
             assert len(at) == 4 and set(hidden) <= set(at)
             assert [at[i] for i in negative.hidden] == hidden
             assert negative.visible == 4 - len(hidden)
-        masks += [first.image_mask.tolist(), second.image_mask.tolist()]
+        masks += [first.masked.tolist(), second.masked.tolist()]
     assert len({str(m) for m in masks}) == len(masks)
 
 
@@ -520,7 +522,7 @@ def test_rho_of_the_drawer(large, say, rho, share):
     for seed in range(30):
         drawer.hallucinate(examples, seed)
     n = 30 * 3 * 36
-    hidden = sum(int(call.image_mask.sum()) for call in calls)
+    hidden = sum(int(call.masked.sum()) for call in calls)
     assert abs(hidden - n * share) <= 5 * math.sqrt(n * share * (1 - share))
 
 
@@ -594,7 +596,7 @@ def test_tries(llava, examples, watch):
     stubborn = bdhs.Drawer(model, processor, settings(tries=3, threshold=-1.0))
     calls = watch(SAMPLER)
     negatives = stubborn.hallucinate(examples, 0)
-    masks = [(call.image_mask, call.given is not None) for call in calls]
+    masks = [(call.masked, call.given is not None) for call in calls]
     assert [n.tries for n in negatives] == [3, 3, 3] and not any(n.guided for n in negatives)
     assert [guided for _, guided in masks] == [True, True, False]
     assert not torch.equal(masks[0][0], masks[1][0]) and not torch.equal(masks[1][0], masks[2][0])
@@ -642,7 +644,7 @@ def test_only_what_is_too_similar_is_drawn_again(llava, examples, say):
     assert [n.tries for n in negatives] == [3, 1, 2]
     assert [n.text for n in negatives] == [f"{q} {tries[q]}" for q in questions]
     for call, left in zip(calls, ([0, 1, 2], [0, 2], [0])):
-        assert len(call.prompts) == len(call.pixel_values) == len(call.image_mask) == len(left)
+        assert len(call.prompts) == len(call.pixel_values) == len(call.masked) == len(left)
         for prompt, pixels, i in zip(call.prompts, call.pixel_values, left):
             assert torch.equal(prompt, batch[i].prompt)
             assert torch.equal(pixels, processor.pixels(batch[i].record.image))
@@ -687,7 +689,7 @@ def test_a_seed_moves_all_that_is_drawn(llava, examples, watch):
         drawer.hallucinate(examples, seed)
     cuts = [str(beginnings(c, processor)) for c in calls if c.given]
     assert len(cuts) == 6 == len(set(cuts))
-    masks = [str(c.image_mask.tolist()) for c in calls]
+    masks = [str(c.masked.tolist()) for c in calls]
     assert len(masks) == 9 == len(set(masks))
     assert len({c.generator.initial_seed() for c in calls}) == 3
     free = bdhs.Drawer(model, processor, settings(tries=1, rho=1.0, no_guidance=True))
@@ -759,44 +761,6 @@ def test_dpo_loss_by_hand():
     )
 
 
-@torch.no_grad()
-def test_distorted_answer(llava, examples):
-    """POVID's tokens and both sums, one position at a time; with clean pixels y- is what the model says anyway."""
-    model, processor = llava
-    examples = [
-        replace(
-            e,
-            answers=[e.answers[0], torch.tensor([5, 6, 2])],
-            scored=[e.scored[0], torch.ones(3, dtype=torch.bool)],
-        )
-        for e in examples[:2]
-    ]
-    batch, noisy = processor.collate(examples), torch.randn(2, 3, 28, 28)
-    wrong = bdhs.distorted(model, batch, noisy)
-    rows = bdhs.distorted_log_probs(model, batch, wrong, 2)
-    assert rows.shape == (3, 2)
-    assert torch.allclose(rows[[0, 2]], model.answer_log_probs(batch).view(2, 2).T)
-    weight, at = model.llm.get_output_embeddings().weight, 0
-    for b, example in enumerate(examples):
-        clean = model.hidden_states(
-            replace(
-                pack([example.prompt], [example.answers[:1]]),
-                pixel_values=batch.pixel_values[b : b + 1],
-            )
-        )
-        dirty = model.hidden_states(
-            replace(pack([example.prompt], [example.answers[:1]]), pixel_values=noisy[b : b + 1])
-        )
-        total, P = 0.0, len(example.prompt)
-        for t in range(len(example.answers[0])):
-            logits = dirty[0, P - 1 + t] @ weight.t()
-            logits[model.image_token_id] = -torch.inf
-            assert wrong[at + t] == logits.argmax()
-            total += (clean[0, P - 1 + t] @ weight.t()).log_softmax(-1)[wrong[at + t]]
-        assert rows[1, b] == pytest.approx(float(total), rel=1e-4)
-        at += len(example.answers[0]) + 3
-
-
 def test_equal_negatives_are_left_out(llava, examples):
     _, processor = llava
     blank = bdhs.Negative("", 0.0, 1, True, 0, 0, [], [])
@@ -832,7 +796,7 @@ def run(monkeypatch, capsys):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["bdhs.py", *map(str, args)])
         try:
-            run(bdhs.main)
+            common.run(bdhs.main)
         except SystemExit as end:
             assert not ok and end.code == 2
         else:
@@ -910,8 +874,6 @@ def test_offline_file_is_read_by_dpo_and_resumes(run, files, checkpoint):
     [
         [],
         ["--gamma", "0.5"],
-        ["--povid"],
-        ["--povid", "--gamma", "0.5", "--grad-accum", "2"],
         ["--lora-rank", "0", "--no-guidance"],
     ],
 )
@@ -1075,7 +1037,7 @@ def test_a_chosen_answer_is_one_task(run, files, checkpoint, say):
     flags = ("--model", checkpoint, *write(files, "twice.json", rows, picture=0), "--no-guidance")
     _, err = run(*flags, "--out", "twice", cwd=files)
     assert json.loads((files / "twice" / "statistics.json").read_text())["answers"] == 3
-    assert "1 rows repeat picture, prompt and chosen answer of another" in err
+    assert "1 rows repeat another row" in err
     more = ("--online", "--gamma", 0.5, "--steps", 1, "--out", "twice online")
     _, err = run(*flags, *more, cwd=files)
     assert "repeat" not in err
@@ -1102,7 +1064,7 @@ def test_online_loss_by_hand(run, files, checkpoint, llava, watch, say, gamma):
              "--steps", 3, "--lr", "1e-2", "--gradient-checkpointing")  # fmt: skip
     run(*flags, "--out", f"gamma {gamma}", cwd=files)
     lines = told(files, f"gamma {gamma}")
-    assert len(draws) == 6 and not any(call.training for call in draws)
+    assert len(draws) == 6
     assert len(scores) == 12 and all(call.training for call in scores)
     assert len({call.generator.initial_seed() for call in draws}) == 6
     assert len({str(call.pixel_values.tolist()) for call in draws}) == 6
@@ -1168,74 +1130,23 @@ def test_online_means_are_over_all_pairs(run, files, checkpoint, say):
     assert found["none"].get("loss", 0) == 0 == found["none"]["grad_norm"]
 
 
-@pytest.mark.parametrize("gamma", [0, 0.75])
-def test_povid_loss_by_hand(run, files, checkpoint, llava, watch, gamma):
-    """Noise for choosing y- alone, each micro-batch's own; then reference and policy with clean pictures; eq. 3 and 5."""
-    _, processor = llava
-    images, scores = watch(ENCODER), watch(POVID_SCORER)
-    flags = ("--online", "--povid", "--model", checkpoint, *write(files, "povid2.json", PAIRS, picture=0),
-             "--gamma", gamma, "--beta", 0.5, "--batch-size", 2, "--grad-accum", 2,
-             "--lr", "1e-2")  # fmt: skip
-    run(*flags, "--steps", 3, "--out", f"povid {gamma}", cwd=files)
-    assert len(images) == 3 * 6 and len(scores) == 3 * 4
-    clean, noisy = processor.pixels(files / "images" / "0.png"), []
-    example = SimpleNamespace(record=SimpleNamespace(image=files / "images" / "0.png"))
-    for i, call in enumerate(images):
-        assert len(call.pixel_values) == 2
-        if i % 3:
-            assert all(torch.equal(p, clean) for p in call.pixel_values)
-        else:
-            noisy += call.pixel_values
-    assert all(0.2 < noise_of(p, example, processor) < 0.5 for p in noisy)  # 500 steps
-    assert len({str(p.tolist()) for p in noisy}) == 12
-    for step, line in enumerate(told(files, f"povid {gamma}")):
-        mine, given, gains = [], [], []
-        for reference, policy in zip(*(scores[4 * step + i : 4 * step + 4 : 2] for i in (0, 1))):
-            assert len(policy.result) == (3 if gamma else 2)
-            gain = (0.5 * (policy.result - reference.result)).tolist()  # of y+, distorted, given
-            gains += gain[0]
-            mine += [math.log1p(math.exp(m - y)) for y, m in zip(gain[0], gain[1])]
-            given += [math.log1p(math.exp(m - y)) for y, m in zip(gain[0], gain[-1])]
-        if step and gamma:
-            assert abs(sum(mine) - sum(given)) > 4e-3
-        want = gamma * sum(given) / 4 + (1 - gamma) * sum(mine) / 4
-        assert line["loss"] == pytest.approx(want, abs=1e-4)
-        assert line["rewards/chosen"] == pytest.approx(sum(gains) / 4, abs=1e-4)
-
-
-def test_povid_noise_follows_flags(run, files, checkpoint, llava, watch):
-    """--noise-steps is taken as given, 0 included; the same seed gives the same noise, another one other noise."""
-    _, processor = llava
-    images = watch(ENCODER)
-    flags = ("--online", "--povid", "--model", checkpoint, *write(files, "one.json", PAIRS[:1]),
-             "--steps", 1, "--batch-size", 1)  # fmt: skip
-    noisy = []
-    for name, more in (
-        ("none", ("--noise-steps", 0)),
-        ("little", ("--noise-steps", 10)),
-        ("again", ("--noise-steps", 10)),
-        ("other", ("--noise-steps", 10, "--seed", 1)),
-    ):
-        images.clear()
-        run(*flags, *more, "--out", f"noise {name}", cwd=files)
-        noisy.append(images[0].pixel_values[0])
-    example = SimpleNamespace(record=SimpleNamespace(image=files / "images" / "0.png"))
-    levels = [noise_of(p, example, processor) for p in noisy]
-    assert levels[0] == 0 and all(0.005 < level < 0.03 for level in levels[1:])
-    assert torch.equal(noisy[1], noisy[2]) and not torch.equal(noisy[1], noisy[3])
-
-
 def test_online_draws_under_its_mask(run, files, checkpoint, watch):
-    """Training, too, hides what --rho says, with a mask and words of each micro-batch's and step's own."""
-    calls = watch(SAMPLER)
+    """Training, too, hides what --rho says, with a mask and words of each micro-batch's and step's own.
+
+    The model draws in eval mode, with its cache, and is back in training mode where it scores.
+    """
+    calls, prefills, decodes, scores = (watch(p) for p in (SAMPLER, PREFILL, DECODE, SCORER))
     flags = ("--online", "--model", checkpoint, *write(files, "mask.json", PAIRS, picture=0),
-             "--batch-size", 2, "--grad-accum", 2, "--steps", 2, "--tries", 1)  # fmt: skip
+             "--batch-size", 2, "--grad-accum", 2, "--steps", 2, "--tries", 1, "--gradient-checkpointing")  # fmt: skip
     for rho, hidden in (("1", 4), ("0", 0)):
-        calls.clear()
+        for seen in (calls, prefills, decodes, scores):
+            seen.clear()
         run(*flags, "--rho", rho, "--out", f"mask {rho}", cwd=files)
-        assert len(calls) == 4 and all(call.given for call in calls)
+        assert len(calls) == len(prefills) == len(decodes) == 4 and all(c.given for c in calls)
+        assert not any(call.training for call in prefills + decodes)
+        assert len(scores) == 8 and all(call.training for call in scores)
         for call in calls:
-            assert call.image_mask.sum(1).tolist() == [hidden] * 2
+            assert call.masked.sum(1).tolist() == [hidden] * 2
         seeds = [call.generator.initial_seed() for call in calls]
         assert len(set(seeds)) == 4
     calls.clear()
@@ -1278,11 +1189,13 @@ def test_online_resumed_is_uninterrupted(run, files, checkpoint):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--rho", "1.5"], "--rho is 1.5; 0 to 1"),
-        (["--tries", "0"], "--tries is 0; 1 or more"),
-        (["--povid"], "they need --online"),
-        (["--gamma", "0.5"], "they need --online"),
-        (["--noise-steps", "1000"], "--noise-steps is 1000; 0 to 999"),
+        (["--rho", "1.5"], "argument --rho: '1.5' was given; a number, 0 to 1, is needed"),
+        (["--tries", "0"], "argument --tries: '0' was given; a whole number, 1 or more, is needed"),
+        (["--gamma", "0.5"], "it needs --online"),
+        (
+            ["--noise-steps", "1000"],
+            "argument --noise-steps: '1000' was given; a whole number, 0 to 999, is needed",
+        ),
         (["--embedder", "nowhere"], "nowhere: no such folder"),
     ],
 )
@@ -1305,8 +1218,7 @@ def test_bad_flags(run, files, checkpoint, flags, words):
     "given, name, want",
     [
         ([], "noise_steps", 0),
-        (["--online", "--povid"], "noise_steps", 500),
-        (["--online", "--povid", "--noise-steps", "0"], "noise_steps", 0),
+        (["--noise-steps", "0"], "noise_steps", 0),
         (["--noise-steps", "999"], "noise_steps", 999),
         (["--noise-steps", "-1"], "noise_steps", None),
         ([], "rho", None),
@@ -1333,7 +1245,7 @@ def test_flags_at_their_bounds(monkeypatch, given, name, want):
     argv = ["bdhs.py", "--model", "m", "--data", "d", *given]
     monkeypatch.setattr(sys, "argv", argv)
     if want is None and given:
-        with pytest.raises(BadInput, match=f"{given[-2]} is {given[-1]}"):
+        with pytest.raises(BadInput, match=f"argument {given[-2]}: '{given[-1]}' was given"):
             bdhs.parse()
     else:
         assert getattr(bdhs.parse(), name) == want
@@ -1347,7 +1259,7 @@ def test_row_without_a_picture(run, files, checkpoint):
         )
     )
     _, err = run("--model", checkpoint, "--data", "text.json", cwd=files, ok=False)
-    assert "text.json, row 0: no picture" in err and "--skip-bad-rows" in err
+    assert "text.json, row 0: no image, which BDHS would hide" in err and "--skip-bad-rows" in err
     flags = (
         "--model",
         checkpoint,

@@ -122,9 +122,9 @@ def test_cells_of_the_gpu_do_what_they_say(monkeypatch):
     decode = model.decode
     prefixes = []
 
-    def spy(x, see, position_ids, cache=None, prefix=0, rows=None):
+    def spy(x, see, position_ids, cache=None, prefix=0, wanted=None):
         prefixes.append(prefix)
-        return decode(x, see, position_ids, cache, prefix, rows)
+        return decode(x, see, position_ids, cache, prefix, wanted)
 
     monkeypatch.setattr(model, "decode", spy)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -17,7 +17,7 @@ from data import TEMPLATES, Processor, Record
 from formats import checkpoints
 from formats.adapters import load_adapter, save_adapter
 from formats.checkpoints import compose, load, save
-from lora import LoRALinear
+from lora import LoRALinear, add_adapter
 from model import pack
 
 MISTRAL = {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
@@ -615,7 +615,8 @@ def test_compose(tmp_path, whole_clip, known_image):
 def tuned(folder, **how):
     """A prepared model whose trainable part has moved."""
     model, processor = load(folder)
-    model.prepare(lora_rank=4, lora_alpha=6, **how)
+    model.prepare(llm=False, **how)
+    add_adapter(model.llm, "policy", 4, 6)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:

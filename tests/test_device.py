@@ -31,8 +31,9 @@ from test_ppo import command as run_ppo  # noqa: F401
 
 import bdhs
 import dpo
+import sampling
 import training
-from anyres import AnyRes
+from formats.anyres import AnyRes
 from model import MLLM, fused_log_probs, pack
 
 CUDA = torch.cuda.is_available()
@@ -49,7 +50,7 @@ def full_precision(monkeypatch):
 
 
 def sample(model, *args, **how):
-    return model.sample(*args, **how)
+    return sampling.sample(model, *args, **how)
 
 
 def twice(build, kind="llama", dtype=torch.float32, prepare=None, tiles=False, **more):
@@ -81,7 +82,7 @@ def dpo_gradients(model, batch):
     batch = batch.to(model.device)
     chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T
     reference = torch.tensor([[-9.0, -14.0, -20.0], [-13.0, -8.0, -21.0]], device=model.device)
-    losses, *_ = dpo.preference_loss(chosen, rejected, *reference, 0.1, "dpo")
+    losses, *_ = dpo.dpo_loss(chosen, rejected, *reference, 0.1)
     model.zero_grad()
     losses.sum().backward()
     grads = {n: None if p.grad is None else p.grad.cpu() for n, p in model.named_parameters()}
@@ -252,14 +253,14 @@ def test_given_texts_and_hidden_pictures(build):
     mask = torch.zeros(3, 14, dtype=torch.bool)
     for b, row in enumerate(rows):
         mask[b, : len(row)] = (row == IMAGE) & (torch.arange(len(row)) % 2 == 0)
-    how = {"max_new_tokens": 7, "temperature": 0, "image_mask": mask, "given": given}
+    how = {"max_new_tokens": 7, "temperature": 0, "masked": mask, "given": given}
     assert_same_samples(sample(there, rows, images, **how), sample(here, rows, images, **how))
 
     for b, row in enumerate(rows):
         mask[b, : len(row)] = row == IMAGE
     one = sample(there, rows, images, **how)
     assert_same_samples(sample(there, rows, pixels() * 2, **how), one)
-    shown = sample(there, rows, images, **(how | {"image_mask": None}))
+    shown = sample(there, rows, images, **(how | {"masked": None}))
     assert not torch.allclose(shown.log_probs[0][0][:1], one.log_probs[0][0][:1], atol=1e-3)
 
 
@@ -293,7 +294,7 @@ def test_checkpoint_goes_on_bit_for_bit(build, tmp_path):
         generator = torch.Generator().manual_seed(seed)
         for p in training.trainable(model).values():
             p.grad = torch.randn(p.shape, generator=generator).to(DEVICE)
-        training.optimizer_step(optimizer, 1.0, 0.0, [])
+        training.take_step(optimizer, 1.0)
         return {n: p.detach().clone() for n, p in training.trainable(model).items()}
 
     runs = []

@@ -289,7 +289,7 @@ def test_resume_is_bit_equal(six, world, checkpoint):
 
 def test_reference_cache(six, world, checkpoint):
     """A run that was killed before its first checkpoint begins anew: bit for bit, with the log-probs of the cache."""
-    assert "reference 6/6" in six[1] and "reference log-probs:" not in six[1]
+    assert "reference 6/6" in six[1] and "from the cache:" not in six[1]
     entries = lambda: sorted(p.name for p in (world / ".cache").iterdir())
     (entry,) = entries()
     again = world / "anew"
@@ -298,7 +298,7 @@ def test_reference_cache(six, world, checkpoint):
         shutil.copy(six[0] / name, again / name)
     said = dpo(world, checkpoint, "anew", "--steps", 6, "--save-every", 3, "--resume")
     assert (
-        f"reference log-probs: .cache/{entry}" in said
+        f"from the cache: .cache/{entry}" in said
         and "reference 6/6" not in said
         and entries() == [entry]
     )

@@ -1,6 +1,7 @@
 """LLaVA-NeXT against transformers: geometry, pixels, logits, greedy answers, every naming, adapters."""
 
 import json
+import re
 import sys
 import warnings
 
@@ -32,6 +33,7 @@ from formats import files
 from formats.adapters import load_adapter, save_adapter
 from formats.anyres import AnyRes
 from formats.checkpoints import load, save
+from lora import add_adapter
 from model import pack
 
 DEFAULT = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -294,12 +296,16 @@ def test_features_and_tokens_must_agree_in_every_row(folder, pictures):
     )
     pixel_values, image_sizes = processor.images([a, b])
     pixels = lambda e: int((e.prompt == IMAGE_ID).sum())
-    message = rf"row 0 of the batch: {pixels(b)} image tokens in the text against {pixels(a)} image features"
+    both = pixels(a) + pixels(b)
+    message = re.escape(
+        f"{both} image tokens in the text against {both} image features "
+        f"(by row: {[pixels(b), pixels(a)]}, by image: {[pixels(a), pixels(b)]})"
+    )
     with pytest.raises(BadInput, match=message):  # as many in all, in the wrong rows
         our_logits(model, [b.prompt, a.prompt], pixel_values, image_sizes)
     with pytest.raises(
         BadInput,
-        match=f"{pixels(a)} image tokens in the text against {pixels(a) + pixels(b)} image",
+        match=f"{pixels(a)} image tokens in the text against {both} image",
     ):
         our_logits(model, [a.prompt], pixel_values, image_sizes)
     with pytest.raises(BadInput, match="tiles, but images of these heights and widths have"):
@@ -386,7 +392,8 @@ def test_adapter_round_trip_through_peft(tmp_path, folder, pictures):
     model, processor = load(folder)
     rows = examples(processor, pictures)[1:4]
     base = our_logits(model, [e.prompt for e in rows], *processor.images(rows))
-    model.prepare(lora_rank=4, lora_alpha=6)
+    model.prepare(llm=False)
+    add_adapter(model.llm, "policy", 4, 6)
     assert not model.image_newline.requires_grad
     with torch.no_grad():
         for p in model.parameters():

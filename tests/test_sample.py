@@ -81,7 +81,10 @@ def test_without_and_with_an_adapter(ask, checkpoint, tmp_path):
 def test_bad_flags(ask):
     for flags, words in (
         (["--k", 0], "argument --k: '0' was given; a whole number, 1 or more, is needed"),
-        (["--temperature", "nan"], "argument --temperature: 'nan' was given; a number, 0 or more, is needed"),
+        (
+            ["--temperature", "nan"],
+            "argument --temperature: 'nan' was given; a number, 0 or more, is needed",
+        ),
         (["--image", "none.png"], "--image none.png: no such file"),
         (["--adapter", "nowhere"], "nowhere"),
     ):

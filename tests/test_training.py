@@ -225,8 +225,8 @@ def test_a_resumed_run_does_only_the_rest(train, steps_seen, script):
     (out / "metrics.jsonl").write_text("".join(text[:3]))
     steps_seen.clear()
     train(script, "run", *flags, "--resume")
-    assert [rows for rows, *_ in steps_seen] == [rows for rows, _ in whole[2:]]
-    for (_, found), (_, gradients) in zip(steps_seen, whole[2:], strict=True):
+    assert [rows for rows, *_ in steps_seen] == [rows for rows, *_ in whole[2:]]
+    for (_, found, _), (_, gradients, _) in zip(steps_seen, whole[2:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
     timeless = lambda lines: [{k: v for k, v in x.items() if "seconds" not in k} for x in lines]
     assert timeless(lines_of(out)) == timeless(want)

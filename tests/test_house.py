@@ -1,0 +1,99 @@
+"""The floors of the house: a file imports only from floors below its own. And what every loop has."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [  # from the ground up; within a floor nobody imports anybody
+    "common",
+    "attention lora noise formats.files formats.anyres formats.weights lab.drawing",
+    "model lab.toyworld",
+    "data formats.adapters",
+    "sampling facts formats.layouts formats.llava_original",
+    "formats.dataset formats.instruct formats.checkpoints",
+    "formats.inspector training lab.oracle",
+    "judge evaluation lab.parts",
+    "eval_pope eval_chair lab.toy",
+    "lab.report",
+    "sft dpo online_dpo bdhs povid reward_model ppo sample",
+    "lab.rows",
+    "lab.claims lab.chart",
+    "lab.pages",
+    "lab.reproduce lab.bench lab.bench_gpu",
+]
+FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor.split()}
+SCRIPTS = "sft dpo online_dpo bdhs povid reward_model ppo".split()  # those that train
+
+
+def module_name(path):
+    """formats/files.py -> "formats.files"."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(path):
+    """The modules of this project that a file imports, lazily or not.
+
+    Not counted: a command's door, `if __name__ == "__main__"`, which is no part of the module.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    doors = [n for n in tree.body if isinstance(n, ast.If) and "__main__" in ast.unparse(n.test)]
+    inside = {id(n) for door in doors for n in ast.walk(door)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in inside:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & FLOOR.keys() or {node.module}
+    return found & (FLOOR.keys() | {"formats", "lab"})
+
+
+FILES = [p for p in ROOT.rglob("*.py") if p.parent in (ROOT, ROOT / "lab", ROOT / "formats")]
+FILES = [p for p in FILES if p.name != "__init__.py"]
+
+
+def test_every_file_has_a_floor():
+    assert {module_name(p) for p in FILES} == FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_down(path):
+    here = FLOOR[module_name(path)]
+    wrong = {name for name in imports(path) if name not in FLOOR or FLOOR[name] >= here}
+    assert not wrong, f"{path.name} imports {wrong} from its own floor or above"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_loop_clips_and_checks_before_its_step(name):
+    """In the order clip, check, step; clipping at 1 is part of every script's recipe."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    order = [n for n in calls if isinstance(n.func, ast.Attribute)]
+    wanted = ["clip_gradients", "check_finite", "take_step"]
+    order = sorted((n for n in order if n.func.attr in wanted), key=lambda n: n.lineno)
+    assert [n.func.attr for n in order] == wanted
+    assert ast.unparse(order[0]) == "training.clip_gradients(optimizer, max_norm=1.0)"
+
+
+@pytest.mark.parametrize("name", ["common", "formats.files"])
+def test_reading_a_file_loads_no_torch(name):
+    code = f"import {name}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "sample", "eval_pope", "eval_chair", "data"])
+def test_help_comes_soon(name):
+    """Ten seconds on a loaded machine; two on an idle one, of which torch takes most."""
+    start = time.time()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{name}.py"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+    assert time.time() - start < 10
