@@ -136,7 +136,7 @@ class Processor:
         """The id of a special token that the template needs."""
         i = self.tokenizer.convert_tokens_to_ids(token)
         if i is None or i == self.tokenizer.unk_token_id:
-            raise BadInput(f"--template {self.template} needs {token}; this tokenizer lacks it.")
+            raise BadInput(f"--template {self.template} needs the token {token}, which is missing.")
         return i
 
     def template_pieces(self, pattern):

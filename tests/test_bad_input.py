@@ -31,7 +31,9 @@ def sentence(status, err, expected, code=2):
     lines = err.splitlines()
     assert status == code, err
     assert "Traceback" not in err and "Error:" not in "".join(lines[:-1]), err
-    assert [line for line in lines if line.startswith(("dpo.py: ", "data.py: ", "inspector.py: "))] == lines[-1:], err
+    assert [
+        line for line in lines if line.startswith(("dpo.py: ", "data.py: ", "inspector.py: "))
+    ] == lines[-1:], err
     for part in [expected] if isinstance(expected, str) else expected:
         assert part in lines[-1], lines[-1]
     return lines[-1]

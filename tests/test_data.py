@@ -867,3 +867,20 @@ def test_a_rated_answer_is_closed_once():
     processor.max_length -= 1
     with pytest.raises(BadInput, match="row 0: prompt, answer and evaluation of"):
         facts.with_evaluation(processor, replace(example, answers=answers), "ok")
+
+
+def test_another_view_of_the_images(tmp_path):
+    """`view` sees the image as opened; what it gives is what the model sees."""
+    Image.new("RGB", (40, 40), (200, 10, 10)).save(tmp_path / "red.png")
+    processor = processor_of(byte_level(merged=False), "plain")
+    example = processor.encode(Record("row 0", tmp_path / "red.png", ("ab",), ("ef",)))
+    seen = []
+
+    def blue(image):
+        seen.append(image.size)
+        return Image.new("RGB", (30, 60), (10, 10, 200))
+
+    plain, other = processor.collate([example]), processor.collate([example], view=blue)
+    assert seen == [(40, 40)] and torch.equal(plain.input_ids, other.input_ids)
+    want = processor.pixels(Image.new("RGB", (30, 60), (10, 10, 200)))
+    assert torch.equal(other.pixel_values[0], want) and not torch.equal(plain.pixel_values[0], want)

@@ -801,3 +801,11 @@ def test_use_gives_back_what_was_in_use(build, outer):
     assert min((a - b).abs().max() for a, b in ((before, value), (before, policy))) > 1e-3
     with pytest.raises(BadInput, match="no adapter 'nobody'"), model.use("nobody"):
         pass
+
+
+def test_lengths_of_the_answers_of_a_batch():
+    """Counted over all rows, scored tokens alone; an answer without one has length 0."""
+    ids = lambda n: torch.arange(5, 5 + n)
+    scored = [[torch.tensor([False, True, True]), torch.tensor([False])], [torch.ones(4).bool()]]
+    batch = pack([ids(2), ids(3)], [[ids(3), ids(1)], [ids(4)]], scored)
+    assert batch.lengths.tolist() == [2, 0, 4]

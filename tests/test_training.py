@@ -527,6 +527,34 @@ def test_a_checkpoint_brings_everything_back(small, build, tmp_path):
     assert all(torch.equal(found[part], want[part]) for part in want)
 
 
+def test_the_state_of_an_algorithm_is_kept(small, tmp_path):
+    """A running mean, say: given to save_checkpoint, updated in place by load_checkpoint."""
+    mean = {"mean": 0.25, "count": 3}
+    training.save_checkpoint(tmp_path, 1, *small, state=mean)
+    restored = {"mean": 0.0, "count": 0}
+    assert training.load_checkpoint(tmp_path, *small, state=restored) == 1
+    assert restored == mean
+    training.save_checkpoint(tmp_path, 2, *small)
+    assert training.load_checkpoint(tmp_path, *small, state=restored) == 2 and restored == mean
+
+
+def test_a_tensor_is_computed_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+    compute = lambda: made.append(1) or torch.tensor([1.5, 2.5])
+    for _ in range(2):
+        assert training.cached("reference-x", compute).tolist() == [1.5, 2.5]
+    assert training.cached("reference-y", compute).tolist() == [1.5, 2.5] and made == [1, 1]
+
+
+def test_a_clock_counts_from_lap_to_lap(monkeypatch):
+    times = iter([10.0, 12.0, 15.0, 19.0])
+    monkeypatch.setattr(training.time, "time", lambda: next(times))
+    clock = training.Clock()
+    assert [clock.lap("setup"), clock.lap("train"), clock.lap("train")] == [2, 3, 4]
+    assert clock.seconds == {"setup": 2, "reference": 0, "train": 7, "eval": 0}
+
+
 def test_saving_draws_nothing(small, tmp_path):
     state = torch.get_rng_state()
     training.save_checkpoint(tmp_path, 1, *small)
