@@ -31,6 +31,7 @@ from test_ppo import command as run_ppo  # noqa: F401
 
 import bdhs
 import dpo
+import model as modelling
 import sampling
 import training
 from formats.anyres import AnyRes
@@ -195,9 +196,10 @@ def test_prefix_attention_in_bfloat16(build, monkeypatch):
     batch = pack(prompts(), [[ids(40), ids(30)]] * 3, pixel_values=pixels())
     truth = build().log_probs(batch)[0]
     here, there = twice(build, dtype=torch.bfloat16)
-    assert there.visible(batch.to(DEVICE), rows=batch.index.to(DEVICE))[1] == 3
-    ours, cpu, visible = far(there, batch, truth), far(here, batch, truth), there.visible
-    monkeypatch.setattr(there, "visible", lambda *args: (visible(*args)[0], 0))
+    moved, plain = batch.to(DEVICE), modelling.mask_and_prefix
+    assert plain(moved, there.llm.config, moved.index)[1] == 3
+    ours, cpu = far(there, batch, truth), far(here, batch, truth)
+    monkeypatch.setattr(modelling, "mask_and_prefix", lambda *args: (plain(*args)[0], 0))
     dense = far(there, batch, truth)
     assert 0 < ours <= 1.25 * min(dense, cpu), (ours, dense, cpu)
 
