@@ -17,10 +17,10 @@ class LoRA(nn.Module):
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.scale = alpha / rank
-        new = {"dtype": torch.float32, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **new))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
+        self.to(base.weight.device)  # drawn on the CPU: a seed gives the same on every device
 
 
 class LoRALinear(nn.Module):

@@ -1,86 +1,110 @@
 """Reinforcement learning from a reward model: PPO as in Fact-RLHF, and RLOO.
 
-    maximise E[r(x, y)] - beta KL(pi || pi_ref)          Amirloo et al. 2024, eq. 2; Sun et al. 2023     x = image and prompt
+    maximise E[r(x, y)] - beta KL(pi || pi_ref)        Amirloo et al. 2024, eq. 2; Sun et al. 2023
+                                                       x = image and prompt
 
-One iteration (`iterate`), for a batch of prompts:
-1. sample     k answers of each prompt from the policy, at temperature 1
-2. score      r = reward model + correctness + length + unfinished: four terms at the end of an answer, logged apart
-3. KL         kl_t = log pi(y_t) - log pi_ref(y_t);   reward of token t: -beta kl_t, and + r at the last
-4. GAE        A_t = sum_j (gamma lambda)^j (reward_t+j + gamma V_t+j+1 - V_t+j);   return = A + V      Schulman et al. 2016
-5. whitening  A <- (A - mean) / std, over all tokens of the iteration
-6. update     several passes over minibatches:                                                           Schulman et al. 2017
-                  policy  mean of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),      ratio = pi / pi_old
-                  value   mean of .5 max((V - return)^2, (clip(V, V_old - eps, V_old + eps) - return)^2)
+One step is an iteration over a batch of prompts:
+1. sample      k answers to each prompt from the policy, at temperature 1
+2. score       r = reward model + correctness + length + unfinished: four terms, logged apart
+3. KL          kl_t = log pi(y_t) - log pi_ref(y_t)
+               reward of token t: -beta kl_t; at the last token of the answer also + r
+4. GAE         A_t = sum_j (gamma lambda)^j (reward_t+j + gamma V_t+j+1 - V_t+j)
+               return_t = A_t + V_t                                       Schulman et al. 2016
+5. whitening   A <- (A - mean) / std, over all tokens of the iteration
+6. update      several passes over minibatches                            Schulman et al. 2017
+               policy: mean of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)), ratio = pi / pi_old
+               value: mean of .5 max((V - return)^2, (clip(V, V_old - eps, V_old + eps) - return)^2)
+7. log
 
---advantage rloo: no value network, no steps 4 and 5. R_i = r_i - beta kl_i of the whole answer, A_i = R_i - the mean R of the
-k - 1 other answers to the same prompt; the ratio is that of whole answers (REINFORCE in the first minibatch).
+--advantage rloo (Ahmadian et al. 2024) has no value network and no steps 4 and 5. An answer i is
+one action: R_i = r_i - beta kl_i, kl_i being the sum over its tokens, and A_i = R_i - the mean R of
+the k - 1 other answers to the same prompt. The ratio is that of whole answers (in the first
+minibatch, where it is 1, this is REINFORCE).
 
-    python ppo.py                                          # toy world, CPU, minutes; trains its reward model first
-    python ppo.py --reward-model oracle --length-weight 0  # the toy world's truth in its place
-    python ppo.py --model LLAVA-RLHF-SFT --data llava_ppo50k.json --images DIR --reward-model DIR --facts image_to_caption.json
+    python ppo.py                      # toy world, CPU, minutes; trains its reward model first
+    python ppo.py --reward-model oracle --length-weight 0     # the toy world's truth instead of it
+    python ppo.py --model LLAVA-RLHF-SFT --data llava_ppo50k.json --images DIR \\
+        --reward-model DIR --facts image_to_caption.json
 
-One frozen base carries three adapters: policy, reward, value; without an adapter it is pi_ref. The value network starts from
-the reward model's adapter (from the base, where there is none), its head at 0; it reads the policy's prompt, never the facts, and
-V_t before token t is known.
+One frozen base carries three adapters: policy, reward, value; without an adapter it is pi_ref. The
+value network starts from the reward model's adapter (from a new one with the oracle), its head at
+0. It reads the policy's prompt, never the facts; V_t is its value before token t.
 
-    correctness  2 c. Multiple choice: c = 1 for the right letter, else 0. Right answer "No": c = .5 for "No", -.5 for "Yes".
-    length       -10 tokens / --max-new-tokens              unfinished  -8 for an answer that was cut off
+    correctness   2 c. Multiple choice: c = 1 for the right letter, else 0.
+                  If the right answer is "No": c = .5 for "No", -.5 for "Yes".
+    length        -10 tokens / --max-new-tokens
+    unfinished    -8 for an answer that was cut off
 
-The prompts are those of --data in any layout; its answers (the first of a pair) are taken as the right ones.
-In the toy world, over three seeds, CHAIR_s goes from .64 to .06 and recall loses .016 (a reward model trained on another number of
-threads is another one: once .28); RLOO does the same. With a plain reward model and no length term PPO learns to say less: recall
-loses .087, a quarter of the words go.
+The prompts are those of --data, in any layout. Its answers (the first of a pair) are taken as the
+right ones.
 
-Choices where the papers are silent, and deviations. Sun et al.'s code has these, and here they are mended:
-1. The terminal reward stands at the last real token, there at the last padded slot. Padding enters no mean, whitening or loss.
-2. kl_t is log pi - log pi_ref, whose mean is the KL divergence; there it is clamped at 0 token by token (--kl clamped), which
-   overestimates it and rewards nothing but standing still. k3 = 1/ratio - 1 + log ratio is the other unbiased one.
-3. A multiple-choice answer of the bare letter counts as right; there only "B." and "correct option is B." do.
-And these are left out: the factor 10 on all rewards (whitening cancels it), the cut at a question mark, coefficients of length
-for each kind of prompt, the policy's own supervised start: pi_ref is --model. LoRA has alpha = 2 rank (there r 64, alpha 16).
-4. The reward model reads an answer that was cut off with an end token; that it was cut off is told by a term of its own.
-5. Log-probs of sampling serve as log pi_old in float32 (equal to 1e-5); in bfloat16 the answers are scored again.
-6. The reward model's score, less its mean on held-out pairs, is divided by its spread there (Amirloo et al. normalise theirs on
-   the alignment set; Sun et al. take it as it is), so that the other terms weigh the same beside any reward model.
-   Amirloo et al.'s RLOO: --advantage rloo --samples 4 --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1.
+In the toy world, over three seeds, CHAIR_s goes from .64 to .06 and recall loses .016; RLOO does
+the same. The result depends on the reward model, and rounding alone changes it: one such run, with
+another number of threads, ended at .28. With a plain reward model and no length term PPO learns to
+say less: recall loses .087, and a quarter of the words go.
+
+Choices where the papers are silent, and deviations. Corrected here, compared with Sun et al.'s
+code:
+1. The final reward stands at the last real token, there at the last padded slot. Padding enters no
+   mean, no whitening and no loss.
+2. kl_t is log pi - log pi_ref, whose mean is the KL divergence. There it is clamped at 0, token by
+   token (--kl clamped), which overestimates it and rewards nothing but standing still. The other
+   unbiased estimator is k3 = 1 / ratio - 1 + log ratio.
+3. A multiple-choice answer that is the bare letter counts as right; there only "B." and "correct
+   option is B." do.
+Left out: the factor 10 on all rewards (whitening cancels it), the cut at a question mark, length
+coefficients for each kind of prompt, and the policy's own supervised start: pi_ref is --model. LoRA
+has alpha = 2 rank (there rank 64, alpha 16).
+4. The reward model reads an answer that was cut off with an end token. A term of its own says that
+   the answer was cut off.
+5. In float32, log pi_old is taken from sampling (equal to 1e-5). In bfloat16 the answers are scored
+   again.
+6. The reward model's score, less its mean on held-out pairs, is divided by its spread there. So the
+   other terms weigh the same beside any reward model. Amirloo et al. normalise on the alignment
+   set; Sun et al. take the score as it is. Amirloo et al.'s RLOO is --advantage rloo --samples 4
+   --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1.
 7. One clip of the gradient norm (1) covers policy and value network.
-8. Toy settings: half of the toy questions have the answer "Yes", for which the symbolic term gives nothing whatever is said, so
-   at the weight 2 the policy learns to say "No"; the weight is 0. And the toy reward model punishes errors far more than omissions:
-   long answers are paid for (+8 tokens / --max-new-tokens; r is in units of the reward model's spread), not fined.
+8. Toy settings. Half of the toy questions have the answer "Yes", for which `correctness` gives
+   nothing whatever the answer is; at the weight 2 the policy learns to say "No". So the weight is
+   0. And the toy reward model punishes errors far more than omissions, so long answers are paid for
+   (+8 tokens / --max-new-tokens), not fined. r is in units of the reward model's spread.
 
-Metrics: `objective/scores` mean r, `scores/...` its terms; `objective/kl` mean over answers of the sum of k1 over tokens (may
-be negative in one batch); `objective/entropy` of the next token, nats; `policy/loss`, `policy/approxkl` = .5 mean (log ratio)^2;
-`policy/clipfrac` share of clipped ratios; `val/loss`; `response_length` tokens; `finished` share of answers with an end token;
-`seconds/sample`, `seconds/score` (reward, reference, value), `seconds/train`. `lr` is that of policy and value network.
+Metrics: `objective/scores` mean r, `scores/...` its terms; `objective/kl` mean over answers of the
+sum of log pi - log pi_ref over tokens (may be negative in one batch); `objective/entropy` of the
+next token, nats; `policy/loss`; `policy/approxkl` = .5 mean (log ratio)^2; `policy/clipfrac` share
+of clipped ratios; `val/loss`; `response_length` tokens; `finished` share of answers with an end
+token; `grad_norm` before clipping. The metrics of an update are means over the iteration's updates.
+`seconds/sample`, `seconds/score` (reward, reference, value) and `seconds/train` are the parts of
+`step_seconds`. `lr` is that of policy and value network.
 """
 
-import hashlib
 import math
 import random
 import re
-import subprocess
-import sys
-import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import checkpoints
-import data
 import judge
+import sampling
 import training
-from lab import report
-from model import BadInput, last_tokens
+from common import BadInput, Parser, finite, fraction, not_negative, positive, positive_int, run
+from facts import CHOICE, evaluation_turn, facts_for, last_tokens, longest_facts, with_evaluation
+from formats import adapters, checkpoints, dataset
+from formats.layouts import captions
+from lab import report, toy
+from lora import add_adapter
 
+SAMPLES = {"gae": 1, "rloo": 4}
+TOY_SAMPLES = SAMPLES | {"gae": 2}
 TOY = {
     "data": ["povid.json"],
     "steps": 40,
     "batch_size": 16,
     "minibatches": 2,
-    "samples": 2,
     "lr": 3e-4,
     "projector_lr": 0.0,
     "lora_rank": 16,
@@ -93,178 +117,340 @@ TOY = {
 
 def parse():
     """The command line."""
-    parser = training.Parser(__doc__)
+    parser = Parser(__doc__)
     training.add_training_flags(
         parser, lr=3e-5, projector_lr=0.0, lora_rank=64, epochs=4, batch_size=256
     )
-    group = parser.add_argument_group(
+    flag = parser.add_argument_group(
         "reinforcement learning (a step is an iteration; --batch-size counts prompts)"
-    )
-    group.add_argument(
+    ).add_argument
+    flag(
         "--reward-model",
         metavar="DIR|oracle",
         help="folder of a run of reward_model.py (toy world: made on first use), or its truth",
     )
-    group.add_argument(
+    flag(
         "--facts", metavar="FILE", help="image_to_caption.json, for a reward model that reads facts"
     )
-    group.add_argument(
+    flag(
         "--missing-facts",
         default="refuse",
         choices=("refuse", "count"),
-        help="a picture without captions stops the run, or is counted (default %(default)s)",
+        help="an image without captions stops the run, or is counted (default %(default)s)",
     )
-    group.add_argument(
+    flag(
         "--advantage",
         default="gae",
-        choices=("gae", "rloo"),
-        help="PPO with a value network, or RLOO",
+        choices=tuple(SAMPLES),
+        help="PPO with a value network, or RLOO (default %(default)s)",
     )
-    group.add_argument(
-        "--samples", type=int, metavar="K", help="answers of each prompt (default 1, with rloo 4)"
+    flag(
+        "--samples",
+        type=positive_int,
+        metavar="K",
+        help="answers to each prompt (default 1, with rloo 4; 2 or more with rloo)",
     )
-    group.add_argument(
+    flag(
         "--minibatches",
-        type=int,
+        type=positive_int,
         default=2,
         metavar="N",
         help="of a pass; N x grad-accum x batch-size prompts an iteration (default %(default)s)",
     )
-    group.add_argument(
+    flag(
         "--passes",
-        type=int,
+        type=positive_int,
         default=2,
         metavar="N",
         help="over the answers of an iteration (default %(default)s)",
     )
-    group.add_argument(
+    flag(
         "--max-new-tokens",
-        type=int,
+        type=positive_int,
         default=896,
         metavar="N",
         help="longest answer (default %(default)s)",
     )
-    group.add_argument(
+    flag(
         "--temperature",
-        type=float,
+        type=positive,
         default=1.0,
         help="of sampling; only 1 samples the policy (default %(default)s)",
     )
-    group.add_argument("--kl-coef", type=float, default=0.1, help="beta (default %(default)s)")
-    group.add_argument(
+    flag("--kl-coef", type=not_negative, default=0.1, help="beta (default %(default)s)")
+    flag(
         "--kl",
         default="k1",
         choices=("k1", "k3", "clamped"),
         help="estimator of KL (default %(default)s)",
     )
-    group.add_argument("--gamma", type=float, default=1.0, help="discount (default %(default)s)")
-    group.add_argument("--lam", type=float, default=1.0, help="lambda of GAE (default %(default)s)")
-    group.add_argument(
-        "--clip", type=float, default=0.2, help="eps of ratio and of value (default %(default)s)"
+    flag("--gamma", type=fraction, default=1.0, help="discount (default %(default)s)")
+    flag("--lam", type=fraction, default=1.0, help="lambda of GAE (default %(default)s)")
+    flag(
+        "--clip", type=positive, default=0.2, help="eps of ratio and of value (default %(default)s)"
     )
-    group.add_argument(
-        "--value-weight", type=float, default=0.1, help="of the value loss (default %(default)s)"
+    flag(
+        "--value-weight",
+        type=not_negative,
+        default=0.1,
+        help="of the value loss (default %(default)s)",
     )
-    group.add_argument(
+    flag(
         "--correct-weight",
-        type=float,
+        type=finite,
         default=2.0,
         help="of a correct answer (default %(default)s)",
     )
-    group.add_argument(
+    flag(
         "--length-weight",
-        type=float,
+        type=finite,
         default=-10.0,
         help="of an answer of --max-new-tokens (default %(default)s)",
     )
-    group.add_argument(
+    flag(
         "--unfinished-weight",
-        type=float,
+        type=finite,
         default=-8.0,
         help="of a cut-off answer (default %(default)s)",
     )
-    args = training.parse(parser, TOY)
-    if args.samples is None:
-        args.samples = 4 if args.advantage == "rloo" else 1
-    for name, accepted, good in (
-        (
-            "samples",
-            "2 or more with rloo, else 1",
-            args.samples >= (2 if args.advantage == "rloo" else 1),
-        ),
-        ("minibatches", "1 or more", args.minibatches >= 1),
-        ("passes", "1 or more", args.passes >= 1),
-        ("max_new_tokens", "1 or more", args.max_new_tokens >= 1),
-        ("temperature", "more than 0", args.temperature > 0),
-        ("kl_coef", "0 or more", args.kl_coef >= 0),
-        ("gamma", "0 to 1", 0 <= args.gamma <= 1),
-        ("lam", "0 to 1", 0 <= args.lam <= 1),
-        ("clip", "more than 0", args.clip > 0),
-        ("value_weight", "0 or more", args.value_weight >= 0),
-    ):
-        if not good:
-            raise BadInput(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; {accepted} is accepted."
-            )
+    args = training.parse(parser)
+    if args.advantage == "rloo" and args.samples == 1:
+        raise BadInput("--samples is 1; 2 or more with rloo is accepted.")
     if not args.lora_rank or args.projector_lr:
         raise BadInput(
-            "policy, reward and value network share one frozen base: --lora-rank above 0, --projector-lr 0."
+            "policy, reward and value network share one frozen base: --lora-rank above 0, "
+            "--projector-lr 0."
         )
-    if args.reward_model is None and args.toy_world is None:
+    if args.model and args.reward_model is None:
         raise BadInput(
-            "--model needs --reward-model: the folder of a run of reward_model.py on the same model."
+            "--model needs --reward-model: the folder of a run of reward_model.py on the same "
+            "model."
         )
-    if args.reward_model is None:
-        args.reward_model = str(toy_reward_model(args.seed))
     return args
 
 
-def toy_reward_model(seed):
-    """The reward model of the toy base of the seed, trained by reward_model.py's own command line on first use, and cached."""
-    from lab import toyworld
-
-    code = Path(__file__).parent
-    sources = [
-        code / f"{name}.py"
-        for name in ("reward_model", "training", "checkpoints", "model", "data", "files", "layouts")
-    ]
-    weights = hashlib.sha256((toyworld.base(seed) / "model.safetensors").read_bytes()).hexdigest()
-    folder = (
-        Path(".cache") / f"reward-{toyworld.made_of(*sources, toyworld.world(seed).name, weights)}"
-    )
-    if not folder.exists():
-        print(f"training the toy reward model of seed {seed}, once", file=sys.stderr)
-        with training.whole_folder(folder) as aside:
-            command = [
-                sys.executable,
-                str(code / "reward_model.py"),
-                "--seed",
-                str(seed),
-                "--out",
-                str(aside / "run"),
-            ]
-            subprocess.run(command, check=True, stdout=sys.stderr)
-    return folder / "run"
+# ---- what an iteration draws
 
 
-# ---- rewards; N tokens of M answers stand in one row, answer after answer, `lengths` (M,) long
+@dataclass
+class Rollout:
+    """K answers to each of B prompts: M = B K answers, N tokens in all.
+
+    Tensors (N,) hold one value a token, answer after answer, in the order of `examples`.
+    """
+
+    examples: list  # B Examples, whose answers are the K that were drawn
+    finished: list  # B lists of K: False for an answer that was cut off
+    log_probs: torch.Tensor  # (N,) log pi_old
+    reference: torch.Tensor | None = None  # (N,) log pi_ref
+    values: torch.Tensor | None = None  # (N,) V_old before each token; None with RLOO
+    advantages: torch.Tensor | None = None  # (N,) with RLOO the same for all tokens of an answer
+    returns: torch.Tensor | None = None  # (N,) None with RLOO
+
+    @property
+    def lengths(self):
+        """Tokens of each answer, a list (M,)."""
+        return [len(tokens) for e in self.examples for tokens in e.answers]
+
+    def take(self, places):
+        """The same for these prompts alone, in this order."""
+        tokens = [sum(map(len, e.answers)) for e in self.examples]  # of all answers to a prompt
+        taken = {}
+        for name in ("log_probs", "reference", "values", "advantages", "returns"):
+            x = getattr(self, name)
+            if x is not None:
+                parts = x.split(tokens)
+                taken[name] = torch.cat([parts[i] for i in places])
+        examples = [self.examples[i] for i in places]
+        finished = [self.finished[i] for i in places]
+        return Rollout(examples, finished, **taken)
+
+
+def chunks(items, size):
+    """Consecutive lists of at most `size`."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def summed(x, lengths):
+    """(N,) -> (M,), the sum over each answer."""
+    return torch.stack([part.sum() for part in x.split(lengths)])
+
+
+def last_of(lengths):
+    """The places of the last tokens of the answers among all N tokens, (M,)."""
+    return torch.tensor(lengths).cumsum(0) - 1
+
+
+# ---- 1. sample
+
+
+def with_answers(example, answers):
+    """The example with these token sequences as its answers."""
+    scored = [torch.ones(len(tokens), dtype=torch.bool) for tokens in answers]
+    return replace(example, answers=answers, scored=scored)
+
+
+@torch.no_grad()
+def sample(model, processor, prompts, args, step):
+    """--samples answers of the current policy to each of B prompts (Examples) -> Rollout."""
+    seed = random.Random(f"{args.seed}/{step}").getrandbits(62)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    examples, finished, log_probs = [], [], []
+    for part in chunks(prompts, args.batch_size):
+        pixel_values, image_sizes = processor.images(part)
+        samples = sampling.sample(
+            model,
+            [e.prompt for e in part],
+            pixel_values,
+            args.samples,
+            args.max_new_tokens,
+            args.temperature,
+            processor.stop_ids,
+            generator=generator,
+            image_sizes=image_sizes,
+        )
+        examples += [with_answers(e, answers) for e, answers in zip(part, samples.tokens)]
+        finished += samples.finished
+        log_probs += sum(samples.log_probs, [])
+    return Rollout(examples, finished, torch.cat(log_probs).to(model.device))
+
+
+# ---- 2. score
 
 
 def correctness(record, text):
-    """c of an answer to a question whose right answer is known (Sun et al.): 1 or 0, +-.5 where it is "No", else 0."""
+    """c of an answer to a question whose right answer is known (Sun et al.).
+
+    Multiple choice: 1 or 0. The right answer is "No": .5 or -.5. Anything else: 0.
+    """
     gold, text = (record.answers[0].strip() if record.answers else ""), text.strip()
     letter = re.match(r"\(?([A-Z])\b", gold)
-    if data.CHOICE.search(record.turns[-1]) and letter:
+    if CHOICE.search(record.turns[-1]) and letter:
         letter = letter[1]
-        return float(
+        right = (
             text == letter
             or text.startswith(f"{letter}.")
             or f"correct option is {letter}." in text
         )
+        return float(right)
     if re.match(r"no\b", gold, re.I):
-        said = re.match(r"(yes|no)\b", text, re.I)
-        return 0.0 if not said else 0.5 if said[0].lower() == "no" else -0.5
+        yes_no = re.match(r"(yes|no)\b", text, re.I)
+        if yes_no:
+            return 0.5 if yes_no[0].lower() == "no" else -0.5
     return 0.0
+
+
+def mean_and_std(held_out):
+    """Mean and standard deviation of a reward model's scores on the held-out pairs of all files.
+
+    held_out: {data file: what reward_model.py's `figures` gave}.
+    """
+    files = held_out.values()
+    n = sum(f["n"] for f in files)
+    mean = sum(f["mean"] * f["n"] for f in files) / n
+    variance = sum((f["std"] ** 2 + f["mean"] ** 2) * f["n"] for f in files) / n - mean**2
+    return mean, math.sqrt(max(1e-12, variance))
+
+
+class Reward:
+    """r of an answer, in four terms.
+
+    settings: reward.json of the reward model, which stands in `model`; None: the toy world's oracle
+    takes its place. facts: {`Record.prompt_key`: captions of the image}.
+    """
+
+    def __init__(self, model, processor, settings, facts, args):
+        self.model, self.processor, self.args = model, processor, args
+        self.settings, self.facts = settings, facts
+        if settings is None:
+            self.oracle = judge.oracle()
+        else:
+            self.mean, self.std = mean_and_std(settings["held_out"])
+
+    def with_turn(self, example, texts, rng):
+        """The example as the reward model reads it. texts: the captions of its image."""
+        settings = self.settings
+        turn = evaluation_turn(
+            settings["question"], settings["facts"], texts, rng, settings["max_facts"]
+        )
+        return with_evaluation(self.processor, example, turn)
+
+    def check(self, examples):
+        """Refuse now what cannot be scored later.
+
+        That is an answer and captions that do not fit into the context, or, for the oracle, an
+        image of another world.
+        """
+        if self.settings is None:
+            self.oracle([e.record for e in examples], [[""] for _ in examples])
+            return
+        answer = torch.zeros(self.args.max_new_tokens, dtype=torch.long)
+        for e in examples:
+            texts = self.facts[e.record.prompt_key]
+            longest = longest_facts(self.processor, texts, self.settings["max_facts"])
+            self.with_turn(replace(e, answers=[answer]), longest, random.Random(0))
+
+    def by_oracle(self, examples, texts):
+        """The oracle's scores, (M,)."""
+        scores = self.oracle([e.record for e in examples], texts)
+        return torch.tensor(sum(scores, []), device=self.model.device)
+
+    def by_reward_model(self, examples, step):
+        """The reward model's scores in units of their spread on held-out pairs, (M,)."""
+        rng = random.Random(f"{self.args.seed}/{step}/facts")  # which captions, in which order
+        scores = []
+        for part in chunks(examples, self.args.batch_size):
+            read = [self.with_turn(e, self.facts[e.record.prompt_key], rng) for e in part]
+            batch = self.processor.collate(read).to(self.model.device)
+            with self.model.use("reward"):
+                scores.append(self.model.values(batch, last_tokens(batch), "reward"))
+        return (torch.cat(scores) - self.mean) / self.std
+
+    @torch.no_grad()
+    def terms(self, rollout, step):
+        """{term: (M,)}, whose sum is r."""
+        args, device, examples = self.args, self.model.device, rollout.examples
+        texts = [[self.processor.text(tokens) for tokens in e.answers] for e in examples]
+        correct = [correctness(e.record, text) for e, row in zip(examples, texts) for text in row]
+        lengths = torch.tensor(rollout.lengths, device=device)
+        finished = torch.tensor(sum(rollout.finished, []), device=device)
+        if self.settings is None:
+            scores = self.by_oracle(examples, texts)
+        else:
+            scores = self.by_reward_model(examples, step)
+        return {
+            "reward_model": scores,
+            "correctness": args.correct_weight * torch.tensor(correct, device=device),
+            "length": args.length_weight * lengths / args.max_new_tokens,
+            "unfinished": args.unfinished_weight * (~finished).float(),
+        }
+
+
+# ---- 3. KL
+
+
+@torch.no_grad()
+def score_tokens(model, processor, rollout, args):
+    """log pi_ref of every token, and with GAE its value -> the Rollout with both.
+
+    In bfloat16 also log pi_old again, as the update will compute it.
+    """
+    reference, values, log_probs = [], [], []
+    for part in chunks(rollout.examples, args.batch_size):
+        batch = processor.collate(part).to(model.device)
+        with model.reference():
+            reference.append(model.log_probs(batch)[0])
+        if args.advantage == "gae":
+            with model.use("value"):
+                values.append(model.values(batch, batch.index, "value"))
+        if model.dtype != torch.float32:
+            log_probs.append(model.log_probs(batch)[0])
+    return replace(
+        rollout,
+        reference=torch.cat(reference),
+        values=torch.cat(values) if values else None,
+        log_probs=torch.cat(log_probs) if log_probs else rollout.log_probs,
+    )
 
 
 def kl_of(log_p, reference, kind):
@@ -276,32 +462,30 @@ def kl_of(log_p, reference, kind):
 
 
 def token_rewards(scores, kl, lengths, beta):
-    """-beta kl of every token (N,), and the answers' scores (M,) at their last tokens -> (N,)."""
+    """-beta kl of every token (N,), plus the answers' scores (M,) at their last tokens -> (N,)."""
     rewards = -beta * kl
-    rewards[torch.tensor(lengths).cumsum(0) - 1] += scores
+    rewards[last_of(lengths)] += scores
     return rewards
 
 
+# ---- 4. and 5. advantages
+
+
 def gae(rewards, values, lengths, gamma, lam):
-    """Generalised advantage estimation: rewards, values (N,) -> advantages, returns (N,). Beyond an answer's end is nothing."""
-    r, v = (
-        pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values)
-    )  # (M, R), zeros behind the end
-    advantages, ahead, following = (
-        torch.zeros_like(r),
-        torch.zeros_like(r[:, 0]),
-        torch.zeros_like(r[:, 0]),
-    )
+    """Generalised advantage estimation: rewards, values (N,) -> advantages, returns (N,), (N,).
+
+    After the end of an answer all is 0.
+    """
+    r, v = (pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values))  # (M, R)
+    padded = torch.zeros_like(r)  # (M, R) the advantages
+    advantage = torch.zeros_like(r[:, 0])  # (M,) A_t+1
+    next_value = torch.zeros_like(r[:, 0])  # (M,) V_t+1
     for t in reversed(range(r.shape[1])):
-        ahead = r[:, t] + gamma * following - v[:, t] + gamma * lam * ahead
-        advantages[:, t], following = ahead, v[:, t]
-    advantages = torch.cat([row[:n] for row, n in zip(advantages, lengths)])
+        advantage = r[:, t] + gamma * next_value - v[:, t] + gamma * lam * advantage
+        padded[:, t] = advantage
+        next_value = v[:, t]
+    advantages = torch.cat([row[:n] for row, n in zip(padded, lengths)])
     return advantages, advantages + values
-
-
-def rloo(rewards):
-    """Rewards (B, K) of whole answers -> advantages (B, K): each less the mean of its siblings (Ahmadian et al. 2024)."""
-    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
 
 
 def whiten(x):
@@ -309,361 +493,267 @@ def whiten(x):
     return (x - x.mean()) * (x.var(correction=0) + 1e-8).rsqrt()
 
 
-# ---- losses
+def rloo(rewards):
+    """Rewards of whole answers (B, K) -> advantages (B, K): each less the mean of the others."""
+    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+
+
+def advantages_of(rollout, scores, kl, args):
+    """Scores r of the answers (M,) and kl of the tokens (N,) -> the Rollout with advantages."""
+    lengths = rollout.lengths
+    if args.advantage == "rloo":
+        rewards = scores - args.kl_coef * summed(kl, lengths)  # (M,)
+        advantages = rloo(rewards.view(-1, args.samples)).flatten()  # (M,)
+        repeats = torch.tensor(lengths, device=advantages.device)
+        return replace(rollout, advantages=advantages.repeat_interleave(repeats))  # (N,)
+
+    # 4. GAE
+    rewards = token_rewards(scores, kl, lengths, args.kl_coef)  # (N,)
+    advantages, returns = gae(rewards, rollout.values, lengths, args.gamma, args.lam)  # (N,), (N,)
+
+    # 5. whitening
+    return replace(rollout, advantages=whiten(advantages), returns=returns)
+
+
+# ---- 6. update
 
 
 def policy_loss(log_p, old, advantages, clip):
-    """Clipped loss of each token (N,), or for RLOO of each answer (M,) -> losses, which of them are clipped."""
+    """Clipped loss of each token (N,), or with RLOO of each answer (M,).
+
+    -> losses, which of them are clipped.
+    """
     ratio = (log_p - old).exp()
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(free, clipped), clipped > free
 
 
 def value_loss(values, old, returns, clip):
-    """Loss of the value network at each token, (N,): it may not gain by moving further than clip from the old value."""
+    """Loss of the value network at each token, (N,).
+
+    It gains nothing by moving further than `clip` from the old value.
+    """
     near = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
-# ---- one iteration
+def update(model, processor, optimizer, factor, rollout, args, step):
+    """Update the networks with each minibatch of each pass -> metrics, their means over updates.
 
-
-def summed(x, lengths):
-    """(N,) -> (M,), the sum over each answer."""
-    return torch.stack([part.sum() for part in x.split(lengths)])
-
-
-def chunks(items, size):
-    """Consecutive lists of at most `size`."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def iterate(model, processor, prompts, score, optimizer, factor, args, step):
-    """Sample, score, estimate advantages, update -> metrics. prompts: Examples. factor: of the learning rates.
-
-    score(answered, finished, step) -> {name: (M,)}, whose sum is r; `answered` are the Examples with k drawn answers each.
+    factor: of the learning rates.
     """
-    begin, device, with_values = time.time(), model.device, args.advantage == "gae"
-    seed = random.Random(f"{args.seed}/{step}").getrandbits(62)
-    generator = torch.Generator(device).manual_seed(seed)
-
-    with torch.no_grad():
-        # 1. sample
-        model.eval()  # gradient checkpointing would switch off the cache
-        answered, finished, old = [], [], []
-        for some in chunks(prompts, args.batch_size):
-            pixel_values, image_sizes = processor.images(some)
-            drawn = model.sample(
-                [e.prompt for e in some],
-                pixel_values,
-                args.samples,
-                args.max_new_tokens,
-                args.temperature,
-                processor.stop_ids,
-                generator=generator,
-                image_sizes=image_sizes,
-            )
-            for e, tokens in zip(some, drawn.tokens):
-                answered.append(
-                    replace(
-                        e,
-                        answers=tokens,
-                        scored=[torch.ones(len(t), dtype=torch.bool) for t in tokens],
-                    )
-                )
-            finished += sum(drawn.finished, [])
-            old += sum(drawn.log_probs, [])
-        lengths = [len(a) for e in answered for a in e.answers]  # (M,)
-        seconds = {"sample": time.time() - begin}
-
-        # 2. score
-        terms = score(answered, finished, step)
-        scores = sum(terms.values())  # (M,)
-
-        # 3. KL
-        reference, values, again = [], [], []
-        for some in chunks(answered, args.batch_size):
-            batch = processor.collate(some).to(device)
-            with model.reference():
-                reference.append(model.log_probs(batch)[0])
-            if with_values:
-                with model.use("value"):
-                    values.append(model.values(batch, batch.index, "value"))
-            if model.dtype != torch.float32:
-                again.append(model.log_probs(batch)[0])
-        old, reference = torch.cat(again or old).to(device), torch.cat(reference)  # (N,)
-        kl = kl_of(old, reference, args.kl)
-        seconds["score"] = time.time() - begin - sum(seconds.values())
-
-        if with_values:
-            # 4. GAE
-            values = torch.cat(values)
-            rewards = token_rewards(scores, kl, lengths, args.kl_coef)
-            advantages, returns = gae(rewards, values, lengths, args.gamma, args.lam)
-            # 5. whitening
-            advantages = whiten(advantages)
-        else:
-            rewards = (scores - args.kl_coef * summed(kl, lengths)).view(-1, args.samples)  # (B, K)
-            advantages = (
-                rloo(rewards).flatten().repeat_interleave(torch.tensor(lengths, device=device))
-            )  # (N,)
-
-    # 6. update
-    metrics = Counter()
-    tokens = [sum(map(len, e.answers)) for e in answered]  # of each prompt's answers
-    per_prompt = lambda x: x.split(tokens)
-    old_of, advantages_of = per_prompt(old), per_prompt(advantages)
-    values_of, returns_of = (
-        (per_prompt(values), per_prompt(returns)) if with_values else (None, None)
-    )
-    model.train(args.gradient_checkpointing)
-    updates = 0
+    metrics, updates = Counter(), 0
     for number in range(args.passes):
-        order = list(range(len(answered)))
+        order = list(range(len(rollout.examples)))
         random.Random(f"{args.seed}/{step}/{number}").shuffle(order)
-        for minibatch in chunks(order, args.batch_size * args.grad_accum):
-            n, loss = sum(tokens[i] for i in minibatch), 0.0
-            m, rows = len(minibatch) * args.samples, [answered[i].record.where for i in minibatch]
-            for micro in chunks(minibatch, args.batch_size):
-                some = lambda parts: torch.cat([parts[i] for i in micro])
-                batch = processor.collate([answered[i] for i in micro]).to(device)
-                log_p, entropy = model.log_probs(batch)  # (N,)
-                log_ratio = (log_p - some(old_of)).detach()
-                if with_values:
+        for places in chunks(order, args.batch_size * args.grad_accum):
+            minibatch = rollout.take(places)
+            M, N = len(minibatch.lengths), sum(minibatch.lengths)
+            total_loss = 0.0
+            for micro_places in chunks(places, args.batch_size):
+                micro = rollout.take(micro_places)  # m answers, n tokens
+                batch = processor.collate(micro.examples).to(model.device)
+
+                # the policy: the mean over all tokens (RLOO: answers) of the minibatch
+                log_p, entropy = model.log_probs(batch)  # (n,), (n,)
+                if args.advantage == "gae":
                     losses, clipped = policy_loss(
-                        log_p, some(old_of), some(advantages_of), args.clip
-                    )
-                    mean = losses.sum() / n
+                        log_p, micro.log_probs, micro.advantages, args.clip
+                    )  # (n,), (n,)
+                    count = N
                 else:
-                    here = [len(a) for i in micro for a in answered[i].answers]
-                    first = torch.tensor(here).cumsum(0) - 1
-                    whole = [summed(x, here) for x in (log_p, some(old_of))]
-                    losses, clipped = policy_loss(*whole, some(advantages_of)[first], args.clip)
-                    mean = losses.sum() / m
-                mean.backward()
-                found = [
-                    ("policy/loss", mean * n),
-                    ("policy/clipfrac", clipped.float().mean() * len(log_p)),
-                    ("policy/approxkl", 0.5 * (log_ratio**2).sum()),
-                    ("objective/entropy", entropy.sum()),
-                ]
-                loss += mean.item()
-                if with_values:
+                    losses, clipped = policy_loss(
+                        summed(log_p, micro.lengths),
+                        summed(micro.log_probs, micro.lengths),
+                        micro.advantages[last_of(micro.lengths)],
+                        args.clip,
+                    )  # (m,), (m,)
+                    count = M
+                loss = losses.sum() / count
+                loss.backward()
+                total_loss += loss.item()
+
+                log_ratio = (log_p - micro.log_probs).detach()
+                sums = {
+                    "policy/loss": loss * N,
+                    "policy/clipfrac": clipped.float().mean() * len(clipped) * (N / count),
+                    "policy/approxkl": 0.5 * (log_ratio**2).sum(),
+                    "objective/entropy": entropy.sum(),
+                }
+
+                # the value network: the mean over all tokens of the minibatch
+                if args.advantage == "gae":
                     with model.use("value"):
-                        v = model.values(batch, batch.index, "value")
-                        mean = value_loss(v, some(values_of), some(returns_of), args.clip).sum() / n
-                        (args.value_weight * mean).backward()
-                    found.append(("val/loss", mean * n))
-                    loss += args.value_weight * mean.item()
-                for name, value in found:
-                    metrics[name] += value.item() / n
-            metrics["grad_norm"] += training.optimizer_step(optimizer, factor, loss, rows)
+                        values = model.values(batch, batch.index, "value")  # (n,)
+                        losses = value_loss(values, micro.values, micro.returns, args.clip)  # (n,)
+                        loss = losses.sum() / N
+                        (args.value_weight * loss).backward()
+                    total_loss += args.value_weight * loss.item()
+                    sums["val/loss"] = loss * N
+
+                for name, value in sums.items():
+                    metrics[name] += value.item() / N
+
+            names = [e.record.where for e in minibatch.examples]
+            grad_norm = training.clip_gradients(optimizer, max_norm=1.0)
+            training.check_finite(total_loss, grad_norm, names)
+            training.take_step(optimizer, factor)
+            metrics["grad_norm"] += grad_norm
             updates += 1
-    model.eval()
-    metrics = {name: value / updates for name, value in metrics.items()}
-    metrics |= (
-        {f"scores/{name}": term.mean().item() for name, term in terms.items()}
-        if len(terms) > 1
-        else {}
-    )
-    metrics["objective/scores"] = scores.mean().item()
-    metrics["objective/kl"] = (old - reference).sum().item() / len(lengths)
-    metrics["response_length"], metrics["finished"] = (
-        sum(lengths) / len(lengths),
-        sum(finished) / len(finished),
-    )
-    seconds["train"] = time.time() - begin - sum(seconds.values())
-    return metrics | {f"seconds/{name}": value for name, value in seconds.items()}
+    return {name: value / updates for name, value in metrics.items()}
 
 
-class Scorer:
-    """The four terms of r. facts: {where of a record: the captions of its picture}, for a reward model that reads them.
+# ---- 7. log
 
-    settings: what `checkpoints.load_reward` gave; None where the toy world's oracle stands in for a reward model.
-    """
 
-    def __init__(self, model, processor, settings, facts, args):
-        self.model, self.processor, self.settings, self.facts, self.args = (
-            model,
-            processor,
-            settings,
-            facts,
-            args,
-        )
-        self.mean, self.std = 0.0, 1.0
-        if settings is None:
-            self.oracle = judge.oracle()
-            return
-        held = settings[
-            "held_out"
-        ].values()  # its scores on held-out pairs: mean and standard deviation
-        n = sum(f["n"] for f in held)
-        self.mean = sum(f["mean"] * f["n"] for f in held) / n
-        self.std = math.sqrt(
-            max(
-                1e-12,
-                sum((f["std"] ** 2 + f["mean"] ** 2) * f["n"] for f in held) / n - self.mean**2,
-            )
-        )
-
-    def rated(self, example, rng):
-        """The example as the reward model reads it."""
-        said, facts = self.settings, self.facts[example.record.asked]
-        return self.processor.rated(
-            example, data.evaluation(said["question"], said["facts"], facts, rng, said["max_facts"])
-        )
-
-    def check(self, examples):
-        """Refuse now what the reward model cannot read later: an answer and captions that do not fit, a picture of another world."""
-        if self.settings is None:
-            self.oracle([e.record for e in examples], [[""] for _ in examples])
-            return
-        said, answer = self.settings, torch.zeros(self.args.max_new_tokens, dtype=torch.long)
-        for e in examples:
-            facts = data.longest_facts(
-                self.processor, self.facts[e.record.asked], said["max_facts"]
-            )
-            turn = data.evaluation(said["question"], said["facts"], facts, random.Random(0))
-            self.processor.rated(replace(e, answers=[answer]), turn)
-
-    def reward(self, answered, texts, step):
-        """The reward model's scores of the answers drawn, (M,)."""
-        if self.settings is None:
-            return torch.tensor(
-                sum(self.oracle([e.record for e in answered], texts), []), device=self.model.device
-            )
-        rng, found = random.Random(f"{self.args.seed}/{step}/facts"), []
-        for some in chunks(answered, self.args.batch_size):
-            batch = self.processor.collate([self.rated(e, rng) for e in some]).to(self.model.device)
-            with self.model.use("reward"):
-                found.append(self.model.values(batch, last_tokens(batch), "reward"))
-        return torch.cat(found)
-
-    def __call__(self, answered, finished, step):
-        """{term: (M,)} of the answers drawn."""
-        args, device = self.args, self.model.device
-        texts = [[self.processor.text(tokens) for tokens in e.answers] for e in answered]
-        score = self.reward(answered, texts, step)
-        correct = [correctness(e.record, text) for e, row in zip(answered, texts) for text in row]
-        lengths = torch.tensor(
-            [len(tokens) for e in answered for tokens in e.answers], device=device
-        )
-        return {
-            "reward_model": (score - self.mean) / self.std,
-            "correctness": args.correct_weight * torch.tensor(correct, device=device),
-            "length": args.length_weight * lengths / args.max_new_tokens,
-            "unfinished": args.unfinished_weight * (~torch.tensor(finished, device=device)).float(),
-        }
+def rollout_metrics(rollout, terms):
+    """The metrics of what was drawn and of its scores. terms: {name: (M,)}."""
+    M = len(rollout.lengths)
+    metrics = {f"scores/{name}": term.mean().item() for name, term in terms.items()}
+    metrics["objective/scores"] = sum(terms.values()).mean().item()
+    metrics["objective/kl"] = (rollout.log_probs - rollout.reference).sum().item() / M
+    metrics["response_length"] = sum(rollout.lengths) / M
+    metrics["finished"] = sum(sum(rollout.finished, [])) / M
+    return metrics
 
 
 # ---- the run
 
 
-def prompts_of(processor, records, args, skipped):
-    """Records -> Examples without answers, each once, their gold answers kept in the record."""
-    unique = {}
-    for r in records:
-        unique.setdefault(r.asked, r)
-    if len(unique) < len(records):
-        print(
-            f"{len(records) - len(unique)} rows repeat picture and prompt of another",
-            file=sys.stderr,
-        )
-    examples = data.encode_all(
-        processor, [replace(r, answers=()) for r in unique.values()], skipped
-    )
-    examples = data.with_room(processor, examples, args.max_new_tokens, skipped)
-    return [replace(e, record=unique[e.record.asked]) for e in examples]
-
-
-def main():
-    """Load, put reward and value network beside the policy, iterate, save, evaluate."""
-    args, begin = parse(), time.time()
-    device, dtype = training.device_and_dtype(args)
-    skipped = [] if args.skip_bad_rows else None
-    records = data.load(args.data, args.images, answers=1, skipped=skipped)
-    model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
-    processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    examples = prompts_of(processor, records, args, skipped)
-
-    settings = (
-        None if args.reward_model == "oracle" else checkpoints.load_reward(model, args.reward_model)
-    )
-    for name in ("template", "image_aspect") if settings else ():
+def load_reward_model(model, processor, folder):
+    """Put the reward model of a run folder beside the policy -> its settings."""
+    settings = adapters.load_reward(model, folder)
+    for name in ("template", "image_aspect"):
         if settings[name] != getattr(processor, name):
             raise BadInput(
-                f"--reward-model {args.reward_model} was trained with {name} {settings[name]}, "
+                f"--reward-model {folder} was trained with {name} {settings[name]}, "
                 f"and this run has {getattr(processor, name)}."
             )
-    records, facts = [e.record for e in examples], [[] for _ in examples]
+    return settings
+
+
+def facts_by_prompt(records, settings, args):
+    """{`Record.prompt_key`: captions of the image}; no captions where nobody reads them."""
+    texts = [[] for _ in records]
     if settings and settings["facts"] is not None:
         if args.facts is None and args.toy_world:
             args.facts = str(Path(args.toy_world) / "image_to_caption.json")
         if args.facts is None:
             raise BadInput(
-                f"--reward-model {args.reward_model} was trained with facts; --facts FILE is needed."
+                f"--reward-model {args.reward_model} was trained with facts; "
+                "--facts FILE is needed."
             )
-        facts = data.facts_for(records, data.captions(args.facts), args.missing_facts)
+        texts = facts_for(records, captions(args.facts), args.missing_facts)
     elif args.facts:
         raise BadInput(
             f"--facts is for a reward model that reads them; --reward-model is {args.reward_model}."
         )
-    scorer = Scorer(
-        model, processor, settings, {r.asked: known for r, known in zip(records, facts)}, args
-    )
-    scorer.check(examples)
-    out = training.start(args, "ppo", skipped)
-    report.show_start(processor, examples)
-    seconds = {"setup": time.time() - begin}
-    before = report.evaluate(model, processor, args, out / "before")
-    seconds["eval"] = time.time() - begin - seconds["setup"]
-    seconds |= {
-        "reference": 0.0,
-        "sample": 0.0,
-        "score": 0.0,
-    }  # the reference scores each iteration's answers in that iteration
+    return {record.prompt_key: row for record, row in zip(records, texts)}
 
-    model.prepare(args.lora_rank, projector=False)
+
+def add_value_network(model, args):
+    """An adapter and a head "value" that train: the reward model's adapter, and a head of zeros."""
+    if args.reward_model == "oracle":
+        add_adapter(model.llm, "value", args.lora_rank)
+        model.add_head("value")
+    else:
+        adapters.load_reward(model, args.reward_model, "value")
+    for p in model.parameters_of("value"):
+        p.requires_grad_(True)
+    for p in model.heads["value"].parameters():
+        torch.nn.init.zeros_(p)
+
+
+def main():
+    """Load, put reward and value network beside the policy, iterate, save, evaluate."""
+    args, clock = parse(), training.Clock()
+    toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
+    args.samples = args.samples or (TOY_SAMPLES if args.toy_world else SAMPLES)[args.advantage]
+    if args.reward_model is None:
+        args.reward_model = str(toy.reward_model(args.seed))
+
+    # ---- load data, model and reward model
+    device, dtype = training.device_and_dtype(args)
+    rows = dataset.read(
+        args.data,
+        args.images,
+        answers=1,
+        skip_bad_rows=args.skip_bad_rows,
+        unique=lambda record: record.prompt_key,
+    )
+    model, processor = checkpoints.load(
+        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+    )
+    examples = rows.encode(processor, prompts_only=True, room=args.max_new_tokens)
+    settings = None
+    if args.reward_model != "oracle":
+        settings = load_reward_model(model, processor, args.reward_model)
+    facts = facts_by_prompt([e.record for e in examples], settings, args)
+    reward = Reward(model, processor, settings, facts, args)
+    reward.check(examples)
+    out = training.start(args, "ppo", rows.skipped)
+    report.show_start(processor, examples)
+    clock.lap("setup")
+    before = report.evaluate_start(model, processor, args, out / "before")
+    clock.lap("eval")
+
+    # ---- choose what trains: the policy's LoRA, and the value network
+    model.prepare(
+        args.lora_rank, projector=False, gradient_checkpointing=args.gradient_checkpointing
+    )
     if args.advantage == "gae":
-        if settings:
-            checkpoints.load_reward(model, args.reward_model, "value")
-        else:
-            model.add_adapter("value", args.lora_rank)
-            model.add_head("value")
-        for p in model.parameters_of("value"):
-            p.requires_grad_(True)
-        for p in model.heads["value"].parameters():
-            torch.nn.init.zeros_(p)
-    if args.gradient_checkpointing:
-        model.llm.activation_checkpointing_enable({"use_reentrant": False})
+        add_value_network(model, args)
+
+    # ---- train
+    model.train()
     optimizer = training.optimizer_for(model, args.lr, 0.0)
     steps = args.steps or math.ceil(training.total_steps(args, len(examples)) / args.minibatches)
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
+    clock.lap("setup")
     for step in range(first, steps):
-        step_begin = time.time()
-        batches = [
-            training.batch_of(step * args.minibatches + i, args, len(examples))
-            for i in range(args.minibatches)
-        ]
+        numbers = range(step * args.minibatches, (step + 1) * args.minibatches)
+        batches = [training.batch_of(number, args, len(examples)) for number in numbers]
         prompts = [examples[i] for batch in batches for micro in batch for i in micro]
-        factor = min(1.0, (step + 1) / 5) * training.schedule(
-            step, steps, warmup=0
-        )  # cosine, 5 iterations of warm-up
-        metrics = iterate(model, processor, prompts, scorer, optimizer, factor, args, step)
-        metrics["lr"], metrics["step_seconds"] = args.lr * factor, time.time() - step_begin
-        seconds["sample"] += metrics["seconds/sample"]
-        seconds["score"] += metrics["seconds/score"]
+        metrics = {}
+
+        # 1. sample
+        rollout = sample(model, processor, prompts, args, step)
+        metrics["seconds/sample"] = clock.lap("sample")
+
+        # 2. score
+        terms = reward.terms(rollout, step)  # {name: (M,)}
+        scores = sum(terms.values())  # (M,)
+
+        # 3. KL
+        rollout = score_tokens(model, processor, rollout, args)
+        kl = kl_of(rollout.log_probs, rollout.reference, args.kl)  # (N,)
+        metrics["seconds/score"] = clock.lap("score")
+
+        # 4. GAE, 5. whitening
+        rollout = advantages_of(rollout, scores, kl, args)
+
+        # 6. update: 5 iterations of warm-up, times a cosine
+        factor = min(1.0, (step + 1) / 5) * training.schedule(step, steps, warmup=0)
+        metrics |= update(model, processor, optimizer, factor, rollout, args, step)
+        metrics["seconds/train"] = clock.lap("train")
+
+        # 7. log
+        metrics |= rollout_metrics(rollout, terms)
+        metrics["lr"] = args.lr * factor
+        metrics["step_seconds"] = sum(metrics[f"seconds/{n}"] for n in ("sample", "score", "train"))
         log(step, ["objective/scores", "objective/kl", "response_length"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
             training.save_checkpoint(out, step + 1, model, optimizer)
-    seconds["train"] = time.time() - begin - sum(seconds.values())
+    model.eval()
+    clock.lap("train")
 
+    # ---- save, evaluate
     training.save_result(out, model, processor, args)
     after = report.evaluate(model, processor, args, out / "after")
-    seconds["eval"] += time.time() - begin - sum(seconds.values())
-    report.finish(out, before, after, seconds, args)
+    clock.lap("eval")
+    report.finish(out, before, after, clock.seconds, args)
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

@@ -1,47 +1,78 @@
-"""A reward model: which of two answers is better, learned from pairs, with facts about the picture at hand (Fact-RLHF).
+"""A reward model: which of two answers is better, learned from pairs, with facts about the image.
 
-    L = -log sigmoid(r(x, y+) - r(x, y-)) + 1e-3 |mean(r(x, y+) + r(x, y-))|                   x = image and prompt
+    L = -log sigmoid(r(x, y+) - r(x, y-)) + 1e-3 |mean(r(x, y+) + r(x, y-))|    x = image and prompt
 
-The first term is Amirloo et al. 2024, eq. 1; the second, in the code of Sun et al. 2023, keeps rewards near 0. r is a linear
-head on the last hidden state of what the model reads:
+The first term is Amirloo et al. 2024, eq. 1. The second keeps rewards near 0; it is in the code of
+Sun et al. 2023 (Fact-RLHF). r is a linear head on the last hidden state of what the model reads:
 
-    prompt with image | answer | USER: Rate this answer. Is all of it in the picture? The picture shows: - ... - ...
-                                 Is it helpful? Is the language right? Is it too long? ASSISTANT:
-                                                                                                ^ r is read here
+    prompt with image | answer | USER: Rate this answer. Is all of it in the picture?
+                                 The picture shows: - ... - ... Is it helpful?
+                                 Is the language right? Is it too long? ASSISTANT:
+                                                                                 ^ r is read here
 
-The descriptions are captions of the picture written by people (--facts). They make up for a reward model that sees no better
-than the policy it judges: it can look up what it would otherwise have to see. The policy never reads them.
+The facts are captions of the image written by people (--facts). They make up for a reward model
+that sees no better than the policy it judges: it can look up what it would otherwise have to see.
+The policy never reads them.
 
-    python reward_model.py                                                # toy world, CPU, minutes
-    python reward_model.py --model LLAVA-RLHF-SFT --data llava_7b_v1_preference.json --images DIR --facts image_to_caption.json
-    python ppo.py --model LLAVA-RLHF-SFT --data ... --reward-model runs/reward_model-0       # what it is for
+    python reward_model.py                                             # toy world, CPU, minutes
+    python reward_model.py --model LLAVA-RLHF-SFT --data llava_7b_v1_preference.json \\
+        --images DIR --facts image_to_caption.json
+    python ppo.py --model LLAVA-RLHF-SFT --data ... --reward-model runs/reward_model-0
 
-It starts from the supervised model: LoRA on the LLM and a fresh head train, tower and projector do not. The folder of the run
-holds adapter/ (PEFT), head.safetensors and reward.json; `checkpoints.load_reward` puts them on the base they were trained on.
+Training starts from the supervised model. LoRA on the LLM and a new head train; tower and projector
+do not. The run folder holds adapter/ (PEFT), head.safetensors and reward.json. `load_reward` of
+formats/adapters.py puts them on the base that they were trained on.
+
+One step:
+1. batch   pairs, each answer followed by its evaluation turn, each pair one row
+2. score   r of both answers
+3. loss    and its gradient
+4. step    clip the gradient, update
+5. log
+
 Step 0 must print a loss near ln 2 = 0.69 and an accuracy near .5.
-Toy data are truth against corrupted truth (povid.json, povid_seen.json), and one caption is read at a time. Over three seeds the
-held-out accuracy there is .81 and .78, and .71 on ranked samples of the base, which it never saw (.84, .85 and .73 with --no-facts);
-after --steps 1500 it is .87, .90 and .78 (.90, .90 and .78). Here facts do not help, for the base sees what the captions tell, and
-the longer row takes longer to learn. Trained on the ranked samples themselves, in a trial of 150 steps, it learned little more than
-that short answers are better. Seeds differ by whether 500 steps were enough to learn when "Yes" and "No" are wrong. In no pair an
-omission loses, so omissions are not punished.
+
+The toy data are the truth against a corrupted truth (povid.json, povid_seen.json), and one caption
+is read at a time. Held-out accuracy over three seeds (the last column are ranked samples of the
+base, which the reward model never saw):
+
+                                        povid.json   povid_seen.json   ranked samples
+    500 steps, the default                 .81             .78              .71
+    500 steps, --no-facts                  .84             .85              .73
+    --steps 1500                           .87             .90              .78
+    --steps 1500 --no-facts                .90             .90              .78
+
+Here facts do not help: the base sees what the captions say, and the longer row takes longer to
+learn. Trained on the ranked samples themselves, in a trial of 150 steps, it learned little more
+than that short answers are better. Seeds differ in whether 500 steps were enough to learn when
+"Yes" and "No" are wrong. No pair penalises an omission, so the reward model does not either.
 
 Choices where the papers are silent, and deviations:
-1. The wording of the evaluation turn is ours, and r is read at the cue of its answer; the original writes some words of it.
-2. Both answers share one row with prompt and image: the same scores as one by one. The turn is part of each answer's segment.
+1. The wording of the evaluation turn is ours, and r is read where its answer would begin. The
+   original writes some words of that answer.
+2. Both answers share one row with prompt and image: the same scores as one by one. The evaluation
+   turn is part of each answer's segment.
 3. LoRA has alpha = 2 rank, here as everywhere in this project; the original has rank 64, alpha 16.
-4. The mean of the centring term is over the pairs of a forward pass, as there over those of a device.
-5. AdamW without weight decay, clipping at 1 (there paged, .3). One epoch; the original was stopped at step 200: --steps.
+4. The mean of the centring term is over the pairs of a forward pass; the original's is over those
+   of a device.
+5. AdamW without weight decay, clipping at 1 (the original: paged AdamW, .3). The learning rate is
+   constant after a warm-up of 3 %, as in both papers. One epoch; the original was stopped at step
+   200: --steps.
 6. --max-facts reads some of the captions, drawn anew each time; the original reads all five.
-7. Of multiple-choice questions the facts are their rationales (`aok_<file>`) where the file has them, else the captions.
+7. The facts of a multiple-choice question are its rationales (`aok_<file>`) where the file of
+   --facts has them, else the captions.
 
-Metrics: `loss`; `rewards/chosen`, `rewards/rejected` = r(x, y+), r(x, y-); `rewards/margins` their difference;
-`rewards/accuracies` share of pairs with a positive one; `grad_norm` before clipping; `step_seconds`.
-metrics.json, for each data file, of pairs whose pictures were not trained on: `accuracy`; `loss`; `calibration`: of pairs in which
-the model gives its favourite a probability between the bin's bounds, how many, their mean probability and the share in
-which the favourite was the preferred one (equal in a calibrated model); `length_correlation` of r with the answer's
-tokens over all answers; `longer_preferred` and `longer_favoured`: share of pairs in which the longer answer is the annotator's
-choice, and the model's (alike, or the model counts words).
+Metrics: `loss`; `rewards/chosen`, `rewards/rejected` = r(x, y+), r(x, y-); `rewards/margins` is
+their difference, `rewards/accuracies` the share of pairs in which it is positive. `grad_norm` is
+measured before clipping; `step_seconds` is the whole step.
+
+metrics.json has, for each data file, figures of the pairs whose images were not trained on:
+`accuracy`; `loss`; `mean` and `std` of r over all answers; `length_correlation` of r with the
+number of tokens over all answers; `longer_preferred`, `longer_favoured`: the share of pairs in
+which the longer answer is the annotator's choice, and the model's (should match; otherwise the
+model rewards length). `calibration`: of the pairs in which the model gives its favourite a
+probability between the bounds of a bin, how many they are, their mean probability, and the share in
+which the favourite is the preferred answer (equal in a calibrated model).
 """
 
 import math
@@ -55,10 +86,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoints
-import data
 import training
-from model import BadInput, last_tokens
+from common import BadInput, Parser, Progress, not_negative, positive_int, run, write_json
+from facts import evaluation_turn, facts_for, last_tokens, longest_facts, with_evaluation
+from formats import adapters, checkpoints, dataset
+from formats.layouts import captions
+from lab import toy
+from lora import add_adapter
 
 TOY = {
     "data": ["povid.json", "povid_seen.json"],
@@ -71,160 +105,180 @@ TOY = {
     "max_facts": 1,
     "save_every": 0,
 }
-QUESTION = "Rate this answer.\nIs all of it in the picture?{facts}\nIs it helpful?\nIs the language right?\nIs it too long?"
+QUESTION = (  # the evaluation turn; {facts} is FACTS and the captions, a bullet a line
+    "Rate this answer.\nIs all of it in the picture?{facts}\nIs it helpful?\n"
+    "Is the language right?\nIs it too long?"
+)
 FACTS = " The picture shows:"
-BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the calibration
 
 
 def parse():
     """The command line."""
-    parser = training.Parser(__doc__)
+    parser = Parser(__doc__)
     training.add_training_flags(
         parser, lr=2e-5, projector_lr=0.0, lora_rank=64, epochs=1, batch_size=32
     )
-    group = parser.add_argument_group("reward model")
-    group.add_argument(
+    flag = parser.add_argument_group("reward model").add_argument
+    flag(
         "--facts",
         metavar="FILE",
-        help="image_to_caption.json: captions of each picture, for the evaluation turn",
+        help="image_to_caption.json: captions of each image, for the evaluation turn",
     )
-    group.add_argument(
+    flag(
         "--no-facts",
         action="store_true",
         help="the plain reward model: an evaluation turn without captions",
     )
-    group.add_argument(
+    flag(
         "--missing-facts",
         default="refuse",
         choices=("refuse", "count"),
-        help="a picture without captions stops the run, or is counted (default %(default)s)",
+        help="an image without captions stops the run, or is counted (default %(default)s)",
     )
-    group.add_argument(
+    flag(
         "--max-facts",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="captions read at a time, drawn anew each time (default: all)",
     )
-    group.add_argument(
+    flag(
         "--held-out",
-        type=int,
+        type=positive_int,
         default=500,
         metavar="N",
-        help="pairs of each file not trained on, whole pictures, until it is N or a fifth (paper %(default)s)",
+        help="pairs of each file not trained on, whole images, until it is N or a fifth "
+        "(paper %(default)s)",
     )
-    group.add_argument(
+    flag(
         "--test-data",
         action="append",
         default=[],
         metavar="FILE",
-        help="pairs to report on, those whose pictures are not trained on; may be repeated",
+        help="pairs to report on, those whose images are not trained on; may be repeated",
     )
-    group.add_argument(
+    flag(
         "--centre",
-        type=float,
+        type=not_negative,
         default=1e-3,
         help="weight of the term that keeps rewards near 0 (paper %(default)s)",
     )
-    args = training.parse(parser, TOY)
+    args = training.parse(parser)
     if args.facts and args.no_facts:
         raise BadInput("--facts and --no-facts exclude each other.")
-    if args.toy_world and not (args.facts or args.no_facts):
-        args.facts = str(Path(args.toy_world) / "image_to_caption.json")
-    if not (args.facts or args.no_facts):
+    if args.model and not (args.facts or args.no_facts):
         raise BadInput(
-            "--facts FILE (captions of the pictures, as in image_to_caption.json) or --no-facts is needed."
+            "--facts FILE (captions of the images, as in image_to_caption.json) "
+            "or --no-facts is needed."
         )
     if not (args.lora_rank and args.lr) or args.projector_lr or args.merge:
         raise BadInput(
             "a reward model is LoRA and a head beside a frozen base: --lora-rank and --lr above 0, "
             "no --projector-lr, no --merge."
         )
-    if args.no_facts:
-        args.max_facts = None
-    if args.max_facts is not None and args.max_facts < 1:
-        raise BadInput(f"--max-facts is {args.max_facts}; 1 or more is accepted.")
-    if args.held_out < 1 or not (math.isfinite(args.centre) and args.centre >= 0):
-        raise BadInput(
-            f"--held-out {args.held_out} must be 1 or more, --centre {args.centre} 0 or more."
-        )
     return args
 
 
-# ---- the loss
+# ---- what is read, the scores, the loss
+
+
+def collate(processor, examples, facts, rng, max_facts=None):
+    """Pairs -> Batch: an evaluation turn follows each answer, the same for both answers of a pair.
+
+    facts: {`Record.prompt_key`: captions of the image}.
+    """
+    with_turns = []
+    for example in examples:
+        captions_of = facts[example.record.prompt_key]
+        turn = evaluation_turn(QUESTION, FACTS, captions_of, rng, max_facts)
+        with_turns.append(with_evaluation(processor, example, turn))
+    return processor.collate(with_turns)
+
+
+def check_lengths(processor, examples, facts, max_facts=None):
+    """Refuse now what does not fit into the context later: each pair with its longest captions."""
+    for example in examples:
+        longest = longest_facts(processor, facts[example.record.prompt_key], max_facts)
+        turn = evaluation_turn(QUESTION, FACTS, longest, random.Random(0))
+        with_evaluation(processor, example, turn)
+
+
+def score(model, batch):
+    """r(x, y+) and r(x, y-) of B pairs, (2, B). To be called inside `model.use("reward")`."""
+    return model.values(batch, last_tokens(batch), "reward").view(-1, 2).T
 
 
 def reward_loss(chosen, rejected, centre):
-    """Scores of the preferred and of the other answers, (B,) each -> loss of each pair (B,), their centring term ()."""
+    """Scores of the preferred and of the other answers, (B,) each.
+
+    -> loss of each pair (B,), their centring term ().
+    """
     losses = -F.logsigmoid(chosen - rejected)  # eq. 1
     return losses, centre * (chosen + rejected).mean().abs()
 
 
-# ---- what it reads
+# ---- what is held out
 
 
-def picture_of(record):
-    """What pairs are held out by. Pictures inside parquet and tsv files count as different ones, row by row."""
+def image_of(record):
+    """What pairs are held out by: the image, or the dialogue where there is none.
+
+    Images inside parquet and tsv files count as different ones, row by row.
+    """
     return record.image if record.image is not None else record.turns
 
 
 def held_out_split(files, count, seed):
-    """Lists of records, one a data file -> for each the places of (training pairs, held-out pairs).
+    """Records of each data file -> for each file the places of (training pairs, held-out pairs).
 
-    Whole pictures are held out, the same in all files, until each file has `count` such pairs or a fifth of its own.
+    Whole images are held out, the same in all files, until each file has `count` such pairs or a
+    fifth of its own.
     """
-    pictures = {}  # picture -> [(file, place)]
+    by_image = {}  # image -> [(number of the file, place in it)]
     for number, records in enumerate(files):
-        for place, r in enumerate(records):
-            pictures.setdefault(picture_of(r), []).append((number, place))
-    order, split = list(pictures.values()), [([], []) for _ in files]
-    random.Random(f"{seed}/held out").shuffle(order)
-    for rows in order:
-        wanted = any(len(split[n][1]) < min(count, len(files[n]) // 5) for n, _ in rows)
+        for place, record in enumerate(records):
+            by_image.setdefault(image_of(record), []).append((number, place))
+    images = list(by_image.values())
+    random.Random(f"{seed}/held out").shuffle(images)
+
+    split = [([], []) for _ in files]
+    for rows in images:
+        hold_out = any(len(split[n][1]) < min(count, len(files[n]) // 5) for n, _ in rows)
         for number, place in rows:
-            split[number][wanted].append(place)
+            split[number][hold_out].append(place)
     for records, (train, held) in zip(files, split):
         if not held or not train:
             raise BadInput(
-                f"{records[0].where}: {len(records)} pairs are too few to hold pictures out."
+                f"{records[0].where}: {len(records)} pairs are too few to hold images out."
             )
     return [(sorted(train), sorted(held)) for train, held in split]
 
 
 def not_trained_on(records, trained):
-    """Places of the test records whose pictures are in none of the training records."""
-    known = {picture_of(r) for r in trained}
-    places = [i for i, r in enumerate(records) if picture_of(r) not in known]
+    """Places of the test records whose images are in none of the training records."""
+    known = {image_of(r) for r in trained}
+    places = [i for i, r in enumerate(records) if image_of(r) not in known]
     if not places:
-        raise BadInput(f"{records[0].where}: --test-data has only pictures that are trained on.")
+        raise BadInput(f"{records[0].where}: --test-data has only images that are trained on.")
     return places
 
 
-class Reader:
-    """Scores pairs: example i with its evaluation turn, in packed rows."""
-
-    def __init__(self, model, processor, examples, facts, max_facts=None):
-        self.model, self.processor, self.examples = model, processor, examples
-        self.facts, self.max_facts = facts, max_facts
-
-    def rated(self, i, rng):
-        """Example i as the reward model reads it."""
-        return self.processor.rated(self.examples[i], self.turn(i, rng))
-
-    def longest(self, i):
-        """The same with its longest captions."""
-        facts = data.longest_facts(self.processor, self.facts[i], self.max_facts)
-        return self.processor.rated(
-            self.examples[i], data.evaluation(QUESTION, FACTS, facts, random.Random(0))
+def divide(files, args):
+    """Examples of each file, --data then --test-data -> (to train on, {file: to report on})."""
+    data, test_data = files[: len(args.data)], files[len(args.data) :]
+    train, held = [], {}
+    split = held_out_split([[e.record for e in file] for file in data], args.held_out, args.seed)
+    for path, examples, (to_train, to_hold) in zip(args.data, data, split):
+        train += [examples[i] for i in to_train]
+        held[path] = [examples[i] for i in to_hold]
+    for path, examples in zip(args.test_data, test_data):
+        unseen = not_trained_on([e.record for e in examples], [e.record for e in train])
+        held[path] = [examples[i] for i in unseen]
+        print(
+            f"{path}: {len(unseen)} of {len(examples)} pairs have images that are not trained on",
+            file=sys.stderr,
         )
-
-    def turn(self, i, rng):
-        """Its evaluation turn."""
-        return data.evaluation(QUESTION, FACTS, self.facts[i], rng, self.max_facts)
-
-    def scores(self, places, rng):
-        """r(x, y+), r(x, y-) of these examples, (B,) each. To be called inside `model.use("reward")`."""
-        batch = self.processor.collate([self.rated(i, rng) for i in places]).to(self.model.device)
-        return self.model.values(batch, last_tokens(batch), "reward").view(-1, 2).T
+    return train, held
 
 
 # ---- held-out figures
@@ -237,142 +291,159 @@ def correlation(a, b):
     return round(float(a @ b / norm), 4) if norm > 0 else 0.0
 
 
+def share(hits):
+    """The mean of (n,), rounded; None without any."""
+    return round(float(hits.float().mean()), 4) if len(hits) else None
+
+
 def figures(chosen, rejected, lengths):
-    """Scores (n,) of held-out pairs, and tokens (n, 2) of their answers -> what metrics.json holds of a data file."""
-    margin, longer = chosen - rejected, (lengths[:, 0] - lengths[:, 1]).sign()
-    p, right = margin.abs().sigmoid(), (margin > 0).float()
+    """What metrics.json holds of one data file.
+
+    Scores of its held-out pairs, (n,) each, and the tokens of their answers (n, 2).
+    """
+    margin = chosen - rejected
+    p = margin.abs().sigmoid()  # the probability of the model's favourite
+    right = (margin > 0).float()
+    longer = (lengths[:, 0] - lengths[:, 1]).sign()  # 1: the preferred answer is the longer one
     unequal = longer != 0
-    share = lambda hits: round(float(hits.float().mean()), 4) if len(hits) else None
+    scores = torch.cat([chosen, rejected])
+
     calibration = []
     for low, high in zip(BINS, BINS[1:]):
         inside = (p >= low) & (p < high if high < 1 else p <= high)
-        row = {"from": low, "to": high, "n": int(inside.sum())}
-        calibration.append(row | {"predicted": share(p[inside]), "observed": share(right[inside])})
+        calibration.append(
+            {
+                "from": low,
+                "to": high,
+                "n": int(inside.sum()),
+                "predicted": share(p[inside]),
+                "observed": share(right[inside]),
+            }
+        )
     return {
         "n": len(margin),
         "accuracy": share(right),
         "loss": round(float(-F.logsigmoid(margin).mean()), 4),
         "calibration": calibration,
-        "length_correlation": correlation(
-            torch.cat([chosen, rejected]), lengths.T.flatten().float()
-        ),
+        "length_correlation": correlation(scores, lengths.T.flatten().float()),
         "longer_preferred": share(longer[unequal] > 0),
         "longer_favoured": share((longer * margin)[unequal] > 0),
-        "mean": round(float(torch.cat([chosen, rejected]).mean()), 4),
-        "std": round(float(torch.cat([chosen, rejected]).std(correction=0)), 4),
+        "mean": round(float(scores.mean()), 4),
+        "std": round(float(scores.std(correction=0)), 4),
     }
 
 
 @torch.no_grad()
-def evaluate(reader, held, args, label):
-    """{data file: figures} of its held-out pairs; the same shuffles of captions every time."""
-    found = {}
-    progress = training.Progress(label, sum(map(len, held.values())))
-    done = 0
-    for path, places in held.items():
-        rng, scores = random.Random(f"{args.seed}/{path}"), []
-        for at in range(0, len(places), args.batch_size):
-            with reader.model.use("reward"):
-                scores.append(
-                    torch.stack(list(reader.scores(places[at : at + args.batch_size], rng))).cpu()
-                )
-            done += len(places[at : at + args.batch_size])
+def evaluate(model, processor, held, facts, args, label):
+    """{data file: figures of its held-out pairs}; the same captions are drawn every time."""
+    result, done = {}, 0
+    progress = Progress(label, sum(map(len, held.values())))
+    for path, examples in held.items():
+        rng = random.Random(f"{args.seed}/{Path(path).name}")
+        scores = []
+        for start in range(0, len(examples), args.batch_size):
+            part = examples[start : start + args.batch_size]
+            batch = collate(processor, part, facts, rng, args.max_facts).to(model.device)
+            with model.use("reward"):
+                scores.append(score(model, batch).cpu())  # (2, B)
+            done += len(part)
             progress(done)
-        lengths = torch.tensor([[len(a) for a in reader.examples[i].answers] for i in places])
-        found[path] = figures(*torch.cat(scores, 1), lengths)
-    return found
+        chosen, rejected = torch.cat(scores, 1)  # (n,), (n,)
+        lengths = torch.tensor([[len(tokens) for tokens in e.answers] for e in examples])  # (n, 2)
+        result[path] = figures(chosen, rejected, lengths)
+    return result
 
 
 def table(before, after):
-    """Held-out figures as text: a line a data file, and its calibration."""
+    """Held-out figures as text: each data file with its calibration."""
     lines = []
     for path, f in after.items():
         lines.append(f"{path}: {f['n']} held-out pairs")
         for name in ("accuracy", "loss"):
             lines.append(f"  {name} {before[path][name]:.3f} -> {f[name]:.3f}")
         lines.append(
-            f"  score and length: correlation {f['length_correlation']:.2f}; the longer answer is preferred "
-            f"{f['longer_preferred'] or 0:.2f}, favoured {f['longer_favoured'] or 0:.2f}"
+            f"  score and length: correlation {f['length_correlation']:.2f}; the longer answer is "
+            f"preferred {f['longer_preferred'] or 0:.2f}, favoured {f['longer_favoured'] or 0:.2f}"
         )
         lines.append("  probability   pairs  predicted  observed")
         for row in f["calibration"]:
-            shown = (
-                f"{row['predicted']:9.2f} {row['observed']:9.2f}"
-                if row["n"]
-                else f"{'-':>9} {'-':>9}"
-            )
+            shown = f"{'-':>9} {'-':>9}"
+            if row["n"]:
+                shown = f"{row['predicted']:9.2f} {row['observed']:9.2f}"
             lines.append(f"  {row['from']:.1f} to {row['to']:.1f} {row['n']:8} {shown}")
     return "\n".join(lines)
 
 
 def main():
     """Load, hold out, train, evaluate, save."""
-    args, begin = parse(), time.time()
-    device, dtype = training.device_and_dtype(args)
-    skipped = [] if args.skip_bad_rows else None
-    model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
-    processor.max_length = min(args.max_length or processor.max_length, processor.max_length)
-    read = lambda path: data.encode_all(
-        processor, data.load([path], args.images, answers=2, skipped=skipped), skipped
-    )
-    files = [read(path) for path in args.data]
-    split = held_out_split([[e.record for e in found] for found in files], args.held_out, args.seed)
-    examples, train, held = [], [], {}
-    for path, found, (mine, others) in zip(args.data, files, split):
-        train += [len(examples) + i for i in mine]
-        held[path] = [len(examples) + i for i in others]
-        examples += found
-    trained = [examples[i].record for i in train]
-    for path in args.test_data:
-        found = read(path)
-        unseen = not_trained_on([e.record for e in found], trained)
-        print(
-            f"{path}: {len(unseen)} of {len(found)} pairs have pictures that are not trained on",
-            file=sys.stderr,
-        )
-        held[path] = [len(examples) + i for i in range(len(unseen))]
-        examples += [found[i] for i in unseen]
-    records = [e.record for e in examples]
-    facts = (
-        [[] for _ in records]
-        if args.no_facts
-        else data.facts_for(records, data.captions(args.facts), args.missing_facts)
-    )
-    reader = Reader(model, processor, examples, facts, args.max_facts)
-    for i in range(len(examples)):
-        reader.longest(i)  # what does not fit into the context is refused now
-    out = training.start(args, "reward_model", skipped, args.test_data)
-    print(
-        f"{len(train)} pairs to train on, {sum(map(len, held.values()))} held out", file=sys.stderr
-    )
-    print(f"evaluation turn: {reader.turn(0, random.Random(0))!r}", file=sys.stderr)
-    base_name = args.model
+    args, clock = parse(), training.Clock()
+    toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
+    if args.toy_world and not (args.facts or args.no_facts):
+        args.facts = str(Path(args.toy_world) / "image_to_caption.json")
+    if args.no_facts:
+        args.max_facts = None
 
-    model.prepare(llm=False, projector=False)
-    model.add_adapter("reward", args.lora_rank)
+    # ---- load data and model
+    device, dtype = training.device_and_dtype(args)
+    files = [
+        dataset.read([path], args.images, answers=2, skip_bad_rows=args.skip_bad_rows)
+        for path in [*args.data, *args.test_data]
+    ]
+    known = {} if args.no_facts else captions(args.facts)
+    model, processor = checkpoints.load(
+        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+    )
+    encoded = [rows.encode(processor) for rows in files]  # for each file its Examples
+    skipped = [row for rows in files for row in rows.skipped]
+
+    # ---- hold out whole images, find the captions of each image
+    train, held = divide(encoded, args)
+    used = [*train, *(e for examples in held.values() for e in examples)]
+    records = [e.record for e in used]
+    texts = [[] for _ in records]
+    if not args.no_facts:
+        texts = facts_for(records, known, args.missing_facts)
+    facts = {record.prompt_key: row for record, row in zip(records, texts)}
+    check_lengths(processor, used, facts, args.max_facts)
+    out = training.start(args, "reward_model", skipped, args.test_data)
+    turn = evaluation_turn(QUESTION, FACTS, texts[0], random.Random(0), args.max_facts)
+    print(f"{len(train)} pairs to train on, {len(used) - len(train)} held out", file=sys.stderr)
+    print(f"evaluation turn: {turn!r}", file=sys.stderr)
+
+    # ---- choose what trains: LoRA and the head
+    model.prepare(llm=False, projector=False, gradient_checkpointing=args.gradient_checkpointing)
+    add_adapter(model.llm, "reward", args.lora_rank)
     model.add_head("reward")
-    seconds = {"setup": time.time() - begin}
-    before = evaluate(reader, held, args, "held out, before")
-    seconds["eval"] = time.time() - begin - seconds["setup"]
-    model.train(args.gradient_checkpointing)
-    if args.gradient_checkpointing:
-        model.llm.activation_checkpointing_enable({"use_reentrant": False})
+    clock.lap("setup")
+    before = evaluate(model, processor, held, facts, args, "held out, before")
+    clock.lap("eval")
+
+    # ---- train
+    model.train()
     optimizer = training.optimizer_for(model, args.lr, 0.0)
     steps = training.total_steps(args, len(train))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
     for step in range(first, steps):
-        step_begin, metrics, rows = time.time(), Counter(), []
+        step_begin = time.time()
+        metrics = Counter()
+
+        # 1. batch
         micro_batches = training.batch_of(step, args, len(train))
         pairs = sum(map(len, micro_batches))
         for number, micro in enumerate(micro_batches):
+            rng = random.Random(f"{args.seed}/{step}/{number}")  # which captions, in which order
+            examples = [train[i] for i in micro]
+            batch = collate(processor, examples, facts, rng, args.max_facts).to(device)
+
             with model.use("reward"):
-                chosen, rejected = reader.scores(
-                    [train[i] for i in micro], random.Random(f"{args.seed}/{step}/{number}")
-                )
-                losses, centring = reward_loss(chosen, rejected, args.centre)
+                # 2. score
+                chosen, rejected = score(model, batch)  # (B,), (B,)
+
+                # 3. loss: the mean over all pairs of the step
+                losses, centring = reward_loss(chosen, rejected, args.centre)  # (B,), ()
                 ((losses.sum() + centring * len(micro)) / pairs).backward()
-            rows += [examples[train[i]].record.where for i in micro]
+
             for name, values in (
                 ("loss", losses + centring),
                 ("rewards/chosen", chosen),
@@ -381,23 +452,28 @@ def main():
                 ("rewards/margins", chosen - rejected),
             ):
                 metrics[name] += values.sum().item() / pairs
-        factor = min(
-            1.0, (step + 1) / math.ceil(0.03 * steps)
-        )  # constant after a warm-up, as both papers
-        metrics["grad_norm"] = training.optimizer_step(optimizer, factor, metrics["loss"], rows)
-        metrics["lr"], metrics["step_seconds"] = args.lr * factor, time.time() - step_begin
+
+        # 4. step
+        names = [train[i].record.where for micro in micro_batches for i in micro]
+        metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
+        factor = min(1.0, (step + 1) / math.ceil(0.03 * steps))
+        training.take_step(optimizer, factor)
+
+        # 5. log
+        metrics["lr"] = args.lr * factor
+        metrics["step_seconds"] = time.time() - step_begin
         log(step, ["loss", "rewards/accuracies", "rewards/margins"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
             training.save_checkpoint(out, step + 1, model, optimizer)
     model.eval()
-    seconds["train"] = time.time() - begin - sum(seconds.values())
+    clock.lap("train")
 
-    after = evaluate(reader, held, args, "held out, after")
-    seconds["eval"] += time.time() - begin - sum(seconds.values())
-    if args.resume:
-        shutil.rmtree(
-            out / "adapter", ignore_errors=True
-        )  # a run stopped after its last step had written it
+    # ---- evaluate, save
+    after = evaluate(model, processor, held, facts, args, "held out, after")
+    clock.lap("eval")
+    if args.resume:  # a run that was stopped after its last step had written it
+        shutil.rmtree(out / "adapter", ignore_errors=True)
     settings = {
         "question": QUESTION,
         "facts": None if args.no_facts else FACTS,
@@ -406,19 +482,19 @@ def main():
         "image_aspect": processor.image_aspect,
         "held_out": {path: after[path] for path in args.data},
     }
-    checkpoints.save_reward(model, out, base_name, settings)
-    training.write_json(out / "metrics.json", after)
-    seconds = {k: round(v, 1) for k, v in seconds.items()}
+    adapters.save_reward(model, out, args.model, settings)
+    write_json(out / "metrics.json", after)
+    seconds = {part: round(value, 1) for part, value in clock.seconds.items()}
     summary = {
         "before": {"reward": before},
         "after": {"reward": after},
         "seconds": seconds,
         "seed": args.seed,
     }
-    training.write_json(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     print(table(before, after))
     print(f"done in {sum(seconds.values()):.0f} s: {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

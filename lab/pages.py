@@ -33,6 +33,14 @@ BENCH = {
     "trl": "TRL 1.16",
     "trl-default": "TRL 1.16 with its default, gradient checkpointing",
 }
+GPU = [  # lab.bench_gpu: what, and its cells of `dpo.py`'s loop and of the plain way
+    ("LLaVA-1.5-7B, 1 pair", "step/1.5/b1", "naive/1.5/b1"),
+    ("LLaVA-1.5-7B, 4 pairs", "step/1.5/b4", "naive/1.5/b4"),
+    ("the same, checkpointing", "step/1.5/b4/checkpointing", "naive/1.5/b4/checkpointing"),
+    ("LLaVA-NeXT-7B, 1 pair", "step/next/b1", "naive/next/b1"),
+    ("LLaVA-NeXT-7B, 2 pairs", "step/next/b2", "naive/next/b2"),
+    ("LLaVA-NeXT-7B, 4 pairs, checkpointing", "step/next/b4/checkpointing", "naive/next/b4/checkpointing"),
+]  # fmt: skip
 
 
 def spread(values, digits):
@@ -131,7 +139,23 @@ def bench_table(bench):
     return markdown([*head, "peak MiB beside the weights"], lines)
 
 
-def blocks(cells, bench):
+def gpu_table(gpu):
+    """Seconds and peak memory of a DPO step on the GPU: `dpo.py`'s loop and the plain way."""
+    found = {row["cell"]: row for row in gpu}
+    lines = []
+    for what, ours, plain in GPU:
+        mine, theirs = found[ours], found[plain]
+        seconds = mine["seconds"][0], theirs["seconds"][0]
+        memory = mine["peak_gib"], theirs["peak_gib"]
+        lines.append(
+            [what, f"{seconds[0]:.2f}", f"{seconds[1]:.2f}", f"{seconds[1] / seconds[0]:.1f}",
+             f"{memory[0]:.1f}", f"{memory[1]:.1f}"]
+        )  # fmt: skip
+    head = ["", "s a step", "the plain way", "ratio", "peak GiB", "the plain way"]
+    return markdown(head, lines)
+
+
+def blocks(cells, bench, gpu):
     """The parts of README.md that are computed."""
     first = cells["dpo"]["0"]
     shown = report.table({"before": first["before"], "after": first["after"]})
@@ -140,6 +164,7 @@ def blocks(cells, bench):
         "first-run": f"```\n{shown}\n```",
         "results": f"{front_table(cells)}\n\n{findings}",
         "speed": bench_table(bench),
+        "gpu": gpu_table(gpu),
     }
 
 

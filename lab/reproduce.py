@@ -100,7 +100,8 @@ def write_pages(cells, folder):
     if folder.resolve() == ROOT / "results":
         bench = json.loads((folder / "bench.json").read_text())
         front = ROOT / "README.md"
-        text = pages.fill(front.read_text(encoding="utf-8"), pages.blocks(cells, bench))
+        gpu = json.loads((folder / "gpu.json").read_text())
+        text = pages.fill(front.read_text(encoding="utf-8"), pages.blocks(cells, bench, gpu))
         front.write_text(text, encoding="utf-8")
 
 

@@ -1,7 +1,6 @@
 """Another device gives the CPU's numbers: log-probs, gradients, samples, checkpoints, whole runs of the scripts.
 
-Skipped where there is no CUDA. `TEST_DEVICE=cpu` runs the same bodies on the CPU, which shows that they run, not that a GPU
-agrees. One model is built twice, on the CPU and on the device, in float32 without TensorFloat-32; what differs is rounding.
+Without CUDA the same bodies run on the CPU, which shows that they run, not that a GPU agrees. One model is built twice, on the CPU and on the device, in float32 without TensorFloat-32; what differs is rounding.
 """
 
 import json
@@ -37,9 +36,7 @@ import training
 from formats.anyres import AnyRes
 from model import MLLM, fused_log_probs, pack
 
-CUDA = torch.cuda.is_available()
-DEVICE = os.environ.get("TEST_DEVICE") or ("cuda" if CUDA else "")
-pytestmark = pytest.mark.skipif(not DEVICE, reason="no CUDA; TEST_DEVICE=cpu runs this on the CPU")
+DEVICE = os.environ.get("TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 ANYRES = AnyRes(((28, 56), (56, 28), (56, 56)), 28, 2)  # the tower of `build`: 2 patches a side
 
 
@@ -225,11 +222,13 @@ def test_reference_is_the_base(build, dtype):
     batch = pairs().to(DEVICE)
     start = there.log_probs(batch)[0]
     there.prepare(lora_rank=4)
-    assert torch.equal(there.log_probs(batch)[0], start)
+    # a GPU adds up in another order where LoRA flattens a layer's input
+    rounding = 1e-5 if dtype == torch.float32 else 0.1
+    assert (there.log_probs(batch)[0] - start).abs().max() <= rounding
     perturb(there)
-    assert (there.log_probs(batch)[0] - start).abs().max() > 1e-2
+    moved = (there.log_probs(batch)[0] - start).abs().max()
     with there.reference() as reference:
-        assert torch.equal(reference.log_probs(batch)[0], start)
+        assert (reference.log_probs(batch)[0] - start).abs().max() <= rounding < moved / 2
 
 
 # ---- sampling

@@ -293,7 +293,8 @@ def test_pages_are_those_of_the_results(cells):
     assert (ROOT / "results" / "README.md").read_text() == pages.results_page(cells)
     bench = json.loads((ROOT / "results" / "bench.json").read_text())
     readme = (ROOT / "README.md").read_text()
-    assert pages.fill(readme, pages.blocks(cells, bench)) == readme
+    gpu = json.loads((ROOT / "results" / "gpu.json").read_text())
+    assert pages.fill(readme, pages.blocks(cells, bench, gpu)) == readme
     first = cells["dpo"]["0"]
     assert report.table({"before": first["before"], "after": first["after"]}) in readme
     for row, seeds in cells.items():
