@@ -22,14 +22,14 @@ def attention_mask(segments, masked=None):
     that no row of the softmax is empty.
     """
     L = segments.shape[1]
-    see = (segments[:, :, None] == segments[:, None, :]) | (segments == 0)[:, None, :]
-    see &= torch.ones(L, L, dtype=torch.bool, device=segments.device).tril()
+    mask = (segments[:, :, None] == segments[:, None, :]) | (segments == 0)[:, None, :]
+    mask &= torch.ones(L, L, dtype=torch.bool, device=segments.device).tril()
     if masked is not None:
-        see &= ~masked[:, None, :] | torch.eye(L, dtype=torch.bool, device=segments.device)
-    return see[:, None]
+        mask &= ~masked[:, None, :] | torch.eye(L, dtype=torch.bool, device=segments.device)
+    return mask[:, None]
 
 
-def sliding_window(see, queries, keys, config):
+def sliding_window(mask, queries, keys, config):
     """Intersect a mask with the LLM's sliding window, by position id.
 
     (B, 1, Q, K), (B, Q), (B, K) -> a mask, or {kind of layer: mask} for an LLM that mixes kinds.
@@ -37,9 +37,9 @@ def sliding_window(see, queries, keys, config):
     layer_types = set(getattr(config, "layer_types", None) or ())
     width = getattr(config, "sliding_window", None)
     if not width or layer_types == {"full_attention"}:
-        return see
-    near = see & ((queries[:, :, None] - keys[:, None, :]) < width)[:, None]
-    return {"full_attention": see, "sliding_attention": near} if layer_types else near
+        return mask
+    near = mask & ((queries[:, :, None] - keys[:, None, :]) < width)[:, None]
+    return {"full_attention": mask, "sliding_attention": near} if layer_types else near
 
 
 def mask_and_prefix(batch, config, wanted=None, masked=None):
@@ -48,17 +48,17 @@ def mask_and_prefix(batch, config, wanted=None, masked=None):
     wanted: flat positions (N,) whose hidden states will be read; the prefix contains none of them.
     The prefix is 0 where anything is masked or a sliding window applies.
     """
-    see = attention_mask(batch.segments, masked)
-    windowed = sliding_window(see, batch.position_ids, batch.position_ids, config)
-    if windowed is not see or (masked is not None and masked.any()):
+    mask = attention_mask(batch.segments, masked)
+    windowed = sliding_window(mask, batch.position_ids, batch.position_ids, config)
+    if windowed is not mask or (masked is not None and masked.any()):
         return windowed, 0
 
-    L = see.shape[-1]
+    L = mask.shape[-1]
     shortest_prompt = int((batch.segments == 0).sum(1).min())
     first_wanted = L - 1  # the part after the prefix is never empty
     if wanted is not None and len(wanted):
         first_wanted = int((wanted % L).min())
-    return see, min(shortest_prompt, first_wanted)
+    return mask, min(shortest_prompt, first_wanted)
 
 
 @functools.cache
@@ -121,7 +121,7 @@ class LastBlock:
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def install(vision, llm):
+def install_attention(vision, llm):
     """Give both towers the attention of this file and no dropout. Refuse an LLM that is not h W^T.
 
     With dropout, policy and reference would differ at step 0.
@@ -142,7 +142,7 @@ def install(vision, llm):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
     llm.set_attn_implementation(prefix_attention())
-    # cuDNN's attention gave wrong gradients after a prefix in bfloat16: cosine .61 to .91 with those
-    # of float32, .999 with the flash and the memory-efficient kernel (H200, torch 2.11)
+    # cuDNN's attention gave wrong gradients after a prefix in bfloat16: cosine .61 to .91 with
+    # those of float32, .999 with the flash and the memory-efficient kernel (H200, torch 2.11)
     torch.backends.cuda.enable_cudnn_sdp(False)
     LastBlock.mix_into(llm.base_model.layers[-1])

@@ -10,18 +10,20 @@ corrupted text. An example with 3 of 36 image tokens visible:
     cut   This is a | kitchen. A red | cup is on the left. There is | a clock in the middle.
     y-    This is a kitchen. A red bowl is on the right. There is an oven on the left.
 
-Every sentence is completed after the true sentences before it, not after its rewritten ones. So
-all sentences are drawn at once, and y- leaves y+ and returns to it (Algorithm 1, our numbering):
+Every sentence is completed after the true sentences before it, not after the rewritten ones. So all
+sentences can be drawn at the same time, and y- differs from y+ only in parts. Algorithm 1, with
+line numbers of our own:
 
     1   for i = 1 .. N:
     2       hide each image token with probability rho_th
-    3       if i = N > 1:  return an answer without guidance
+    3       if i = N > 1:  draw an answer without guidance, return it
     4       for each sentence s_k of y+:
-    5           if it begins with "Yes" or "No", exchange them with probability .5
+    5           if it begins with "Yes" or "No", swap these with probability .5
     6           cut it at random:  s_k = (first part, rest)
-    7           y-_k = first part + pi(. | prompt, hidden image, y+_1 .. y+_k-1, first part),
-                up to a full stop or the end
-    8       return y- unless similarity(y-, y+) >= eps_s
+    7           y-_k = first part + a text drawn from pi(. | prompt, image with hidden tokens,
+                original sentences y+_1 .. y+_k-1, first part), up to a full stop or the end
+    8       y- = y-_1 y-_2 ...;  return it unless similarity(y-, y+) >= eps_s
+    9   return the last y-, even if it is similar
 
     python bdhs.py                  # toy world: preferences.json for `dpo.py --lr 3e-4`, a picture
     python bdhs.py --model llava-hf/llava-v1.6-vicuna-7b-hf --data povid.json --images DIR
@@ -30,15 +32,17 @@ all sentences are drawn at once, and y- leaves y+ and returns to it (Algorithm 1
 Memory: each sentence that is completed holds keys and values of its whole prompt, so the default
 --batch-size 32 is for small models.
 
-Online, the loss is DPO (eq. 3) on (y+, y-), or with --gamma and a given rejected answer Avg-DPO
-(eq. 5). The hidden image is for drawing only: policy and reference score both answers with the
-whole image. Step 0 must print loss ln 2 and rewards 0. One online step:
-1. batch   prompts with their y+
-2. draw    y- with the current policy (Algorithm 1)
-3. score   log pi and log pi_ref of both answers
-4. loss    and its gradient
+Online, the loss is DPO (eq. 3) on (y+, y-). With --gamma and a given rejected answer it is Avg-DPO
+(eq. 5): gamma L(y+, given) + (1 - gamma) L(y+, y-). The hidden tokens are for drawing only: policy
+and reference score both answers with the whole image. One online step:
+1. batch   prompts with their y+; for each micro-batch:
+2. draw        y- with the current policy (Algorithm 1)
+3. score       log pi and log pi_ref of both answers
+4. loss        and its gradient
 5. step    clip the gradient, update
 6. log
+
+At step 0 `rewards/margins` is 0 and the loss is ln 2 times the share of examples with a negative.
 
 Ablations: --rho 0: guidance only; --no-guidance: mask only; --noise-steps 500 --rho 0: BDHS_noise,
 diffused pixels instead of a mask (eq. 8, 9). POVID's image distortion is povid.py.
@@ -48,19 +52,20 @@ Choices where the paper is silent, and deviations:
    as many: rho_th = 1 - max(.01, 5.76 / T) for T tokens, .84 for the toy world's 36. A hidden token
    keeps its place: no other position attends to it, in no layer, during the whole generation, and
    no position id moves.
-2. A cut falls between words, each place equally likely: from no word to all but one are kept. An
-   exchanged "Yes" is always kept, otherwise the exchange would have no effect. "None" and "Not" are
-   not "No".
-3. A sentence ends at . ! or ? before white space, or at the end of a line; "1." begins one. A
-   completion ends at the first such mark.
-4. Similarity is by default the cosine of word counts, with the paper's eps_s = .97: an answer of n
-   different words counts as changed when one of them is another, for n up to 33, or two, for n up
-   to 66. --embedder takes the paper's sentence model.
-5. The paper gives no temperature: 1. Answers that still equal y+ after N tries are left out and
-   counted.
+2. A cut falls between words, each place equally likely: from no word to all but one are kept. A
+   swapped "Yes" is always kept, otherwise the swap would have no effect; a swapped sentence may be
+   kept whole. "None" and "Not" are not "No".
+3. A sentence ends at . ! or ? before white space, or at the end of a line; a list number such as
+   "1." does not end one. A completion ends at the first such mark.
+4. Similarity is by default the cosine of word counts, with the paper's eps_s = .97. With one of n
+   different words replaced it is 1 - 1/n, below .97 for n up to 33. --embedder takes the paper's
+   sentence model.
+5. The paper gives no temperature: 1. An answer that equals y+ after N tries, or is empty, is left
+   out and counted.
 
 Metrics: those of dpo.py; `negatives/similarity` to y+, `negatives/tries`, `negatives/words`;
-`negatives/equal`: share of the step's examples without a usable negative; they add no gradient.
+`negatives/equal`: share of the step's examples without a usable negative. They add no gradient and
+count as 0 in the means of the step.
 """
 
 import json
@@ -96,6 +101,7 @@ TOY = {
     "lora_rank": 16,
     "save_every": 0,
 }
+# an optional list number, then text up to . ! ? before white space, or to the end of a line
 SENTENCE = re.compile(r"(?:\d+\.\s+)?\S.*?(?:[.!?]+(?=\s|$)|(?=\n)|$)")
 END = re.compile(r"[.!?\n]")
 YES_NO = re.compile(r"(Yes|yes|No|no)\b")
@@ -184,7 +190,7 @@ def parse():
 class Negative:
     """A hallucinated answer y- and how it was made.
 
-    cuts: (start, cut, end) of each sentence, as places in y+; () without guidance.
+    cuts: (start, cut, end) of each sentence in characters of y+; [] without guidance.
     """
 
     text: str
@@ -201,16 +207,16 @@ class Negative:
 class Sentence:
     """One sentence of y+ on its way to y-.
 
-    text: y+ up to the sentence's end, with the sentence exchanged (Yes / No) or not; the sentence
-    begins at `start`, and what is after `cut` is drawn anew.
+    text: y+ up to the sentence's end, its "Yes" or "No" swapped or not. start, cut: characters of
+    `text`; the sentence begins at `start`, and what is after `cut` is drawn anew.
     """
 
     text: str
     start: int
     cut: int
     swapped: bool
-    given: torch.Tensor  # tokens of `text`
-    kept: int  # how many of them are kept
+    ids: torch.Tensor  # tokens that begin with `text`; without a swap, those of all of y+
+    n_kept: int  # how many of them spell text[:cut]
     completion: str = ""
 
 
@@ -228,18 +234,16 @@ class Drawer:
     def hallucinate(self, examples, seed):
         """y- for the first answer of each example -> a list of `Negative`, the same for a seed."""
         args, processor = self.args, self.processor
-        rng = random.Random(seed)  # of cuts and exchanges
-        bits = random.Random(seed).getrandbits(62)
-        generator = torch.Generator().manual_seed(bits)  # of masks and noise
-        bits = random.Random(f"{seed}/tokens").getrandbits(62)
-        token_generator = torch.Generator(self.model.device).manual_seed(bits)
+        rng = random.Random(seed)  # draws cuts and swaps
+        generator = seeded(seed)  # draws masks and noise, on the CPU
+        token_generator = seeded(f"{seed}/tokens", self.model.device)
         images = [processor.images([e]) for e in examples]
         negatives = [None] * len(examples)
-        left = list(range(len(examples)))  # numbers of the examples that still need one
+        remaining = list(range(len(examples)))  # numbers of the examples that still need one
 
         for i in range(1, args.tries + 1):  # line 1
-            answers = [examples[j].record.answers[0] for j in left]
-            prompts = [examples[j].prompt for j in left]
+            answers = [examples[j].record.answers[0] for j in remaining]
+            prompts = [examples[j].prompt for j in remaining]
 
             # line 2: the image that the model sees
             is_image = [p == processor.image_token_id for p in prompts]
@@ -247,26 +251,26 @@ class Drawer:
             if rho is None:
                 rho = default_rho(max(int(at.sum()) for at in is_image))
             masked = image_mask(prompts, processor.image_token_id, rho, generator)  # (B, P)
-            pixels = torch.cat([images[j][0] for j in left])
+            pixels = torch.cat([images[j][0] for j in remaining])
             pixels = diffuse(
                 pixels, args.noise_steps, processor.image_mean, processor.image_std, generator
             )
-            sizes = torch.cat([images[j][1] for j in left]) if processor.anyres else None
+            sizes = torch.cat([images[j][1] for j in remaining]) if processor.anyres else None
             view = (pixels, sizes, masked)
 
             guided = not (args.no_guidance or (args.tries > 1 and i == args.tries))
             if guided:  # lines 4 to 7
-                plans = [cut_sentences(examples[j], processor, rng) for j in left]
+                plans = [cut_sentences(examples[j], processor, rng) for j in remaining]
                 self.complete_sentences(prompts, plans, view, token_generator)
                 texts = [join(plan, answer) for plan, answer in zip(plans, answers)]
             else:  # line 3
-                plans = [[] for _ in left]
+                plans = [[] for _ in remaining]
                 texts = self.answer_freely(prompts, view, token_generator)
 
-            # line 8: keep what differs from y+, try the others again
+            # lines 8 and 9: what differs from y+ is final, the others are tried again
             similarities = self.similarity(texts, answers)
             again = []
-            for n, j in enumerate(left):
+            for n, j in enumerate(remaining):
                 hidden = masked[n, : len(prompts[n])][is_image[n]]
                 negatives[j] = Negative(
                     text=texts[n],
@@ -283,8 +287,8 @@ class Drawer:
                 )
                 if similarities[n] >= args.threshold or not texts[n]:
                     again.append(j)
-            left = again
-            if not left:
+            remaining = again
+            if not remaining:
                 break
         return negatives
 
@@ -293,41 +297,38 @@ class Drawer:
 
         Each sentence gets its `completion`, up to the first mark that ends a sentence.
         """
-        given, sentences = [], []  # of each prompt: (tokens, cuts), and the sentences of these cuts
-        for plan in plans:
-            by_text = {}  # sentences without an exchange are cuts of one and the same y+
-            for s in plan:
-                whole = s.cut == len(s.text) and END.search(s.text[-1])
-                if not whole:  # a sentence that is kept whole, with its mark, is complete
-                    by_text.setdefault(tuple(s.given.tolist()), []).append(s)
-            prefixes = []
-            for ids, group in by_text.items():
-                cuts = [s.kept for s in group]
-                prefixes.append((torch.tensor(ids[: max(cuts)], dtype=torch.long), cuts))
-            given.append(prefixes)
-            sentences.append(sum(by_text.values(), []))
-        if not any(given):
+        groups = [by_text(plan) for plan in plans]
+        if not any(groups):
             return
+        given = []  # for each prompt: texts that answers begin with, and where these are cut
+        for group in groups:
+            cuts = [[s.n_kept for s in sentences] for sentences in group]
+            texts = [sentences[0].ids[: max(n)] for sentences, n in zip(group, cuts)]
+            given.append(list(zip(texts, cuts)))
 
         stop = [*self.processor.stop_ids, *self.sentence_ends]
-        drawn = self.sample(prompts, view, stop, generator, given)
-        stop_ids = torch.tensor(self.processor.stop_ids)
+        drawn = self.draw(prompts, view, stop, generator, given)
+        for group, answers in zip(groups, drawn):
+            # `sample` returns the answers in the order of the texts and their cuts
+            for s, ids in zip(sum(group, []), answers):
+                s.completion = self.first_end(s.ids[: s.n_kept], ids)
+
+    def first_end(self, kept, drawn):
+        """Kept and drawn token ids -> the text of the drawn ones up to the first sentence end."""
         decode = self.processor.tokenizer.decode
-        for group, answers in zip(sentences, drawn):
-            for s, new in zip(group, answers):
-                kept, new = s.given[: s.kept], new[~torch.isin(new, stop_ids)]
-                begun = decode(kept, skip_special_tokens=False)
-                text = decode(torch.cat([kept, new]), skip_special_tokens=False)[len(begun) :]
-                leading = len(text) - len(text.lstrip())
-                end = END.search(text, leading)
-                s.completion = text[: end.end()].rstrip("\n") if end else text
+        drawn = drawn[~torch.isin(drawn, torch.tensor(self.processor.stop_ids))]
+        begun = decode(kept, skip_special_tokens=False)
+        text = decode(torch.cat([kept, drawn]), skip_special_tokens=False)[len(begun) :]
+        leading = len(text) - len(text.lstrip())  # a line break there ends nothing
+        end = END.search(text, leading)
+        return text[: end.end()].rstrip("\n") if end else text
 
     def answer_freely(self, prompts, view, generator):
         """Draw one answer to each prompt, without guidance -> texts."""
-        drawn = self.sample(prompts, view, self.processor.stop_ids, generator)
+        drawn = self.draw(prompts, view, self.processor.stop_ids, generator)
         return [self.processor.text(tokens) for (tokens,) in drawn]
 
-    def sample(self, prompts, view, stop_ids, generator, given=None):
+    def draw(self, prompts, view, stop_ids, generator, given=None):
         """Token sequences drawn after the prompts, seen through `view` (pixels, sizes, masked)."""
         pixels, sizes, masked = view
         samples = sample(
@@ -344,6 +345,26 @@ class Drawer:
             image_sizes=sizes,
         )
         return samples.tokens
+
+
+def seeded(seed, device="cpu"):
+    """A generator of random numbers from a seed of any kind."""
+    bits = random.Random(seed).getrandbits(62)
+    return torch.Generator(device).manual_seed(bits)
+
+
+def by_text(plan):
+    """The sentences that are to be completed, grouped by the tokens that they are cuts of.
+
+    Sentences without a swap are cuts of one and the same y+. A sentence that is kept whole with its
+    mark, needs no completion.
+    """
+    groups = {}
+    for s in plan:
+        whole = s.cut == len(s.text) and END.search(s.text[-1])
+        if not whole:
+            groups.setdefault(tuple(s.ids.tolist()), []).append(s)
+    return list(groups.values())
 
 
 # ---- line 2: what the model sees
@@ -364,7 +385,7 @@ def image_mask(prompts, image_token_id, rho_th, generator):
 
 
 def cut_sentences(example, processor, rng):
-    """Split y+ into sentences, exchange Yes and No in half of those that begin so, cut each."""
+    """Split y+ into sentences, swap Yes and No in half of those that begin so, cut each."""
     answer, plan = example.record.answers[0], []
     ids = example.answers[0][:-1]  # without the end token
     starts = word_starts(ids, answer, processor.tokenizer)
@@ -377,14 +398,14 @@ def cut_sentences(example, processor, rng):
             swapped = processor.encode(replace(example.record, answers=(text,)))
             tokens = swapped.answers[0][:-1]
             places = word_starts(tokens, text, processor.tokenizer).items()
-            # at least the exchanged word is kept
+            # at least the swapped word is kept
             places = [(c, n) for c, n in places if c > start] + [(len(text), len(tokens))]
             cut, kept = rng.choice(places)
             plan.append(Sentence(text, start, cut, True, tokens, kept))
         else:
-            # the place before a sentence's first word is the end of the sentence before it
-            before = max((c for c in starts if c <= start), default=0)
-            places = [(c, n) for c, n in starts.items() if before <= c < end]
+            # no word kept: that place is the end of the sentence before, as white space is not kept
+            no_word = max((c for c in starts if c <= start), default=0)
+            places = [(c, n) for c, n in starts.items() if no_word <= c < end]
             cut, kept = rng.choice(places)
             plan.append(Sentence(answer[:end], start, max(cut, start), False, ids, kept))
     return plan
@@ -415,9 +436,9 @@ def join(plan, answer):
     """The sentences with their new ends, between them the white space of y+."""
     text, done = "", 0
     for s, (start, end) in zip(plan, split_sentences(answer)):
-        kept = s.text[s.start : s.cut]
+        beginning = s.text[s.start : s.cut]
         text += answer[done:start] if text else ""
-        text += kept + (s.completion if kept else s.completion.lstrip())
+        text += beginning + (s.completion if beginning else s.completion.lstrip())
         done = end
     return text.strip()
 
@@ -568,8 +589,8 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta):
     """
     reward_chosen = beta * (logp_chosen - ref_chosen)
     reward_rejected = beta * (logp_rejected - ref_rejected)
-    h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
-    losses = -F.logsigmoid(beta * h)  # eq. 3
+    margin = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)  # h
+    losses = -F.logsigmoid(beta * margin)  # eq. 3
     return losses, reward_chosen.detach(), reward_rejected.detach()
 
 
@@ -578,7 +599,7 @@ def with_negatives(examples, negatives, processor):
 
     Left out where y- is empty or has the tokens of y+.
     """
-    kept = []
+    usable = []
     for example, negative in zip(examples, negatives):
         if not negative.text:
             continue
@@ -587,8 +608,8 @@ def with_negatives(examples, negatives, processor):
             continue
         answers = [example.answers[0], *drawn.answers, *example.answers[1:]]
         scored = [example.scored[0], *drawn.scored, *example.scored[1:]]
-        kept.append(replace(example, answers=answers, scored=scored))
-    return kept
+        usable.append(replace(example, answers=answers, scored=scored))
+    return usable
 
 
 def online(args, clock, device, model, processor, examples, out):
@@ -616,7 +637,7 @@ def online(args, clock, device, model, processor, examples, out):
 
         # 1. batch
         micro_batches = training.batch_of(step, args, len(examples))
-        total = sum(map(len, micro_batches))
+        n_examples = sum(map(len, micro_batches))
         for number, micro in enumerate(micro_batches):
             positives = [examples[i] for i in micro]
 
@@ -628,8 +649,8 @@ def online(args, clock, device, model, processor, examples, out):
                 ("negatives/tries", [n.tries for n in negatives]),
                 ("negatives/words", [len(n.text.split()) for n in negatives]),
             ):
-                metrics[name] += sum(values) / total
-            metrics["negatives/equal"] += (len(micro) - len(pairs)) / total
+                metrics[name] += sum(values) / n_examples
+            metrics["negatives/equal"] += (len(micro) - len(pairs)) / n_examples
             if not pairs:
                 continue
             batch = processor.collate(pairs).to(device)
@@ -647,7 +668,7 @@ def online(args, clock, device, model, processor, examples, out):
             if args.gamma:  # eq. 5
                 given_losses, *_ = dpo_loss(chosen, given[0], ref_chosen, ref_given[0], args.beta)
                 losses = args.gamma * given_losses + (1 - args.gamma) * losses
-            (losses.sum() / total).backward()
+            (losses.sum() / n_examples).backward()
 
             for name, values in (
                 ("loss", losses),
@@ -658,12 +679,12 @@ def online(args, clock, device, model, processor, examples, out):
                 ("logps/chosen", chosen),
                 ("logps/rejected", drawn),
             ):
-                metrics[name] += values.sum().item() / total
+                metrics[name] += values.sum().item() / n_examples
 
         # 5. step
-        names = [examples[i].record.where for micro in micro_batches for i in micro]
+        where = [examples[i].record.where for micro in micro_batches for i in micro]
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 
@@ -685,18 +706,18 @@ def online(args, clock, device, model, processor, examples, out):
 def main():
     """Load, then write a preference file, or train."""
     args, clock = parse(), training.Clock()
-    toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
+    toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
 
     device, dtype = training.device_and_dtype(args)
-    # without --gamma, pairs that share a chosen answer are one task
-    one_task = None if args.gamma else lambda record: (*record.prompt_key, record.answers)
+    # without --gamma, pairs that share a chosen answer give one example
+    one_example = None if args.gamma else lambda record: (*record.prompt_key, record.answers)
     rows = dataset.read(
         args.data,
         args.images,
         answers=2 if args.gamma else 1,
         skip_bad_rows=args.skip_bad_rows,
-        unique=one_task,
-        needs_image="BDHS would hide",
+        unique=one_example,
+        needs_image="BDHS would hide",  # completes the message: no image, which ...
     )
     model, processor = checkpoints.load(
         args.model, dtype, device, args.template, args.image_aspect, args.max_length

@@ -21,10 +21,7 @@ from model import pack
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt and its answers, best first.
-
-    A preference pair has the answers (chosen, rejected); instruction data have one answer.
-    """
+    """One prompt and its answers, best first: (chosen, rejected), or one in instruction data."""
 
     where: str  # file and row, for messages
     image: object  # Path, PackedImage, or None for a text-only row

@@ -9,22 +9,23 @@
     python dpo.py --model llava-hf/llava-1.5-7b-hf --data RLHF-V-Dataset.parquet
 
 log pi(y|x) is the sum over the answer's tokens. pi_ref is the model that training starts from; its
-log-probs are computed once, and cached.
+log-probs are computed before the first step, and kept in `.cache/` for runs on the same pairs.
 
 One step:
-1. batch   pairs (x, y+, y-), each one row [prompt | chosen | rejected]
-2. score   log pi of both answers; log pi_ref was computed before the first step
-3. loss    and its gradient
+1. batch   pairs (x, y+, y-), each one row [prompt | chosen | rejected]; for each micro-batch:
+2. score       log pi of both answers; log pi_ref is looked up
+3. loss        and its gradient
 4. step    clip the gradient, update
 5. log
 
-Step 0 must print loss ln 2 = 0.6931 and rewards 0. Expect in the toy world (seed 0): CHAIR_s falls
-from .64 to .09, object recall from .96 to .94, and adversarial POPE accuracy rises from .84 to .91.
+At step 0 `rewards/margins` is 0 and the loss is ln 2 = 0.6931 (IPO: 1 / (4 beta^2), SLiC: 1).
+Expect in the toy world (seed 0): CHAIR_s falls from .64 to .09, object recall from .96 to .94, and
+adversarial POPE accuracy rises from .84 to .91.
 
 Choices where the paper is silent, and deviations:
 1. The paper searches lr {1e-7 .. 5e-6}, projector lr {2e-5, 2e-6, 2e-7}, epochs {3, 5, 7}, batch
-   {16, 32, 48} and beta (DPO {.05, .1, .2, .5}, IPO {.8, .9, 1}, SLiC {.02, .1, .2}). It does not
-   say which cell won. The defaults are cells of that grid.
+   {16, 32, 48} and beta (DPO {.05, .1, .2, .5}, IPO {.8, .9, 1}, SLiC {.02, .1, .2}); which won it
+   does not say. The defaults are from that grid.
 2. Cosine schedule with warm-up .03, AdamW without weight decay, clipping at 1: Li et al. 2024.
 3. A pair is one row with one encoding of the image: the same loss and gradients as two rows.
 4. IPO takes sums over tokens, as its paper does; TRL divides by their number.
@@ -80,13 +81,13 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="d
     """
     reward_chosen = beta * (logp_chosen - ref_chosen)
     reward_rejected = beta * (logp_rejected - ref_rejected)
-    h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
+    margin = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)  # h
     if kind == "dpo":
-        losses = -F.logsigmoid(beta * h)  # eq. 3
+        losses = -F.logsigmoid(beta * margin)  # eq. 3
     elif kind == "ipo":
-        losses = (h - 1 / (2 * beta)) ** 2
+        losses = (margin - 1 / (2 * beta)) ** 2
     elif kind == "slic":
-        losses = (1 - beta * h).relu()
+        losses = (1 - beta * margin).relu()
     return losses, reward_chosen.detach(), reward_rejected.detach()
 
 
@@ -110,7 +111,7 @@ def reference_log_probs(model, processor, examples, batch_size):
 def main():
     """Load, score with the reference policy, train, save, evaluate."""
     args, clock = parse(), training.Clock()
-    toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
+    toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
     args.beta = args.beta or (TOY_BETA if args.toy_world else BETA)[args.loss]
 
     # ---- load data and model
@@ -148,19 +149,19 @@ def main():
 
         # 1. batch
         micro_batches = training.batch_of(step, args, len(examples))
-        pairs = sum(map(len, micro_batches))
+        n_pairs = sum(map(len, micro_batches))
         for micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
 
             # 2. score
-            chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T  # (B,), (B,)
+            chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T  # (M,) -> (B,), (B,)
             ref_chosen, ref_rejected = reference[micro].T  # (B,), (B,)
 
             # 3. loss: the mean over all pairs of the step
             losses, reward_chosen, reward_rejected = dpo_loss(
                 chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss
             )
-            (losses.sum() / pairs).backward()
+            (losses.sum() / n_pairs).backward()
 
             for name, values in (
                 ("loss", losses),
@@ -171,12 +172,12 @@ def main():
                 ("logps/chosen", chosen),
                 ("logps/rejected", rejected),
             ):
-                metrics[name] += values.sum().item() / pairs
+                metrics[name] += values.sum().item() / n_pairs
 
         # 4. step
-        names = [examples[i].record.where for micro in micro_batches for i in micro]
+        where = [examples[i].record.where for micro in micro_batches for i in micro]
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 

@@ -1,22 +1,29 @@
-"""POPE (Li et al. 2023): yes/no questions about objects; does the model say yes to what is not in the picture?
+"""POPE (Li et al. 2023): yes/no questions about objects. Does the model affirm what is not there?
 
-    python eval_pope.py --questions coco_pope_{random,popular,adversarial}.json --images val2014 --model DIR --out DIR
-    python eval_pope.py --questions coco_pope_random.json --answers answers_random.jsonl        only the score, no model
+    python eval_pope.py --questions coco_pope_{random,popular,adversarial}.json \\
+        --images val2014 --model DIR --out DIR
+    python eval_pope.py --questions coco_pope_random.json --answers answers_random.jsonl
 
-Official rule (evaluate.py of RUCAIBox/POPE): of an answer take the text up to the first full stop, delete commas,
-split at spaces. If one of the words is exactly "No", "no" or "not" the answer is no, else yes: empty text, "NO" and
-"No!" are yes.
+The second form only scores; it needs no model.
 
-Yes is the positive class. precision: of what the model affirmed, the part that is there; low where it hallucinates.
-recall: of what is there, the part it affirmed. f1: their harmonic mean. accuracy: right answers of all. yes_ratio: how
-often it said yes; half of the labels of the official files are yes. `mean`, over the splits, is what papers report;
-its n is the sum.
+Official rule (evaluate.py of RUCAIBox/POPE): take the answer's text up to the first full stop,
+delete commas, split at spaces. If one of the words is exactly "No", "no" or "not", the answer is
+no; else it is yes. So empty text, "NO" and "No!" are yes.
 
-What differs from the official script:
-1. a ratio of nothing (precision of a model that never says yes) is 0, not a ZeroDivisionError;
-2. as many answers as questions are needed: zip would score the shorter list and say nothing;
-3. a label other than yes and no is refused, not taken as yes;
-4. an answer ends after 16 tokens, which matters only if its "no" comes later than that.
+Yes is the positive class.
+    accuracy    the share of right answers
+    precision   of the objects that the model affirmed, the share that is there; low where the
+                model hallucinates
+    recall      of the objects that are there, the share that the model affirmed
+    f1          the harmonic mean of precision and recall
+    yes_ratio   how often the model said yes; half of the official labels are yes
+`mean`, over the splits, is what papers report; its n is the sum.
+
+Deviations from the official script:
+1. A ratio of nothing is 0, not a ZeroDivisionError (precision of a model that never says yes).
+2. There must be as many answers as questions. The official `zip` silently scores the shorter list.
+3. A label other than yes and no is refused, not taken as yes.
+4. An answer ends after 16 tokens. This matters only if its "no" comes later.
 """
 
 import json
@@ -35,7 +42,7 @@ METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
 def read_questions(path):
-    """Question file, JSON lines or an array, -> list of {"image", "text", "label": "yes" or "no"}."""
+    """Question file, JSON lines or an array -> [{"image", "text", "label": "yes" or "no"}]."""
     questions = []
     for i, row in rows(Path(path)):
         for key in ("image", "text", "label"):
@@ -55,20 +62,24 @@ def read_questions(path):
 
 
 def read_answers(path):
-    """Answer file of POPE ({"question", "answer"}) or LLaVA ({"question_id", "text"}) -> texts, in the file's order."""
+    """Answer file -> its texts, in the file's order.
+
+    Rows as POPE writes them, {"question", "answer"}, or LLaVA, {"question_id", "text"}.
+    """
     answers = []
     for i, row in rows(Path(path)):
         text = row.get("answer", row.get("text")) if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise BadInput(
-                f"{path}, row {i}: a string `answer` (POPE) or `text` (LLaVA) is needed, found {text!r}."
+                f"{path}, row {i}: a string `answer` (POPE) or `text` (LLaVA) is needed, "
+                f"found {text!r}."
             )
         answers.append(text)
     return answers
 
 
 def split_name(path):
-    """coco_pope_random.json -> "random"; the stem, if the file name's last word is no official split."""
+    """coco_pope_random.json -> "random"; a name that ends in no official split -> its stem."""
     stem = Path(path).stem
     last = re.split("[_.-]", stem)[-1]
     return last if last in ("random", "popular", "adversarial") else stem
@@ -81,7 +92,8 @@ def read_splits(paths):
         name = split_name(path)
         if name in splits or name == "mean":
             raise BadInput(
-                f"{path}: the split name {name!r} is taken; each question file needs one of its own."
+                f"{path}: the split name {name!r} is taken; "
+                "each question file needs one of its own."
             )
         splits[name] = read_questions(path)
     return splits
@@ -94,24 +106,40 @@ def parse_answer(text):
 
 
 def score(labels, answers, where="score"):
-    """Labels ("yes", "no") and answer texts, in the same order -> the five figures, fractions of 1, and n."""
+    """Labels ("yes", "no") and answer texts, in the same order -> five fractions of 1, and n."""
     if len(labels) != len(answers) or not labels:
         raise BadInput(
-            f"{where}: {len(answers)} answers to {len(labels)} questions; one answer a question is needed."
+            f"{where}: {len(answers)} answers to {len(labels)} questions; "
+            "one answer a question is needed."
         )
-    said = [parse_answer(a) for a in answers]
-    count = lambda *pair: sum(p == pair for p in zip(said, labels))
-    tp, fp, fn, tn = count("yes", "yes"), count("yes", "no"), count("no", "yes"), count("no", "no")
-    precision, recall = tp / max(1, tp + fp), tp / max(1, tp + fn)
-    f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
-    figures = ((tp + tn) / len(labels), precision, recall, f1, (tp + fp) / len(labels))
-    return {**dict(zip(METRICS, figures)), "n": len(labels)}
+    n = len(labels)
+    parsed = [parse_answer(text) for text in answers]
+    count = lambda *pair: sum(p == pair for p in zip(parsed, labels))
+    tp = count("yes", "yes")
+    fp = count("yes", "no")
+    fn = count("no", "yes")
+    tn = count("no", "no")
+
+    precision = tp / max(1, tp + fp)
+    recall = tp / max(1, tp + fn)
+    return {
+        "accuracy": (tp + tn) / n,
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if tp else 0.0,
+        "yes_ratio": (tp + fp) / n,
+        "n": n,
+    }
 
 
 def report(scores, out):
-    """{split: figures} -> the same and their mean, splits of equal weight; with `out`, metrics.json is written."""
+    """{split: figures} -> the same with their "mean". With `out`, writes metrics.json there.
+
+    All splits have the same weight.
+    """
     mean = {key: sum(s[key] for s in scores.values()) / len(scores) for key in METRICS}
-    metrics = {**scores, "mean": {**mean, "n": sum(s["n"] for s in scores.values())}}
+    mean["n"] = sum(s["n"] for s in scores.values())
+    metrics = scores | {"mean": mean}
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         write_json(Path(out) / "metrics.json", metrics)
@@ -119,24 +147,31 @@ def report(scores, out):
 
 
 def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_size=64):
-    """Ask the questions of `files` about pictures below folder `images` -> {split: figures, ..., "mean": figures}.
+    """Ask the questions of `files` -> {split: figures, ..., "mean": figures}.
 
-    Greedy decoding. With `out`, writes answers_<split>.jsonl (official layout) and metrics.json there.
+    The images are below the folder `images`. Decoding is greedy. With `out`, writes
+    answers_<split>.jsonl (official layout) and metrics.json there.
     """
-    splits, records, answers, scores = read_splits(files), {}, {}, {}
+    splits = read_splits(files)
+
+    # look for every image before the first answer
+    records = {}  # (image, text) -> Record
     for path, questions in zip(files, splits.values()):
-        for i, q in enumerate(questions):  # a missing picture is found before the first answer
+        for i, q in enumerate(questions):
+            where = f"{path}, row {i}"
             try:
                 image = find_image(Path(images), q["image"])
             except BadInput as error:
-                raise BadInput(f"{path}, row {i}: {error}") from None
-            records[q["image"], q["text"]] = Record(
-                f"{path}, row {i}", image, (q["text"] + suffix,)
-            )
+                raise BadInput(f"{where}: {error}") from None
+            records[q["image"], q["text"]] = Record(where, image, (q["text"] + suffix,))
+
+    # The splits share all questions whose answer is yes, so each question is asked once:
+    # of the 9000 official ones 5127 are distinct.
+    answers = {}  # (image, text) -> answer
+    scores = {}
     for split, questions in splits.items():
-        asked = [(q["image"], q["text"]) for q in questions]
-        # The splits share all questions whose answer is yes: of the 9000 official ones 5127 are distinct.
-        new = [key for key in dict.fromkeys(asked) if key not in answers]
+        keys = [(q["image"], q["text"]) for q in questions]
+        new = [key for key in dict.fromkeys(keys) if key not in answers]
         texts = generate(
             model,
             processor,
@@ -146,21 +181,46 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
             label=f"POPE {split}",
         )
         answers.update((key, text) for key, (text,) in zip(new, texts))
-        scores[split] = score([q["label"] for q in questions], [answers[key] for key in asked])
+        scores[split] = score([q["label"] for q in questions], [answers[key] for key in keys])
         if out:
-            lines = [
-                json.dumps({"question": key[1], "answer": answers[key]}) + "\n" for key in asked
-            ]
+            lines = "".join(
+                json.dumps({"question": text, "answer": answers[image, text]}) + "\n"
+                for image, text in keys
+            )
             Path(out).mkdir(parents=True, exist_ok=True)
-            (Path(out) / f"answers_{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+            (Path(out) / f"answers_{split}.jsonl").write_text(lines, encoding="utf-8")
     return report(scores, out)
 
 
+def score_files(questions, answers, out=None):
+    """Score answers files, one for each question file -> as `evaluate`."""
+    splits = read_splits(questions)
+    if len(answers) != len(splits):
+        raise BadInput(
+            f"--answers has {len(answers)} files, --questions {len(splits)}; as many are needed."
+        )
+    scores = {}
+    for split, path in zip(splits, answers):
+        labels = [q["label"] for q in splits[split]]
+        scores[split] = score(labels, read_answers(path), path)
+    return report(scores, out)
+
+
+def print_table(metrics):
+    """One row a split."""
+    width = max(map(len, (*metrics, "split")))
+    names = "".join(f"{key.replace('_', ' '):>11}" for key in METRICS)
+    print(f"{'split':{width}}{names}{'n':>8}")
+    for split, figures in metrics.items():
+        numbers = "".join(f"{figures[key]:11.4f}" for key in METRICS)
+        print(f"{split:{width}}{numbers}{figures['n']:8d}")
+
+
 def main():
-    """Ask a model the questions of each file, or score an answers file."""
+    """Ask a model the questions of each file, or score answers files."""
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add(
+    flag = parser.add_argument
+    flag(
         "--questions",
         nargs="+",
         action="extend",
@@ -168,43 +228,29 @@ def main():
         metavar="FILE",
         help="question files, one a split",
     )
-    add(
+    flag(
         "--answers",
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="score these, one for each question file",
+        help="score these files, one for each question file",
     )
-    add(
+    flag(
         "--suffix",
         default=SUFFIX,
-        help='put behind each question, "" for nothing (default: LLaVA\'s %(default)r)',
+        help='added after each question, "" for nothing (default: LLaVA\'s %(default)r)',
     )
     add_flags(parser)
     args = parser.parse_args()
     check_flags(args)
+
     if args.answers:
-        splits = read_splits(args.questions)
-        if len(args.answers) != len(splits):
-            raise BadInput(
-                f"--answers has {len(args.answers)} files, --questions {len(splits)}; as many are needed."
-            )
-        scores = {}
-        for (split, questions), path in zip(splits.items(), args.answers):
-            scores[split] = score([q["label"] for q in questions], read_answers(path), path)
-        metrics = report(scores, args.out)
+        metrics = score_files(args.questions, args.answers, args.out)
     else:
         metrics = evaluate(
             *load(args), args.questions, args.images, args.out, args.suffix, args.batch_size
         )
-    width = max(map(len, (*metrics, "split")))
-    print(
-        f"{'split':{width}}"
-        + "".join(f"{key.replace('_', ' '):>11}" for key in METRICS)
-        + f"{'n':>8}"
-    )
-    for split, s in metrics.items():
-        print(f"{split:{width}}" + "".join(f"{s[key]:11.4f}" for key in METRICS) + f"{s['n']:8d}")
+    print_table(metrics)
 
 
 if __name__ == "__main__":

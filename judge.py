@@ -1,22 +1,31 @@
-"""Answers -> scores: which of a prompt's answers are better. Knows no algorithm.
+"""Judges answers: scores that say which of a prompt's answers are better. Knows no algorithm.
 
-    score = judge.make(args, device, dtype, records)        # the flags of `add_flags`; records: all that will be asked about
-    score(records, answers)                                 # [[float | None, ...], ...]: a list a record, a number an answer
+    score = judge.make(args, device, dtype, records)    # the flags of `add_flags`; all records
+    score(records, answers)                             # [[float or None, ...], ...]
 
-Higher is better, equal numbers are a tie (equal texts always are), None is a verdict that could not be read, or that changed
-when the answers changed places. Nothing is guessed: who asks counts ties and None, and makes no pair of them. Four annotators:
+The result holds one list a record and one number an answer. Higher is better. Equal numbers are a
+tie; equal texts always tie. None is a verdict that could not be read, or that changed when the
+answers changed places. Nothing is guessed: the caller counts ties and None, and makes no pair of
+them.
 
-    oracle              the toy world's truth, scenes.json beside the folder of pictures: fewest errors, then most true objects
-    DIR with reward.json     a reward model, the run folder of reward_model.py; loaded with a base of its own
-    DIR_OR_HUB_ID       a LLaVA checkpoint that is shown picture, question and two answers
-    endpoint            the same question to a server that speaks OpenAI's chat completions (vLLM, llama.cpp, OpenAI, ...)
+There are four annotators:
 
-The last two compare two answers in both orders, and only a verdict that survives the swap counts. The paper saw no bias of its
-34B annotator for a place (Amirloo et al. 2024, appendix D) and did not swap; of another judge one cannot know without. Of more
-than two answers all pairs are asked; an answer's score is its wins less its losses over the verdicts that could be read. The
-criteria are those of the paper's prompt (table 14); the words are ours, and so is the choice "equal".
+    oracle                  the toy world's truth, scenes.json beside the folder of images:
+                            fewest errors first, then most true objects
+    DIR with reward.json    a reward model: the run folder of reward_model.py. It is loaded with a
+                            base model of its own
+    DIR_OR_HUB_ID           a LLaVA checkpoint. It reads the image, the question and two answers
+    endpoint                the same question to a server that speaks OpenAI's chat completions
+                            (vLLM, llama.cpp, OpenAI, ...)
 
-A key is read from OPENAI_API_KEY or --judge-key-file and is written nowhere; the server's messages are shown without it.
+The last two compare two answers in both orders. Only a verdict that survives the swap counts. The
+paper did not swap: its 34B annotator showed no bias for a place (Amirloo et al. 2024, appendix D).
+Another judge may have one. With more than two answers, all pairs are compared; the score of an
+answer is its wins less its losses, over the verdicts that could be read. The criteria are those of
+the paper's prompt (table 14). The words are ours, and so is the choice "equal".
+
+The key is read from OPENAI_API_KEY or --judge-key-file. It is never written, and the server's
+messages are shown without it.
 """
 
 import base64
@@ -38,7 +47,7 @@ from pathlib import Path
 
 import torch
 
-from common import BadInput, positive_int
+from common import BadInput, flag_name, positive_int
 from data import Record
 from facts import evaluation_turn, facts_for, last_tokens, with_evaluation
 from formats import adapters, checkpoints
@@ -58,54 +67,58 @@ Response 2:
 {second}
 
 Which response is better? Judge in this order:
-1. The better response has fewer hallucinations. Everything it says must be in the picture: each object, its attributes, \
-colours, numbers, places and relations, described as they appear. Where the picture is unclear, leaving a detail out is better \
-than guessing.
-2. Among equally true responses, the better one answers what was asked: helpful and concise, without needless questions or \
-remarks.
+1. The better response has fewer hallucinations. Everything it says must be in the picture: \
+each object, its attributes, colours, numbers, places and relations, described as they appear. \
+Where the picture is unclear, leaving a detail out is better than guessing.
+2. Among equally true responses, the better one answers what was asked: helpful and concise, \
+without needless questions or remarks.
 The order of the responses and their length mean nothing.
 
-Your first line must be one of "Better: 1", "Better: 2" or "Better: equal". Then give the reason in one sentence."""
+Your first line must be one of "Better: 1", "Better: 2" or "Better: equal". \
+Then give the reason in one sentence."""
 VERDICT = re.compile(r"\W*better:\W*(?:response )?(1|2|equal)\W*", re.IGNORECASE)
-VERDICT_TOKENS = (
-    16  # of a checkpoint's reply: the first line and a little more; the reason is not read
-)
-RETRY = (408, 409, 429, 500, 502, 503, 504, 529)
+# A checkpoint writes the first line and a little more; its reason is not read.
+VERDICT_TOKENS = 16
+RETRY = (408, 409, 429, 500, 502, 503, 504, 529)  # statuses for which another try may help
 
 
 class NoAnswer(BadInput):
-    """An endpoint that keeps failing, or refuses. What has been trained so far is worth keeping."""
+    """An endpoint keeps failing, or refuses. What has been trained so far is worth keeping."""
 
 
 def add_flags(parser):
-    """Who judges: the same in every script that asks."""
-    group = parser.add_argument_group("annotator")
-    group.add_argument(
+    """Add the flags that name the annotator."""
+    flag = parser.add_argument_group("annotator").add_argument
+    flag(
         "--annotator",
         default="llava-hf/llava-v1.6-34b-hf",
         metavar="oracle|DIR_OR_HUB_ID|endpoint",
-        help="who says what is better: the toy world's truth, a run of reward_model.py, a LLaVA checkpoint, "
-        "a server (default %(default)s)",
+        help="who judges answers: the toy world's truth, a run folder of reward_model.py, a LLaVA "
+        "checkpoint, or a server (default %(default)s)",
     )
-    group.add_argument(
-        "--facts", metavar="FILE", help="image_to_caption.json, for a reward model that reads facts"
+    flag(
+        "--facts",
+        metavar="FILE",
+        help="image_to_caption.json, for a reward model that reads facts",
     )
-    group.add_argument(
+    flag(
         "--missing-facts",
         default="refuse",
         choices=("refuse", "count"),
-        help="a picture without captions stops the run, or is counted (default %(default)s)",
+        help="an image without captions stops the run, or is counted (default %(default)s)",
     )
-    group.add_argument(
-        "--judge-url", metavar="URL", help="endpoint: up to and with /v1 (default: OPENAI_BASE_URL)"
+    flag(
+        "--judge-url",
+        metavar="URL",
+        help="endpoint: its address, up to and with /v1 (default: OPENAI_BASE_URL)",
     )
-    group.add_argument("--judge-model", metavar="NAME", help="endpoint: the model's name there")
-    group.add_argument(
+    flag("--judge-model", metavar="NAME", help="endpoint: the name of the model there")
+    flag(
         "--judge-key-file",
         metavar="FILE",
-        help="endpoint: file that holds the key (default: OPENAI_API_KEY; or none)",
+        help="endpoint: file with the key (default: OPENAI_API_KEY, or no key)",
     )
-    group.add_argument(
+    flag(
         "--judge-workers",
         type=positive_int,
         default=8,
@@ -115,89 +128,84 @@ def add_flags(parser):
 
 
 def make(args, device="cpu", dtype=torch.float32, records=()):
-    """The annotator that the flags name -> function (records, answers) -> scores.
+    """The annotator that the flags name: a function (records, answers) -> scores.
 
-    records: `Record`s, here all that will be asked about: facts that a reward model needs and that are missing are told now;
-    answers: for each a list of texts. Raises BadInput, and NoAnswer when an endpoint does not work. Sets args.judge_url where it
-    came from the environment, and args.facts where it is the toy world's, so that a run folder tells them.
+    records: all `Record`s that will be judged, so that missing facts are reported now.
+    answers: a list of texts for each record.
+
+    Raises BadInput, and NoAnswer when an endpoint does not work. Sets args.judge_url if it comes
+    from the environment, and args.facts if they are the toy world's, so that the run folder shows
+    them.
     """
     if args.annotator != "endpoint":
-        for flag in ("judge_url", "judge_model", "judge_key_file"):
-            if getattr(args, flag):
+        for name in ("judge_url", "judge_model", "judge_key_file"):
+            if getattr(args, name):
                 raise BadInput(
-                    f"--{flag.replace('_', '-')} is for --annotator endpoint; the annotator is {args.annotator}."
+                    f"{flag_name(name)} is for --annotator endpoint; "
+                    f"the annotator is {args.annotator}."
                 )
-    settings = (
-        adapters.reward_settings(args.annotator)
-        if (Path(args.annotator) / "reward.json").is_file()
-        else None
-    )
-    if settings and settings["facts"] is not None:
-        if args.facts is None and args.toy_world:
-            args.facts = str(Path(args.toy_world) / "image_to_caption.json")
-        if args.facts is None:
-            raise BadInput(
-                f"--annotator {args.annotator} was trained with facts; --facts FILE is needed."
-            )
-        facts = facts_for(records, captions(args.facts), args.missing_facts)
-        return reward_model(
-            args.annotator, {r.prompt_key: known for r, known in zip(records, facts)}, device, dtype
-        )
-    if args.facts:
+
+    # a reward model, which may read facts
+    is_reward_model = (Path(args.annotator) / "reward.json").is_file()
+    settings = adapters.reward_settings(args.annotator) if is_reward_model else None
+    reads_facts = is_reward_model and settings["facts"] is not None
+    if args.facts and not reads_facts:
         raise BadInput(
             f"--facts is for a reward model that reads them; the annotator is {args.annotator}."
         )
-    if settings:
-        return reward_model(args.annotator, {}, device, dtype)
+    if is_reward_model:
+        facts = known_facts(args, records) if reads_facts else {}
+        return score_by_reward_model(args.annotator, facts, device, dtype)
+
+    # the oracle, a checkpoint, a server
+    if args.annotator == "oracle":
+        return oracle()
     if args.annotator != "endpoint":
-        return (
-            oracle()
-            if args.annotator == "oracle"
-            else pairwise(checkpoint(args.annotator, device, dtype))
-        )
+        return pairwise(ask_checkpoint(args.annotator, device, dtype))
     args.judge_url = args.judge_url or os.environ.get("OPENAI_BASE_URL")
     if not args.judge_url or not args.judge_model:
         raise BadInput(
             "--annotator endpoint needs --judge-url (or OPENAI_BASE_URL) and --judge-model."
         )
-    return pairwise(
-        endpoint(
-            args.judge_url, args.judge_model, read_key(args.judge_key_file), args.judge_workers
-        )
-    )
+    key = read_key(args.judge_key_file)
+    return pairwise(ask_endpoint(args.judge_url, args.judge_model, key, args.judge_workers))
 
 
 # ---- the toy world's truth
 
 
 def oracle():
-    """Score by the truth: - errors + true objects / 100. No picture has a hundred objects, so errors come first.
+    """A scorer by the truth: true objects / 100 - errors.
 
-    Both are counted by `Oracle.judge`: absent objects, wrong attributes and unreadable clauses are errors; a right short answer
-    is one true object, a missing one an error. A description may leave things out, but not everything: one that names no object
-    of the picture has as many errors more as it missed, else silence would be the best of answers.
+    No image has a hundred objects, so that errors decide first. `Oracle.judge` counts both: absent
+    objects, wrong attributes and unreadable clauses are errors. A right short answer is one true
+    object; a missing one is an error. A description may leave objects out, but not all of them: if
+    it names none, every missed object is an error. Otherwise silence would be the best answer.
     """
     from lab.oracle import Oracle
 
     worlds = functools.lru_cache(Oracle)
 
     def score(records, answers):
-        """By the scenes of the pictures."""
-        found = []
+        """Scores by the scenes of the images."""
+        scores = []
         for record, texts in zip(records, answers, strict=True):
-            folder = (
-                record.image.resolve().parent.parent if isinstance(record.image, Path) else None
-            )
-            if not (folder and (folder / "scenes.json").is_file()):
+            folder = None
+            if isinstance(record.image, Path):
+                folder = record.image.resolve().parent.parent
+            if folder is None or not (folder / "scenes.json").is_file():
                 raise BadInput(
-                    f"{record.where}: the oracle knows pictures of a toy world, with scenes.json beside their folder."
+                    f"{record.where}: the oracle knows pictures of a toy world, "
+                    "with scenes.json beside their folder."
                 )
-            world, prompt = worlds(folder), record.turns[-1]
+
+            world = worlds(folder)
+            prompt = record.turns[-1]
             describe = world.question(record.image, prompt)[0] == "describe"
             counts = [world.judge(record.image, prompt, text) for text in texts]
-            silent = [n["missed"] if describe and not n["true"] else 0 for n in counts]
-            found.append([n["true"] / 100 - n["errors"] - s for n, s in zip(counts, silent)])
-        return found
+            silence = [n["missed"] if describe and not n["true"] else 0 for n in counts]
+            scores.append([n["true"] / 100 - n["errors"] - s for n, s in zip(counts, silence)])
+        return scores
 
     return score
 
@@ -205,10 +213,25 @@ def oracle():
 # ---- a reward model
 
 
-def reward_model(folder, facts, device="cpu", dtype=torch.float32):
-    """Score by a run of reward_model.py. facts: {`Record.prompt_key`: the captions of its picture}, for one that reads them.
+def known_facts(args, records):
+    """{`Record.prompt_key`: captions of its image}, from --facts or the toy world."""
+    if args.facts is None and args.toy_world:
+        args.facts = str(Path(args.toy_world) / "image_to_caption.json")
+    if args.facts is None:
+        raise BadInput(
+            f"--annotator {args.annotator} was trained with facts; --facts FILE is needed."
+        )
+    facts = facts_for(records, captions(args.facts), args.missing_facts)
+    return {record.prompt_key: known for record, known in zip(records, facts)}
 
-    The same answer to the same prompt scores the same every time; one that does not fit into the context cannot be read.
+
+def score_by_reward_model(folder, facts, device="cpu", dtype=torch.float32):
+    """A scorer by a run folder of reward_model.py.
+
+    facts: {`Record.prompt_key`: captions of its image}, for a reward model that reads them.
+
+    The same answer to the same prompt always has the same score. An answer that does not fit into
+    the context cannot be read.
     """
     settings = adapters.reward_settings(folder)
     model, processor = checkpoints.load(
@@ -217,7 +240,7 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
     adapters.load_reward(model, folder)
 
     def read(record, text, turn):
-        """The tokens of an answer and its evaluation turn; None where they do not fit."""
+        """The tokens of an answer and its evaluation turn; None if they do not fit."""
         try:
             example = processor.encode(replace(record, answers=(text,)))
             return with_evaluation(processor, example, turn).answers[0]
@@ -226,35 +249,35 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
 
     @torch.no_grad()
     def score(records, answers):
-        """One packed row a prompt, each different text once."""
-        rated, texts = [], []
-        for record, row in zip(records, answers, strict=True):
-            rng, known = (
-                random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}"),
-                facts.get(record.prompt_key, []),
-            )
+        """Scores from one packed row a prompt, which holds each different text once."""
+        examples = []  # of the prompts with a readable answer
+        readable = []  # of each prompt, the texts that fit
+        for record, texts in zip(records, answers, strict=True):
+            rng = random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}")
+            known = facts.get(record.prompt_key, [])
             turn = evaluation_turn(
                 settings["question"], settings["facts"], known, rng, settings["max_facts"]
             )
-            tokens = {text: read(record, text, turn) for text in row}
-            texts.append([text for text, ids in tokens.items() if ids is not None])
-            if texts[-1]:
-                rated.append(
-                    replace(
-                        processor.encode(replace(record, answers=())),
-                        answers=[tokens[t] for t in texts[-1]],
-                    )
-                )
-        found = iter(())
-        if rated:
-            scored = [[torch.ones(len(ids), dtype=torch.bool) for ids in e.answers] for e in rated]
-            batch = processor.collate([replace(e, scored=s) for e, s in zip(rated, scored)]).to(
-                device
-            )
+            tokens = {text: read(record, text, turn) for text in texts}
+            fitting = [text for text, ids in tokens.items() if ids is not None]
+            readable.append(fitting)
+            if fitting:
+                prompt = processor.encode(replace(record, answers=()))
+                examples.append(replace(prompt, answers=[tokens[text] for text in fitting]))
+
+        values = iter(())
+        if examples:
+            every_token = [
+                [torch.ones(len(ids), dtype=torch.bool) for ids in example.answers]
+                for example in examples
+            ]
+            examples = [replace(e, scored=scored) for e, scored in zip(examples, every_token)]
+            batch = processor.collate(examples).to(device)
             with model.use("reward"):
-                found = iter(model.values(batch, last_tokens(batch), "reward").tolist())
-        scores = [{text: next(found) for text in row} for row in texts]
-        return [[by_text.get(text) for text in row] for by_text, row in zip(scores, answers)]
+                values = iter(model.values(batch, last_tokens(batch), "reward").tolist())
+
+        scores = [{text: next(values) for text in fitting} for fitting in readable]
+        return [[by_text.get(text) for text in texts] for by_text, texts in zip(scores, answers)]
 
     return score
 
@@ -263,51 +286,52 @@ def reward_model(folder, facts, device="cpu", dtype=torch.float32):
 
 
 def pairwise(ask):
-    """Make a scorer of `ask`: [(record, question)] -> [reply or None]."""
-    told = set()
+    """A scorer that compares answers two by two. ask: [(record, question)] -> [reply or None]."""
+    reported = set()  # the kinds of unreadable verdicts that have been printed
 
     def score(records, answers):
-        """Wins less losses over the pairs of different answers."""
-        different = [
-            list(dict.fromkeys(texts)) for texts in answers
-        ]  # the same text twice is a tie, unasked
-        duels = [
+        """Wins less losses, over the pairs of different answers."""
+        different = [list(dict.fromkeys(texts)) for texts in answers]  # equal texts tie, not asked
+        pairs = [
             (i, a, b)
             for i, texts in enumerate(different)
             for b in range(len(texts))
             for a in range(b)
         ]
+
+        # ask for each pair twice
         questions = []
-        for i, a, b in duels:
+        for i, a, b in pairs:
             for first, second in ((a, b), (b, a)):
-                questions.append(
-                    (records[i], question(records[i], different[i][first], different[i][second]))
-                )
+                text = question(records[i], different[i][first], different[i][second])
+                questions.append((records[i], text))
         replies = ask(questions) if questions else []
+
+        # count the verdicts that agree: the same answer won in both orders, or neither did
         points = [[[] for _ in texts] for texts in different]
-        for n, (i, a, b) in enumerate(duels):
-            one, other = (verdict(reply) for reply in replies[2 * n : 2 * n + 2])
-            if (
-                None not in (one, other) and one == -other
-            ):  # the same answer won in both orders, or none in either
-                points[i][a].append(one)
-                points[i][b].append(other)
+        for n, (i, a, b) in enumerate(pairs):
+            of_a, of_b = (verdict(reply) for reply in replies[2 * n : 2 * n + 2])
+            readable = of_a is not None and of_b is not None
+            if readable and of_a == -of_b:
+                points[i][a].append(of_a)
+                points[i][b].append(of_b)
                 continue
-            kind = (
-                "cannot be read"
-                if None in (one, other)
-                else "changes when the answers change places"
-            )
-            if kind not in told:
-                told.add(kind)
-                reply = replies[2 * n + (one is not None)]
+            kind = "changes when the answers change places" if readable else "cannot be read"
+            if kind not in reported:
+                reported.add(kind)
+                reply = replies[2 * n + (of_a is not None)]
                 print(
                     f"annotator: a verdict that {kind}, counted as unreadable: {reply!r:.200}",
                     file=sys.stderr,
                 )
-        totals = [[float(sum(p)) if p or len(rows) == 1 else None for p in rows] for rows in points]
+
+        # an only text has 0, a text without any verdict None
+        totals = [
+            [float(sum(wins)) if wins or len(texts) == 1 else None for wins in of_prompt]
+            for texts, of_prompt in zip(different, points)
+        ]
         return [
-            [total[texts.index(t)] for t in given]
+            [total[texts.index(text)] for text in given]
             for total, texts, given in zip(totals, different, answers, strict=True)
         ]
 
@@ -315,41 +339,46 @@ def pairwise(ask):
 
 
 def question(record, first, second):
-    """What the judge is asked, beside the picture."""
+    """The text that the judge reads with the image."""
     turns = record.turns
-    dialogue = (
-        "\n".join(f"{('User', 'Assistant')[i % 2]}: {t}" for i, t in enumerate(turns))
-        if turns[1:]
-        else turns[0]
-    )
+    dialogue = turns[0]
+    if len(turns) > 1:
+        speakers = ("User", "Assistant")
+        dialogue = "\n".join(f"{speakers[i % 2]}: {turn}" for i, turn in enumerate(turns))
     return QUESTION.format(dialogue=dialogue, first=first, second=second)
 
 
 def verdict(reply):
-    """1: the first response is better, -1: the second, 0: equal; None unless exactly one line says so."""
-    found = [m[1].lower() for line in (reply or "").splitlines() if (m := VERDICT.fullmatch(line))]
-    return {"1": 1, "2": -1, "equal": 0}[found[0]] if len(found) == 1 else None
+    """1: the first response is better; -1: the second; 0: equal.
+
+    None unless exactly one line of the reply says so.
+    """
+    lines = (reply or "").splitlines()
+    verdicts = [match[1].lower() for line in lines if (match := VERDICT.fullmatch(line))]
+    return {"1": 1, "2": -1, "equal": 0}[verdicts[0]] if len(verdicts) == 1 else None
 
 
-def checkpoint(name, device="cpu", dtype=torch.float32):
-    """A LLaVA folder or hub id -> `ask`. Greedy; a question that does not fit into its context has no reply."""
+def ask_checkpoint(name, device="cpu", dtype=torch.float32):
+    """A LLaVA folder or hub id -> `ask`. Decoding is greedy."""
     model, processor = checkpoints.load(name, dtype, device)
     processor.max_length -= VERDICT_TOKENS
 
     def ask(questions):
-        """A reply a question; None where it does not fit."""
-        replies, fits = [None] * len(questions), {}
+        """One reply a question; None for a question that does not fit into the context."""
+        fitting = {}  # number of the question -> Record
         for i, (record, text) in enumerate(questions):
             query = Record(record.where, record.image, (text,))
             try:
                 processor.encode(query)
             except BadInput:
                 continue
-            fits[i] = query
-        said = generate(
-            model, processor, list(fits.values()), VERDICT_TOKENS, batch_size=8, label="judge"
+            fitting[i] = query
+
+        texts = generate(
+            model, processor, list(fitting.values()), VERDICT_TOKENS, batch_size=8, label="judge"
         )
-        for i, (reply,) in zip(fits, said):
+        replies = [None] * len(questions)
+        for i, (reply,) in zip(fitting, texts):
             replies[i] = reply
         return replies
 
@@ -360,61 +389,57 @@ def checkpoint(name, device="cpu", dtype=torch.float32):
 
 
 def read_key(file=None):
-    """The key from a file, or from OPENAI_API_KEY; "" where there is none. No message shows it."""
-    if not file:
-        key, where = os.environ.get("OPENAI_API_KEY", ""), "OPENAI_API_KEY"
-    else:
+    """The key in a file, else that of OPENAI_API_KEY; "" without any. No message shows it."""
+    if file:
+        source = f"--judge-key-file {file}"
         try:
-            key, where = Path(file).read_text(encoding="utf-8"), f"--judge-key-file {file}"
+            key = Path(file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise BadInput(
-                f"--judge-key-file {file}: not readable ({type(error).__name__})."
-            ) from None
+            raise BadInput(f"{source}: not readable ({type(error).__name__}).") from None
         if not key.strip():
-            raise BadInput(f"--judge-key-file {file}: holds no key.")
-    if not re.fullmatch(
-        r"[!-~]*", key.strip()
-    ):  # http.client would quote a bad header in its error
+            raise BadInput(f"{source}: holds no key.")
+    else:
+        source = "OPENAI_API_KEY"
+        key = os.environ.get("OPENAI_API_KEY", "")
+
+    # http.client would quote a bad header in its error
+    if not re.fullmatch(r"[!-~]*", key.strip()):
         raise BadInput(
-            f"{where}: a key is one line of printable characters without spaces; what is there is not."
+            f"{source}: a key is one line of printable characters without spaces; "
+            "what is there is not."
         )
     return key.strip()
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: urllib would send the key along, to any host."""
+    """Takes a redirect as an error: urllib would send the key along, to any host."""
 
     def redirect_request(self, *_):
-        """Follow none: it would carry the key to another host."""
+        """Follow none."""
         return None
 
 
-def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
+def ask_endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
     """A server's chat completions -> `ask`.
 
-    `workers` requests at a time, each tried up to `tries` times, with pauses of `pause` seconds, twice that, four times, ...,
-    or as long as the server says, a minute at most. Raises NoAnswer after the last try, and at once where the server refuses.
+    `workers` requests run at a time. Each is tried up to `tries` times. The pauses between tries
+    are `pause` seconds, twice that, four times that, ..., or as long as the server says; a minute
+    at most. Raises NoAnswer after the last try, and at once if the server refuses.
     """
     parts = urllib.parse.urlsplit(url)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or "@" in parts.netloc
-        or parts.query
-        or parts.fragment
-    ):
+    is_http = parts.scheme in ("http", "https") and parts.hostname
+    if not is_http or "@" in parts.netloc or parts.query or parts.fragment:
         raise BadInput(
-            "--judge-url: http(s)://host[:port]/path is accepted, without a user, a key or a query in it."
+            "--judge-url: http(s)://host[:port]/path is accepted, without a user, a key or a "
+            "query in it."
         )
-    target, opener, stop = (
-        url.rstrip("/") + "/chat/completions",
-        urllib.request.build_opener(NoRedirect),
-        threading.Event(),
-    )
-    headers = {"Content-Type": "application/json"} | (
-        {"Authorization": f"Bearer {key}"} if key else {}
-    )
+    target = url.rstrip("/") + "/chat/completions"
+    opener = urllib.request.build_opener(NoRedirect)
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     options = {"temperature": 0}
+    stop = threading.Event()
 
     def clean(text):
         """The server's words, short and without the key."""
@@ -422,83 +447,89 @@ def endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
         return (text.replace(key, "***") if key else text)[:200]
 
     def once(body):
-        """(reply, "", 0), or (None, why, seconds that the server asks to wait); NoAnswer for what another try cannot mend."""
-        sent = options | body
-        request = urllib.request.Request(target, json.dumps(sent).encode(), headers)
+        """One request -> (reply, "", 0), or (None, why it failed, seconds to wait).
+
+        The seconds are those that the server asks for. Raises NoAnswer for an error that another
+        try cannot mend.
+        """
+        body = options | body
+        request = urllib.request.Request(target, json.dumps(body).encode(), headers)
         try:
             with opener.open(request, timeout=timeout) as response:
-                found = response.read()
+                content = response.read()
         except urllib.error.HTTPError as error:
-            with error:
-                try:
-                    said = clean(error.read().decode("utf-8", "replace"))
-                except (OSError, http.client.HTTPException):
-                    said = ""
-            if error.code == 400 and "temperature" in said and "temperature" in sent:
-                options.pop(
-                    "temperature", None
-                )  # a server that wants its own, as those of reasoning models
-                return None, f"status 400 ({said})", 0
-            if error.code not in RETRY:
-                raise NoAnswer(
-                    f"--judge-url {url}: status {error.code} ({said}); mend it, and --resume goes on from here."
-                ) from None
-            asked = error.headers.get("Retry-After", "")
-            return None, f"status {error.code} ({said})", float(asked) if asked.isdecimal() else 0
+            return refused(error, body)
         except TimeoutError:
             return None, f"no reply within {timeout:g} seconds", 0
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             reason = getattr(error, "reason", error)
-            late = isinstance(reason, TimeoutError)
-            return (
-                None,
-                f"no reply within {timeout:g} seconds"
-                if late
-                else f"{type(reason).__name__}: {clean(reason)}",
-                0,
-            )
+            if isinstance(reason, TimeoutError):
+                return None, f"no reply within {timeout:g} seconds", 0
+            return None, f"{type(reason).__name__}: {clean(reason)}", 0
+
         try:
-            reply = json.loads(found)["choices"][0]["message"]["content"]
+            reply = json.loads(content)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            return (
-                None,
-                f"a reply that is no chat completion ({clean(found.decode('utf-8', 'replace'))})",
-                0,
-            )
-        return (reply if isinstance(reply, str) else ""), "", 0  # null: the model declined
+            shown = clean(content.decode("utf-8", "replace"))
+            return None, f"a reply that is no chat completion ({shown})", 0
+        if not isinstance(reply, str):
+            return "", "", 0  # null: the model declined
+        return reply, "", 0
+
+    def refused(error, body):
+        """What `once` returns or raises for a status other than 200."""
+        with error:
+            try:
+                message = clean(error.read().decode("utf-8", "replace"))
+            except (OSError, http.client.HTTPException):
+                message = ""
+        status = f"status {error.code} ({message})"
+
+        # some servers, such as those of reasoning models, accept no temperature but their own
+        if error.code == 400 and "temperature" in message and "temperature" in body:
+            options.pop("temperature", None)
+            return None, status, 0
+        if error.code not in RETRY:
+            raise NoAnswer(
+                f"--judge-url {url}: {status}; mend it, and --resume goes on from here."
+            ) from None
+        wait = error.headers.get("Retry-After", "")
+        return None, status, float(wait) if wait.isdecimal() else 0
 
     def patient(item):
-        """One question, asked again after a wait where that may help."""
+        """The reply to one question, asked again after a pause if that may help."""
         record, text = item
         content = [{"type": "text", "text": text}]
         if record.image is not None:
             content.insert(0, {"type": "image_url", "image_url": {"url": data_url(record.image)}})
         body = {"model": model, "messages": [{"role": "user", "content": content}]}
+
         for n in range(tries):
-            reply, why, asked = once(body)
+            reply, why, wait = once(body)
             if reply is not None:
                 return reply
-            if n + 1 < tries and stop.wait(min(60.0, max(asked, pause * 2**n))):
+            if n + 1 < tries and stop.wait(min(60.0, max(wait, pause * 2**n))):
                 break
         raise NoAnswer(
-            f"--judge-url {url}: no answer after {tries} tries, at last {why}; --resume goes on from here."
+            f"--judge-url {url}: no answer after {tries} tries, at last {why}; "
+            "--resume goes on from here."
         )
 
     def ask(questions):
-        """A reply a question, `workers` at a time."""
+        """One reply a question, `workers` at a time."""
         stop.clear()
         with ThreadPoolExecutor(workers) as pool:
             try:
                 return list(pool.map(patient, questions))
             except BaseException:
-                stop.set()  # the others need not wait for their next try
+                stop.set()  # the other questions need not wait for their next try
                 raise
 
     return ask
 
 
 def data_url(image):
-    """A picture as a JPEG in a URL."""
+    """An image as a JPEG in a URL."""
     file = io.BytesIO()
     open_image(image).save(file, "JPEG", quality=95)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,25 +1,26 @@
 """The multimodal LLM: CLIP encoder -> projector -> LLM, with fused log-probs.
 
 Shapes, everywhere in this repository: B rows (prompts or pairs), K answers of a prompt, L row
-length, P prompt, R answer, N scored answer tokens of a whole batch, I images, T features of an
-image, D hidden size, V vocabulary.
+length, P prompt, R answer, M answers and N scored answer tokens of a whole batch, I images,
+T features of an image, D hidden size, V vocabulary.
 
 Three ideas make it fast. Each is exact, and a test compares it with the plain way:
 1. Only positions that predict an answer token pass through the LM head (`MLLM.log_probs`).
 2. The gradient of log p(y_t) is computed with it in closed form (`FusedLogProb`): no logits are
-   stored, and nothing is recomputed in the backward pass.
+   stored, and with a frozen LM head nothing is recomputed in the backward pass.
 3. The answers of one prompt share it and its image: `[prompt | answer 1 | .. | answer K]` (`pack`).
+   An answer attends to the prompt and to itself, never to another answer.
 """
 
 import contextlib
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import install, mask_and_prefix
+from attention import install_attention, mask_and_prefix
 from common import BadInput
 from lora import LoRALinear, add_adapter
 
@@ -34,9 +35,9 @@ class FusedLogProb(torch.autograd.Function):
     multiplies it by the incoming (N,) gradient. A trainable W adds dW = (g (onehot(y) - p))^T h,
     for which the chunks are computed again: four matrix products where the naive way needs three.
 
-    Precision: softmax and onehot - p are float32 (float64 for float64 input), cast before the
-    product, whose sum stays float32: rounded twice it is up to 1.2 times as far from the truth as
-    autograd. Written as W[y] - p W the terms cancel in bfloat16: median error 68 % at p(y) = .996.
+    Precision: softmax and onehot - p are computed in float32 (float64 for float64 input) and cast
+    to W's dtype once; the product stays float32. Rounding it too makes the error up to 1.2 times
+    autograd's. W[y] - p W in bfloat16 loses 68 % (median, p(y) = .996): the two nearly cancel.
     """
 
     @staticmethod
@@ -50,14 +51,14 @@ class FusedLogProb(torch.autograd.Function):
             s = slice(i, i + chunk)
             minus_p, log_p[s], entropy[s] = FusedLogProb.minus_softmax(h[s], weight, targets[s])
             if need_h:
-                # y apart from the others: 1 - p(y), the largest factor, is not rounded
+                # the target's term (1 - p(y)) W[y] in float32; the others, -p W, may be rounded
                 minus_p.scatter_(1, targets[s, None], 0.0)
                 others = FusedLogProb.product(minus_p.to(weight.dtype), weight)
                 one_minus_p = -torch.expm1(log_p[s, None])
                 slope[s] = torch.addcmul(others, one_minus_p, weight[targets[s]].to(others.dtype))
 
         ctx.chunk, ctx.dtype = chunk, h.dtype
-        ctx.save_for_backward(*(slope, *((h, weight, targets) if need_w else ())))
+        ctx.save_for_backward(slope, *((h, weight, targets) if need_w else ()))
         ctx.mark_non_differentiable(entropy)
         return log_p, entropy
 
@@ -94,7 +95,7 @@ class FusedLogProb(torch.autograd.Function):
         minus_p = z.exp()
         total = minus_p.sum(-1, keepdim=True)
         minus_p /= -total
-        log_total = total.log()[:, 0]
+        log_total = total.log()[:, 0]  # H = log_total - sum p z
         log_p = z.gather(-1, targets[:, None])[:, 0] - log_total
         return minus_p, log_p, torch.linalg.vecdot(minus_p, z) + log_total
 
@@ -102,8 +103,7 @@ class FusedLogProb(torch.autograd.Function):
 def fused_log_probs(h, weight, targets, chunk=None):
     """Log-probability of `targets` and entropy of each row: (N, D), (V, D), (N,) -> (N,), (N,).
 
-    The entropy carries no gradient. `chunk` rows pass through the head at a time; by default a
-    chunk's logits take about 32 MB in float32.
+    The entropy carries no gradient. A chunk of rows has by default 32 MB of logits in float32.
     """
     return FusedLogProb.apply(h, weight, targets, chunk or max(16, 2**23 // weight.shape[0]))
 
@@ -120,28 +120,31 @@ class Batch:
     segments: torch.Tensor  # (B, L); 0 prompt, k = 1..K answer k, -1 padding
     index: torch.Tensor  # (N,) flat position b * L + l whose hidden state predicts ...
     targets: torch.Tensor  # (N,) ... this token
-    owner: torch.Tensor  # (N,) number of its answer, counted over all rows: 0 .. answers - 1
-    answers: int
-    pixel_values: torch.Tensor | None = None  # (I, 3, H, W); LLaVA-NeXT: the tiles of all images
+    owner: torch.Tensor  # (N,) number of its answer, counted row by row: 0 .. M - 1
+    n_answers: int  # M
+    pixel_values: torch.Tensor | None = None  # (I, 3, H, W) in row order; NeXT: all their tiles
     image_sizes: torch.Tensor | None = None  # (I, 2) height and width in pixels; LLaVA-NeXT only
 
     @property
     def lengths(self):
-        """Scored tokens of each answer, (answers,)."""
-        return torch.bincount(self.owner, minlength=self.answers)
+        """Scored tokens of each answer, (M,)."""
+        return torch.bincount(self.owner, minlength=self.n_answers)
 
     def to(self, device):
         """The same batch with every tensor on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in moved.items()})
+        tensors = {name: x for name, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
 
 
 def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes=None):
     """Pack the answers of each prompt after one copy of it.
 
     prompts: B tensors (P,). answers: B lists of tensors (R,). scored: B lists of boolean tensors
-    (R,), which tokens enter the loss (default: all). The first token of an answer is predicted from
-    the prompt's last position, wherever in the row the answer stands.
+    (R,), which tokens enter the loss (default: all). A prompt 1 2 3 with two answers:
+
+        input_ids     1 2 3 | 10 11 | 20 21 22        index    2  3  2  5  6    hidden state at ...
+        position_ids  0 1 2 |  3  4 |  3  4  5        targets 10 11 20 21 22    ... predicts
+        segments      0 0 0 |  1  1 |  2  2  2        owner    0  0  1  1  1
     """
     B = len(prompts)
     L = max(len(p) + sum(map(len, row)) for p, row in zip(prompts, answers))
@@ -162,17 +165,17 @@ def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes
             input_ids[b, here] = answer
             position_ids[b, here] = torch.arange(P, P + R)
             segments[b, here] = k + 1
-            before = torch.arange(start - 1, start + R - 1)  # position t predicts token t + 1
-            before[:1] = P - 1
+            predicts_from = torch.arange(start - 1, start + R - 1)
+            predicts_from[:1] = P - 1  # the first token: from the prompt's end
             keep = scored[b][k] if scored else torch.ones(R, dtype=torch.bool)
-            index.append(b * L + before[keep])
+            index.append(b * L + predicts_from[keep])
             targets.append(answer[keep])
-            owner.append(torch.full((int(keep.sum()),), len(owner)))
+            owner.append(torch.full((int(keep.sum()),), len(owner)))  # number of this answer
             start += R
 
-    n = len(owner)
+    M = len(owner)
     parts = [torch.cat(x or [torch.zeros(0).long()]) for x in (index, targets, owner)]
-    return Batch(input_ids, position_ids, segments, *parts, n, pixel_values, image_sizes)
+    return Batch(input_ids, position_ids, segments, *parts, M, pixel_values, image_sizes)
 
 
 # ---- the model
@@ -210,15 +213,13 @@ class MLLM(nn.Module):
         if anyres:  # the vector that ends a row of tiles; it never trains
             self.image_newline = nn.Parameter(llm.get_input_embeddings().weight[0].detach() * 0)
         self.heads = nn.ModuleDict()  # scalar heads by name, of reward and value models
-        self.initial_projector, self.initial_llm = [], []  # in lists: not saved, not trained
-        install(vision, llm)
+        self.initial_projector, self.initial_llm = [], []  # in lists: nn.Module does not see them
+        install_attention(vision, llm)
         self.eval()
 
     @property
     def device(self):
         return self.llm.get_input_embeddings().weight.device
-
-    # ---- what trains, and which adapter acts
 
     def prepare(
         self,
@@ -231,8 +232,8 @@ class MLLM(nn.Module):
     ):
         """Choose what trains: LoRA on the LLM (rank 0: the whole LLM), the projector, the tower.
 
-        Whatever trains becomes float32: a step of 1e-6 on bfloat16 weights changes almost nothing.
-        keep_reference: where the LLM trains whole, keep a frozen copy of it for `reference`.
+        What trains becomes float32: a step of 1e-6 on bfloat16 weights changes almost nothing.
+        keep_reference: of an LLM that trains whole, keep a frozen copy for `reference`.
         """
         self.requires_grad_(False)
         if llm and lora_rank:
@@ -267,7 +268,7 @@ class MLLM(nn.Module):
 
     @contextlib.contextmanager
     def use(self, name):
-        """Inside, the adapter of this name acts instead of the one before; None: the base alone.
+        """Inside, the adapter of this name acts; None: the base alone. Outside, "policy" acts.
 
         The backward pass belongs inside too: gradient checkpointing runs the blocks again in it.
         """
@@ -285,11 +286,14 @@ class MLLM(nn.Module):
 
     @contextlib.contextmanager
     def reference(self):
-        """Inside, the model is pi_ref: no adapter, and projector and LLM as training found them."""
+        """Inside, the model is pi_ref: no adapter, projector and LLM as training found them.
+
+        For online methods; dpo.py computes log pi_ref before its first step instead.
+        """
         trains = lambda part: any(p.requires_grad for p in part.parameters())
-        whole_llm = trains(self.llm) and not self.lora_layers()
-        if whole_llm and not self.initial_llm or trains(self.vision):
-            what = "the vision tower" if trains(self.vision) else "--lora-rank 0: the LLM"
+        lost = trains(self.llm) and not self.lora_layers() and not self.initial_llm
+        if lost or trains(self.vision):
+            what = "--lora-rank 0: the LLM" if lost else "the vision tower"
             raise BadInput(
                 f"{what} trains, so pi_ref is gone; cache its log-probs before training."
             )
@@ -303,8 +307,6 @@ class MLLM(nn.Module):
                 yield self
         finally:
             self.llm, self.projector = llm, projector
-
-    # ---- forward, in the order in which it happens
 
     def autocast(self):
         """Arithmetic in `dtype`, although what trains is float32."""
@@ -320,7 +322,9 @@ class MLLM(nn.Module):
         states = len(self.vision.encoder.layers) + 1
         with self.autocast():
             x = self.vision.pre_layrnorm(self.vision.embeddings(pixel_values.to(self.dtype)))
-            for layer in self.vision.encoder.layers[: range(states)[self.feature_layer]]:
+            for layer in self.vision.encoder.layers[
+                : range(states)[self.feature_layer]
+            ]:  # -2: n - 1
                 x = layer(x, attention_mask=None)
             x = self.projector(x if self.keep_cls else x[:, 1:])
         if not self.anyres:
@@ -335,19 +339,18 @@ class MLLM(nn.Module):
         at_image = input_ids == self.image_token_id  # (B, L)
         x = self.llm.get_input_embeddings()(input_ids.masked_fill(at_image, 0))
         features = [] if pixel_values is None else self.image_features(pixel_values, image_sizes)
-        tokens = [n for n in at_image.sum(1).tolist() if n]
-        found = [len(f) for f in features]
+        tokens, found = [n for n in at_image.sum(1).tolist() if n], [len(f) for f in features]
         if tokens != found:
             what = f"{sum(tokens)} image tokens in the text against {sum(found)} image features"
-            raise BadInput(f"{what} (by row: {tokens}, by image: {found}).")
+            raise BadInput(f"{what} (of rows with an image: {tokens}, of images: {found}).")
         if not features:
             return x
         return x.masked_scatter(at_image[:, :, None], torch.cat(features).to(x.dtype))
 
-    def decode(self, x, see, position_ids, cache=None, prefix=0, wanted=None):
+    def run_llm(self, x, mask, position_ids, cache=None, prefix=0, wanted=None):
         """Run the LLM's blocks: embeddings (B, L, D), mask (B, 1, L, keys) -> states (B, L, D).
 
-        prefix: the first positions for which the mask is the plain causal one.
+        prefix: number of leading positions whose mask is plain causal (see attention.py).
         wanted: flat positions (N,), none of them in the prefix -> (N, D).
         """
         x = x.to(
@@ -356,7 +359,7 @@ class MLLM(nn.Module):
         with self.autocast():
             out = self.llm.base_model(
                 inputs_embeds=x,
-                attention_mask=see,
+                attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -364,7 +367,7 @@ class MLLM(nn.Module):
                 wanted=wanted,
             )
         h = out.last_hidden_state
-        if wanted is None or h.dim() == 2:  # a `LastBlock` has picked the positions already
+        if wanted is None or h.dim() == 2:  # attention.py's `LastBlock` has picked the positions
             return h
         return h.flatten(0, 1)[wanted]
 
@@ -373,9 +376,9 @@ class MLLM(nn.Module):
 
         masked: (B, L), True = no other position attends to it.
         """
-        see, prefix = mask_and_prefix(batch, self.llm.config, wanted, masked)
+        mask, prefix = mask_and_prefix(batch, self.llm.config, wanted, masked)
         x = self.embed(batch.input_ids, batch.pixel_values, batch.image_sizes)
-        return self.decode(x, see, batch.position_ids, prefix=prefix, wanted=wanted)
+        return self.run_llm(x, mask, batch.position_ids, prefix=prefix, wanted=wanted)
 
     def head_weight(self):
         """The LM head's matrix (V, D) in the dtype of the arithmetic."""
@@ -387,9 +390,9 @@ class MLLM(nn.Module):
         return fused_log_probs(h.to(self.dtype), self.head_weight(), batch.targets)
 
     def answer_log_probs(self, batch):
-        """log p(answer | prompt): the sum over its scored tokens, (answers,)."""
+        """log p(answer | prompt): the sum over its scored tokens, (M,)."""
         log_p, _ = self.log_probs(batch)
-        return log_p.new_zeros(batch.answers).index_add(0, batch.owner, log_p)
+        return log_p.new_zeros(batch.n_answers).index_add(0, batch.owner, log_p)
 
     def values(self, batch, wanted, head):
         """A scalar head on the hidden states at the flat positions (N,) -> (N,) float32."""

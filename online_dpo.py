@@ -18,17 +18,18 @@ has unlearned are no longer penalised. Only images and prompts of the data are u
 the pairs. pi_ref scores the answers of each step in that step.
 
 One step:
-1. batch    prompts; for each, alpha decides between the data's pair and answers of its own
-2. sample   k answers of the current policy
-3. judge    the best against the worst answer; ties and unreadable verdicts make no pair
-4. score    log pi and log pi_ref of both answers
-5. loss     and its gradient
+1. batch    prompts; alpha decides for each between the data's pair and answers of its own;
+            for each micro-batch:
+2. sample       k answers of the current policy
+3. judge        the best against the worst answer; ties and unreadable verdicts make no pair
+4. score        log pi and log pi_ref of both answers
+5. loss         and its gradient
 6. step     clip the gradient, update
 7. log
 
-Step 0 must print rewards 0 and loss ln 2 times the share of prompts with a pair, `annotator/pairs`:
-in the toy world about .4. There, over three seeds, CHAIR_s falls from .64 to .09 and recall loses
-.007 (offline, dpo.py: .08 and .025). Half of the time is sampling.
+At step 0 `rewards/margins` is 0 and the loss ln 2 times the share of prompts with a pair,
+`annotator/pairs`: in the toy world about .4. There, over three seeds, CHAIR_s falls from .64 to .09
+and recall loses .007 (offline, dpo.py: .08 and .025). Half of the time is sampling.
 
 Choices where the paper is silent, and deviations:
 1. The paper gives neither temperature nor sampling policy: temperature 1, the policy itself. Two
@@ -136,13 +137,13 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="d
     """
     reward_chosen = beta * (logp_chosen - ref_chosen)
     reward_rejected = beta * (logp_rejected - ref_rejected)
-    h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
+    margin = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)  # h
     if kind == "dpo":
-        losses = -F.logsigmoid(beta * h)  # eq. 3
+        losses = -F.logsigmoid(beta * margin)  # eq. 3
     elif kind == "ipo":
-        losses = (h - 1 / (2 * beta)) ** 2
+        losses = (margin - 1 / (2 * beta)) ** 2
     elif kind == "slic":
-        losses = (1 - beta * h).relu()
+        losses = (1 - beta * margin).relu()
     return losses, reward_chosen.detach(), reward_rejected.detach()
 
 
@@ -185,7 +186,7 @@ def pair_of(example, answers):
 def main():
     """Load, train on answers as they are drawn and judged, save, evaluate."""
     args, clock = parse(), training.Clock()
-    toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
+    toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
     args.beta = args.beta or (TOY_BETA if args.toy_world else BETA)[args.loss]
 
     # ---- load data, annotator and model
@@ -225,7 +226,7 @@ def main():
     log = training.Log(out, first, steps)
     for step in range(first, steps):
         metrics = Counter(dict.fromkeys(METRICS, 0.0))
-        names, all_scores, lengths = [], [], []
+        where, all_scores, lengths = [], [], []
 
         # 1. batch: eq. 4, pairs[i] is the data's pair, or None where the policy answers
         micro_batches = training.batch_of(step, args, len(examples))
@@ -277,7 +278,7 @@ def main():
             )
             (losses.sum() / prompts).backward()
 
-            names += [pair.record.where for pair in pairs]
+            where += [pair.record.where for pair in pairs]
             for name, values in (
                 ("loss", losses),
                 ("rewards/chosen", reward_chosen),
@@ -292,7 +293,7 @@ def main():
 
         # 6. step
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 

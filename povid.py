@@ -12,14 +12,14 @@ after the true prefix. There are no samples: every position is predicted at once
 a sentence.
 
 One step:
-1. batch   pairs with their images
-2. distort diffuse the pixels, take the most likely tokens
-3. score   log pi and log pi_ref of y+, of y- and of the given rejected answer
-4. loss    and its gradient
-5. step    clip the gradient, update
+1. batch    pairs with their images; for each micro-batch:
+2. distort      diffuse the pixels, take the most likely tokens
+3. score        log pi and log pi_ref of y+, of y- and of the given rejected answer
+4. loss         and its gradient
+5. step     clip the gradient, update
 6. log
 
-Step 0 must print loss ln 2 and rewards 0.
+At step 0 `rewards/margins` is 0 and the loss is ln 2.
 
 Choices where the paper is silent, and deviations:
 1. POVID's code lets the reference choose its own tokens; here both score the policy's, so that step
@@ -93,8 +93,8 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta):
     """
     reward_chosen = beta * (logp_chosen - ref_chosen)
     reward_rejected = beta * (logp_rejected - ref_rejected)
-    h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
-    losses = -F.logsigmoid(beta * h)  # eq. 3
+    margin = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)  # h
+    losses = -F.logsigmoid(beta * margin)  # eq. 3
     return losses, reward_chosen.detach(), reward_rejected.detach()
 
 
@@ -116,7 +116,7 @@ def distorted_log_probs(model, batch, wrong, k):
     sums = []
     for targets in (batch.targets, wrong):
         log_p, _ = fused_log_probs(h, model.head_weight(), targets)  # (N,)
-        sums.append(log_p.new_zeros(batch.answers).index_add(0, batch.owner, log_p).view(-1, k).T)
+        sums.append(log_p.new_zeros(batch.n_answers).index_add(0, batch.owner, log_p).view(-1, k).T)
     true, distorted = sums  # (k, B) each
     return torch.cat([true[:1], distorted[:1], true[1:]])
 
@@ -124,18 +124,18 @@ def distorted_log_probs(model, batch, wrong, k):
 def main():
     """Load, train, save, evaluate."""
     args, clock = parse(), training.Clock()
-    toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
+    toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
 
     # ---- load data and model
     device, dtype = training.device_and_dtype(args)
-    # without --gamma, pairs that share a chosen answer are one task
-    one_task = None if args.gamma else lambda record: (*record.prompt_key, record.answers)
+    # without --gamma, pairs that share a chosen answer give one example
+    one_example = None if args.gamma else lambda record: (*record.prompt_key, record.answers)
     rows = dataset.read(
         args.data,
         args.images,
         answers=2 if args.gamma else 1,
         skip_bad_rows=args.skip_bad_rows,
-        unique=one_task,
+        unique=one_example,
         needs_image="POVID would distort",
     )
     model, processor = checkpoints.load(
@@ -169,7 +169,7 @@ def main():
 
         # 1. batch
         micro_batches = training.batch_of(step, args, len(examples))
-        pairs = sum(map(len, micro_batches))
+        n_pairs = sum(map(len, micro_batches))
         for number, micro in enumerate(micro_batches):
             batch = processor.collate([examples[i] for i in micro]).to(device)
             k = len(examples[micro[0]].answers)
@@ -197,7 +197,7 @@ def main():
             if args.gamma:  # eq. 5
                 given_losses, *_ = dpo_loss(chosen, given[0], ref_chosen, ref_given[0], args.beta)
                 losses = args.gamma * given_losses + (1 - args.gamma) * losses
-            (losses.sum() / pairs).backward()
+            (losses.sum() / n_pairs).backward()
 
             for name, values in (
                 ("loss", losses),
@@ -208,12 +208,12 @@ def main():
                 ("logps/chosen", chosen),
                 ("logps/rejected", rejected),
             ):
-                metrics[name] += values.sum().item() / pairs
+                metrics[name] += values.sum().item() / n_pairs
 
         # 5. step
-        names = [examples[i].record.where for micro in micro_batches for i in micro]
+        where = [examples[i].record.where for micro in micro_batches for i in micro]
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 

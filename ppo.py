@@ -3,15 +3,16 @@
     maximise E[r(x, y)] - beta KL(pi || pi_ref)        Amirloo et al. 2024, eq. 2; Sun et al. 2023
                                                        x = image and prompt
 
-One step is an iteration over a batch of prompts:
+One step is an iteration over batch-size x grad-accum x minibatches prompts:
 1. sample      k answers to each prompt from the policy, at temperature 1
 2. score       r = reward model + correctness + length + unfinished: four terms, logged apart
 3. KL          kl_t = log pi(y_t) - log pi_ref(y_t)
                reward of token t: -beta kl_t; at the last token of the answer also + r
-4. GAE         A_t = sum_j (gamma lambda)^j (reward_t+j + gamma V_t+j+1 - V_t+j)
+4. GAE         A_t = sum_j (gamma lambda)^j (reward_{t+j} + gamma V_{t+j+1} - V_{t+j})
                return_t = A_t + V_t                                       Schulman et al. 2016
+               with gamma = lambda = 1, the defaults: all rewards from t on, minus V_t
 5. whitening   A <- (A - mean) / std, over all tokens of the iteration
-6. update      several passes over minibatches                            Schulman et al. 2017
+6. update      passes x minibatches optimizer updates                     Schulman et al. 2017
                policy: mean of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)), ratio = pi / pi_old
                value: mean of .5 max((V - return)^2, (clip(V, V_old - eps, V_old + eps) - return)^2)
 7. log
@@ -26,39 +27,42 @@ minibatch, where it is 1, this is REINFORCE).
     python ppo.py --model LLAVA-RLHF-SFT --data llava_ppo50k.json --images DIR \\
         --reward-model DIR --facts image_to_caption.json
 
-One frozen base carries three adapters: policy, reward, value; without an adapter it is pi_ref. The
-value network starts from the reward model's adapter (from a new one with the oracle), its head at
-0. It reads the policy's prompt, never the facts; V_t is its value before token t.
+Facts are captions of the image that the reward model reads (Fact-RLHF); the policy never reads
+them. One frozen base carries three adapters: policy, reward, value; without an adapter it is
+pi_ref. The value network starts from the reward model's adapter (from a new one with the oracle),
+its head at 0. It reads the policy's prompt; V_t is its value before token t.
 
-    correctness   2 c. Multiple choice: c = 1 for the right letter, else 0.
+    correctness   --correct-weight 2 times c. Multiple choice: c = 1 for the right letter, else 0.
                   If the right answer is "No": c = .5 for "No", -.5 for "Yes".
-    length        -10 tokens / --max-new-tokens
-    unfinished    -8 for an answer that was cut off
+    length        --length-weight -10 times tokens / --max-new-tokens
+    unfinished    --unfinished-weight -8 for an answer that was cut off
 
-The prompts are those of --data, in any layout. Its answers (the first of a pair) are taken as the
-right ones.
+The prompts are those of --data, in any layout. For `correctness`, the data's answer (of a pair: the
+chosen one) counts as right.
 
 In the toy world, over three seeds, CHAIR_s goes from .64 to .06 and recall loses .016; RLOO does
 the same. The result depends on the reward model, and rounding alone changes it: one such run, with
 another number of threads, ended at .28. With a plain reward model and no length term PPO learns to
 say less: recall loses .087, and a quarter of the words go.
 
-Choices where the papers are silent, and deviations. Corrected here, compared with Sun et al.'s
-code:
-1. The final reward stands at the last real token, there at the last padded slot. Padding enters no
-   mean, no whitening and no loss.
-2. kl_t is log pi - log pi_ref, whose mean is the KL divergence. There it is clamped at 0, token by
-   token (--kl clamped), which overestimates it and rewards nothing but standing still. The other
-   unbiased estimator is k3 = 1 / ratio - 1 + log ratio.
-3. A multiple-choice answer that is the bare letter counts as right; there only "B." and "correct
-   option is B." do.
-Left out: the factor 10 on all rewards (whitening cancels it), the cut at a question mark, length
-coefficients for each kind of prompt, and the policy's own supervised start: pi_ref is --model. LoRA
-has alpha = 2 rank (there rank 64, alpha 16).
-4. The reward model reads an answer that was cut off with an end token. A term of its own says that
-   the answer was cut off.
-5. In float32, log pi_old is taken from sampling (equal to 1e-5). In bfloat16 the answers are scored
-   again.
+Corrected from the code of Sun et al.:
+1. The final reward stands at the last real token; theirs stands at the last padded slot. Padding
+   enters no mean, no whitening and no loss.
+2. kl_t is log pi - log pi_ref, whose mean is the KL divergence. Theirs is clamped at 0, token by
+   token (--kl clamped): it overestimates the KL, and a move away from pi_ref is never paid back.
+   The other unbiased estimator is k3 = pi_ref / pi - 1 + log(pi / pi_ref).
+3. A multiple-choice answer that is the bare letter counts as right; theirs accepts only "B." and
+   "correct option is B.".
+
+Left out from their code: the factor 10 on all rewards (whitening cancels it), cutting an answer
+after its first question mark, length coefficients for each kind of prompt, and the policy's own
+supervised start: pi_ref is --model. LoRA has alpha = 2 rank (theirs: rank 64, alpha 16).
+
+Choices where the papers are silent, and deviations:
+4. An end token is added to a cut-off answer before the reward model reads it. A term of its own
+   says that the answer was cut off.
+5. In float32, log pi_old is taken from sampling (the two agree to within 1e-5). In bfloat16 the
+   answers are scored again.
 6. The reward model's score, less its mean on held-out pairs, is divided by its spread there. So the
    other terms weigh the same beside any reward model. Amirloo et al. normalise on the alignment
    set; Sun et al. take the score as it is. Amirloo et al.'s RLOO is --advantage rloo --samples 4
@@ -66,8 +70,8 @@ has alpha = 2 rank (there rank 64, alpha 16).
 7. One clip of the gradient norm (1) covers policy and value network.
 8. Toy settings. Half of the toy questions have the answer "Yes", for which `correctness` gives
    nothing whatever the answer is; at the weight 2 the policy learns to say "No". So the weight is
-   0. And the toy reward model punishes errors far more than omissions, so long answers are paid for
-   (+8 tokens / --max-new-tokens), not fined. r is in units of the reward model's spread.
+   0. And the toy reward model punishes errors far more than omissions, so long answers are rewarded
+   (+8 tokens / --max-new-tokens). r is in units of the reward model's spread.
 
 Metrics: `objective/scores` mean r, `scores/...` its terms; `objective/kl` mean over answers of the
 sum of log pi - log pi_ref over tokens (may be negative in one batch); `objective/entropy` of the
@@ -291,7 +295,7 @@ def with_answers(example, answers):
 
 
 @torch.no_grad()
-def sample(model, processor, prompts, args, step):
+def draw_rollout(model, processor, prompts, args, step):
     """--samples answers of the current policy to each of B prompts (Examples) -> Rollout."""
     seed = random.Random(f"{args.seed}/{step}").getrandbits(62)
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -367,11 +371,11 @@ class Reward:
         else:
             self.mean, self.std = mean_and_std(settings["held_out"])
 
-    def with_turn(self, example, texts, rng):
-        """The example as the reward model reads it. texts: the captions of its image."""
+    def with_turn(self, example, known, rng):
+        """The example as the reward model reads it. known: the captions of its image."""
         settings = self.settings
         turn = evaluation_turn(
-            settings["question"], settings["facts"], texts, rng, settings["max_facts"]
+            settings["question"], settings["facts"], known, rng, settings["max_facts"]
         )
         return with_evaluation(self.processor, example, turn)
 
@@ -386,8 +390,8 @@ class Reward:
             return
         answer = torch.zeros(self.args.max_new_tokens, dtype=torch.long)
         for e in examples:
-            texts = self.facts[e.record.prompt_key]
-            longest = longest_facts(self.processor, texts, self.settings["max_facts"])
+            known = self.facts[e.record.prompt_key]
+            longest = longest_facts(self.processor, known, self.settings["max_facts"])
             self.with_turn(replace(e, answers=[answer]), longest, random.Random(0))
 
     def by_oracle(self, examples, texts):
@@ -430,7 +434,7 @@ class Reward:
 
 
 @torch.no_grad()
-def score_tokens(model, processor, rollout, args):
+def with_reference_and_values(model, processor, rollout, args):
     """log pi_ref of every token, and with GAE its value -> the Rollout with both.
 
     In bfloat16 also log pi_old again, as the update will compute it.
@@ -455,10 +459,10 @@ def score_tokens(model, processor, rollout, args):
 
 def kl_of(log_p, reference, kind):
     """Estimate of KL(pi || pi_ref) from each token drawn from pi, (N,). k1 and k3 are unbiased."""
-    log_ratio = log_p - reference
+    over_reference = log_p - reference  # log(pi / pi_ref)
     if kind == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
-    return log_ratio.clamp(min=0) if kind == "clamped" else log_ratio
+        return torch.expm1(-over_reference) + over_reference
+    return over_reference.clamp(min=0) if kind == "clamped" else over_reference
 
 
 def token_rewards(scores, kl, lengths, beta):
@@ -498,7 +502,7 @@ def rloo(rewards):
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
 
 
-def advantages_of(rollout, scores, kl, args):
+def with_advantages(rollout, scores, kl, args):
     """Scores r of the answers (M,) and kl of the tokens (N,) -> the Rollout with advantages."""
     lengths = rollout.lengths
     if args.advantage == "rloo":
@@ -554,7 +558,7 @@ def update(model, processor, optimizer, factor, rollout, args, step):
                 micro = rollout.take(micro_places)  # m answers, n tokens
                 batch = processor.collate(micro.examples).to(model.device)
 
-                # the policy: the mean over all tokens (RLOO: answers) of the minibatch
+                # the adapter "policy": the mean over all tokens (RLOO: answers) of the minibatch
                 log_p, entropy = model.log_probs(batch)  # (n,), (n,)
                 if args.advantage == "gae":
                     losses, clipped = policy_loss(
@@ -565,7 +569,7 @@ def update(model, processor, optimizer, factor, rollout, args, step):
                     losses, clipped = policy_loss(
                         summed(log_p, micro.lengths),
                         summed(micro.log_probs, micro.lengths),
-                        micro.advantages[last_of(micro.lengths)],
+                        micro.advantages[last_of(micro.lengths)],  # all tokens have the same
                         args.clip,
                     )  # (m,), (m,)
                     count = M
@@ -574,7 +578,7 @@ def update(model, processor, optimizer, factor, rollout, args, step):
                 total_loss += loss.item()
 
                 log_ratio = (log_p - micro.log_probs).detach()
-                sums = {
+                sums = {  # over tokens; divided by N below, they add up to means over the minibatch
                     "policy/loss": loss * N,
                     "policy/clipfrac": clipped.float().mean() * len(clipped) * (N / count),
                     "policy/approxkl": 0.5 * (log_ratio**2).sum(),
@@ -594,9 +598,9 @@ def update(model, processor, optimizer, factor, rollout, args, step):
                 for name, value in sums.items():
                     metrics[name] += value.item() / N
 
-            names = [e.record.where for e in minibatch.examples]
+            where = [e.record.where for e in minibatch.examples]
             grad_norm = training.clip_gradients(optimizer, max_norm=1.0)
-            training.check_finite(total_loss, grad_norm, names)
+            training.check_finite(total_loss, grad_norm, where)
             training.take_step(optimizer, factor)
             metrics["grad_norm"] += grad_norm
             updates += 1
@@ -667,7 +671,7 @@ def add_value_network(model, args):
 def main():
     """Load, put reward and value network beside the policy, iterate, save, evaluate."""
     args, clock = parse(), training.Clock()
-    toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
+    toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
     args.samples = args.samples or (TOY_SAMPLES if args.toy_world else SAMPLES)[args.advantage]
     if args.reward_model is None:
         args.reward_model = str(toy.reward_model(args.seed))
@@ -712,13 +716,15 @@ def main():
     log = training.Log(out, first, steps)
     clock.lap("setup")
     for step in range(first, steps):
-        numbers = range(step * args.minibatches, (step + 1) * args.minibatches)
-        batches = [training.batch_of(number, args, len(examples)) for number in numbers]
-        prompts = [examples[i] for batch in batches for micro in batch for i in micro]
+        # the prompts of the next `minibatches` batches, in one list
+        prompts = []
+        for number in range(step * args.minibatches, (step + 1) * args.minibatches):
+            for micro in training.batch_of(number, args, len(examples)):
+                prompts += [examples[i] for i in micro]
         metrics = {}
 
         # 1. sample
-        rollout = sample(model, processor, prompts, args, step)
+        rollout = draw_rollout(model, processor, prompts, args, step)
         metrics["seconds/sample"] = clock.lap("sample")
 
         # 2. score
@@ -726,12 +732,12 @@ def main():
         scores = sum(terms.values())  # (M,)
 
         # 3. KL
-        rollout = score_tokens(model, processor, rollout, args)
+        rollout = with_reference_and_values(model, processor, rollout, args)
         kl = kl_of(rollout.log_probs, rollout.reference, args.kl)  # (N,)
         metrics["seconds/score"] = clock.lap("score")
 
         # 4. GAE, 5. whitening
-        rollout = advantages_of(rollout, scores, kl, args)
+        rollout = with_advantages(rollout, scores, kl, args)
 
         # 6. update: 5 iterations of warm-up, times a cosine
         factor = min(1.0, (step + 1) / 5) * training.schedule(step, steps, warmup=0)

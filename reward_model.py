@@ -377,7 +377,7 @@ def table(before, after):
 def main():
     """Load, hold out, train, evaluate, save."""
     args, clock = parse(), training.Clock()
-    toy.fill(args, TOY)  # without --model: a small model and world of our own, and TOY's settings
+    toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
     if args.toy_world and not (args.facts or args.no_facts):
         args.facts = str(Path(args.toy_world) / "image_to_caption.json")
     if args.no_facts:
@@ -454,9 +454,9 @@ def main():
                 metrics[name] += values.sum().item() / pairs
 
         # 4. step
-        names = [train[i].record.where for micro in micro_batches for i in micro]
+        where = [train[i].record.where for micro in micro_batches for i in micro]
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = min(1.0, (step + 1) / math.ceil(0.03 * steps))
         training.take_step(optimizer, factor)
 

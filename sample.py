@@ -1,10 +1,13 @@
-"""Ask a model about a picture; with an adapter: before and after, side by side.
+"""Ask a model about images; with an adapter, show its answers before and after side by side.
 
-    python sample.py --model llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "Describe the image in detail."
-    python sample.py --model llava-hf/llava-1.5-7b-hf --adapter runs/dpo-0/adapter --image cat.jpg dog.jpg --k 3
+    python sample.py --model llava-hf/llava-1.5-7b-hf --image cat.jpg \\
+        --prompt "Describe the image in detail."
+    python sample.py --model llava-hf/llava-1.5-7b-hf --adapter runs/dpo-0/adapter \\
+        --image cat.jpg dog.jpg --k 3
 
-Without --model the toy base of --seed answers; pictures of its world are below `.cache/world-*/images`. One answer is greedy,
-more are drawn at --temperature. Nothing is written.
+Without --model, the toy base model of --seed answers; images of its world are below
+`.cache/world-*/images`. One answer is greedy. Several are drawn at --temperature. Nothing is
+written.
 """
 
 import shutil
@@ -32,10 +35,10 @@ def parse():
         action="extend",
         required=True,
         metavar="FILE",
-        help="each image is asked about alone",
+        help="images; each one is asked about alone",
     )
     flag("--prompt", default="Describe the image.", help="(default %(default)r)")
-    flag("--k", type=positive_int, default=1, help="answers an image (default %(default)s)")
+    flag("--k", type=positive_int, default=1, help="answers per image (default %(default)s)")
     flag(
         "--temperature",
         type=not_negative,
@@ -46,9 +49,9 @@ def parse():
         type=positive_int,
         default=256,
         metavar="N",
-        help="longest answer (default %(default)s)",
+        help="most tokens of an answer (default %(default)s)",
     )
-    flag("--seed", type=int, default=0, help="of sampling, and of the toy base model")
+    flag("--seed", type=int, default=0, help="seeds the sampling and names the toy base model")
     args = parser.parse_args()
     if args.temperature is None:
         args.temperature = 0.0 if args.k == 1 else 1.0
@@ -59,20 +62,21 @@ def parse():
 
 
 def side_by_side(columns, width):
-    """Texts -> lines of them in columns."""
+    """Texts -> lines that show them in columns. width: characters of a whole line."""
     each = (width - 3 * (len(columns) - 1)) // len(columns)
-    wrapped = [
-        [w for line in text.splitlines() for w in textwrap.wrap(line, each) or [""]]
-        for text in columns
-    ]
-    return [
-        " | ".join(part.ljust(each) for part in row).rstrip()
-        for row in zip_longest(*wrapped, fillvalue="")
-    ]
+    wrapped = []
+    for text in columns:
+        paragraphs = [textwrap.wrap(line, each) or [""] for line in text.splitlines()]
+        wrapped.append([part for paragraph in paragraphs for part in paragraph])
+
+    lines = []
+    for parts in zip_longest(*wrapped, fillvalue=""):
+        lines.append(" | ".join(part.ljust(each) for part in parts).rstrip())
+    return lines
 
 
 def main():
-    """Load, answer, with an adapter answer again, print."""
+    """Load, answer, answer again with the adapter, print."""
     args = parse()
     device, dtype = training.device_and_dtype(args)
     name = args.model or str(toy.base(args.seed))
@@ -82,7 +86,14 @@ def main():
     def answers():
         """k answers about each image."""
         return generate(
-            model, processor, records, args.max_new_tokens, args.temperature, args.k, 8, args.seed
+            model,
+            processor,
+            records,
+            args.max_new_tokens,
+            args.temperature,
+            args.k,
+            batch_size=8,
+            seed=args.seed,
         )
 
     columns = [answers()]

@@ -142,8 +142,8 @@ def prefill(model, prompts, given, branches, pixel_values, image_sizes, masked, 
     pixel_values = None if pixel_values is None else pixel_values.to(device)
     x = model.embed(batch.input_ids, pixel_values, image_sizes)  # (B, L, D)
     wanted = row * L + last
-    see, prefix = mask_and_prefix(batch, model.llm.config, wanted, hide)
-    h = model.decode(x, see, batch.position_ids, cache, prefix, wanted)  # (M, D)
+    mask, prefix = mask_and_prefix(batch, model.llm.config, wanted, hide)
+    h = model.run_llm(x, mask, batch.position_ids, cache, prefix, wanted)  # (M, D)
     cache.length = L
     cache.take(row, L + max_new_tokens)
     return Growing(cache, h, follows & ~hide[row], positions, next_position)
@@ -200,10 +200,10 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
         visible[:, L + t] = True
         positions[:, L + t] = now
         keys = slice(0, L + t + 1)
-        see = sliding_window(
+        mask = sliding_window(
             visible[:, None, None, keys], now[:, None], positions[:, keys], model.llm.config
         )
-        h = model.decode(embeddings(token)[:, None], see, now[:, None], cache)[:, 0]
+        h = model.run_llm(embeddings(token)[:, None], mask, now[:, None], cache)[:, 0]
         cache.length += 1
     return tokens, log_probs, drawn, finished
 

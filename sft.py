@@ -18,9 +18,9 @@ they are packed after their common prompt and do not see each other (`share_prom
 `adapter/`.
 
 One step:
-1. batch   images with all their dialogues
-2. score   log p of every answer token
-3. loss    and its gradient
+1. batch   images with all their dialogues; for each micro-batch:
+2. score       log p of every answer token
+3. loss        and its gradient
 4. step    clip the gradient, update
 5. log
 
@@ -179,9 +179,9 @@ def main():
             metrics["loss"] += loss.item()
 
         # 4. step
-        names = [e.record.where for e in step_examples]
+        where = [e.record.where for e in step_examples]
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
-        training.check_finite(metrics["loss"], metrics["grad_norm"], names)
+        training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 

@@ -344,11 +344,11 @@ def clip_gradients(optimizer, max_norm):
     return float(torch.nn.utils.clip_grad_norm_(params, max_norm))
 
 
-def check_finite(loss, grad_norm, rows):
-    """Stop the run before its optimizer step if a number is not finite; `rows` are named."""
+def check_finite(loss, grad_norm, where):
+    """Stop the run before its optimizer step if a number is not finite. where: names of its rows."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFinite(
-            f"loss {loss}, gradient norm {grad_norm} at {'; '.join(rows)}; no step was taken."
+            f"loss {loss}, gradient norm {grad_norm} at {'; '.join(where)}; no step was taken."
         )
 
 

@@ -443,9 +443,9 @@ def findings(cells):
         f"Answers have {f.cut('dpo', 'words')} fewer words; most of the missing ones were about absent objects. Adversarial accuracy changes by {f.hard('dpo')} points, "
         f"random accuracy by {f.change('dpo', 'POPE random')}.",
         f"**BDHS needs no annotator, and here it needs no mask.** As published it gets {f.part('bdhs', 'dpo', 'CHAIR_s')} of the default's reduction of CHAIR_s for {f.loss('bdhs')} points of recall. "
-        f"With guidance alone, the whole image in view, it gets {f.part('guidance-only', 'dpo', 'CHAIR_s')} of it for {f.loss('guidance-only')}. This base hallucinates with full sight; "
+        f"With guidance alone (sentences of y+ are completed with the whole image in view) it gets {f.part('guidance-only', 'dpo', 'CHAIR_s')} of that reduction for {f.loss('guidance-only')} points. This base hallucinates with full sight; "
         "hiding the image adds mistakes that it would not make.",
-        f"**A signal that punishes only what is wrong teaches the model to say less.** Recall falls by {f.loss('dpo-corrected')} points with corrected samples and by {f.loss('ppo-plain')} with PPO on a plain reward model. "
+        f"**A signal that punishes only what is wrong teaches the model to say less.** Recall falls by {f.loss('dpo-corrected')} points with DPO on corrected samples and by {f.loss('ppo-plain')} with PPO on a plain reward model. "
         f"Online DPO with the oracle, which prefers the fuller of two equally true answers, lowers CHAIR_s as far as the default and loses {f.loss('online')} points. Fact-RLHF loses {f.loss('ppo')}.",
     ]
 

@@ -1,4 +1,4 @@
-"""Pictures of the tiny built-in world: eight backdrops, 26 classes of things, 3 columns by 2 rows of slots."""
+"""Draws the toy world's images: eight backdrops, 26 classes of things, 3 x 2 slots."""
 
 import math
 import random
@@ -41,13 +41,13 @@ INK, DARK, MILK, PINK, GLASS = (
 
 @dataclass(frozen=True)
 class Thing:
-    """What stands in one slot: `count` (1 or 2) copies in `column` 0-2 (left to right) and `row` 0-1 (back, front)."""
+    """What stands in one slot."""
 
-    name: str
+    name: str  # class
     colour: str | None
-    count: int
-    column: int
-    row: int
+    count: int  # copies: 1 or 2
+    column: int  # 0 to 2, left to right
+    row: int  # 0: back, 1: front
 
 
 def tone(c: Colour, by: float) -> Colour:
@@ -57,9 +57,10 @@ def tone(c: Colour, by: float) -> Colour:
 
 
 class Pen:
-    """Draws into a box of an image in unit coordinates, (0, 0) at its top left; radii and widths are in box widths.
+    """Draws into a box of an image, in unit coordinates with (0, 0) at the box's top left.
 
-    Every method takes one fill and any number of shapes; `flip` mirrors them, `shade` is a tone() for all fills.
+    Radii and widths are in box widths. Every method takes one fill and any number of shapes. `flip`
+    mirrors all shapes; `shade` is a tone() for all fills.
     """
 
     def __init__(
@@ -76,19 +77,23 @@ class Pen:
         )
 
     def at(self, points) -> list[tuple[float, float]]:
+        """Points in pixels of the image."""
         return [
             (self.x + self.w * (1 - a if self.flip else a), self.y + self.h * b) for a, b in points
         ]
 
     def corners(self, x0: float, y0: float, x1: float, y1: float) -> tuple[float, ...]:
+        """A rectangle in pixels, left and right in order also when mirrored."""
         (a, b), (c, d) = self.at(((x0, y0), (x1, y1)))
         return min(a, c), b, max(a, c), d
 
     def poly(self, fill, *shapes):
+        """Polygons: points."""
         for points in shapes:
             self.draw.polygon(self.at(points), tone(fill, self.shade))
 
     def box(self, fill, *shapes, r: float = 0.0):
+        """Rectangles: (x0, y0, x1, y1). r: radius of the corners."""
         for shape in shapes:
             if r:
                 self.draw.rounded_rectangle(
@@ -98,10 +103,12 @@ class Pen:
                 self.draw.rectangle(self.corners(*shape), tone(fill, self.shade))
 
     def oval(self, fill, *shapes):
+        """Ovals: (x0, y0, x1, y1)."""
         for shape in shapes:
             self.draw.ellipse(self.corners(*shape), tone(fill, self.shade))
 
     def disc(self, fill, *shapes):
+        """Circles: (x, y, radius)."""
         for x, y, r in shapes:
             tall = r * self.w / self.h
             self.oval(fill, (x - r, y - tall, x + r, y + tall))
@@ -115,7 +122,10 @@ class Pen:
                 self.disc(fill, *((x, y, width / 2) for x, y in (points[0], points[-1])))
 
     def arc(self, fill, width: float | None, *shapes):
-        """Parts of ovals: (x0, y0, x1, y1, start, end), clockwise from the right in degrees; no width: filled."""
+        """Parts of ovals: (x0, y0, x1, y1, start, end).
+
+        Angles are in degrees, clockwise from the right. Without a width the shape is filled.
+        """
         for *shape, start, end in shapes:
             turn = (180 - end, 180 - start) if self.flip else (start, end)
             if width is None:
@@ -127,6 +137,9 @@ class Pen:
                     tone(fill, self.shade),
                     max(1, round(width * self.w)),
                 )
+
+
+# ---- things: p draws into the thing's box, c is the colour if the class has some
 
 
 def person(p: Pen, c, rng):
@@ -488,7 +501,8 @@ def teddy_bear(p: Pen, c, rng):
     )
 
 
-# What draws it, its width and height in slots (sizes help to tell things apart), the colours it comes in.
+# class -> function that draws it, width and height in slots, colours. Sizes help to distinguish
+# things.
 FIGURES = {
     "person": (person, 0.56, 1.0, ()),
     "car": (car, 0.98, 0.56, ("red", "blue", "yellow")),
@@ -521,6 +535,9 @@ CLASSES: dict[str, tuple[str, ...]] = {name: colours for name, (*_, colours) in 
 HANGING = ("clock", "kite")
 
 
+# ---- backdrops
+
+
 def fade(p: Pen, top: Colour, bottom: Colour, y0: float, y1: float):
     """A vertical gradient across the whole box."""
     for i in range(10):
@@ -529,6 +546,7 @@ def fade(p: Pen, top: Colour, bottom: Colour, y0: float, y1: float):
 
 
 def wander(c: Colour, rng) -> Colour:
+    """A colour close to `c`."""
     return tuple(min(255, v + rng.randint(-7, 7)) for v in c)
 
 
@@ -539,7 +557,7 @@ def sky(p: Pen, rng, clouds: int):
 
 
 def indoors(p: Pen, rng, wall: Colour, floor: Colour, skirting: Colour) -> float:
-    """A wall above a floor; returns the height at which they meet."""
+    """A wall above a floor -> the height at which they meet."""
     edge, wall, floor = 0.42 + rng.uniform(-0.03, 0.03), wander(wall, rng), wander(floor, rng)
     fade(p, tone(wall, 0.2), wall, 0, edge)
     fade(p, tone(floor, -0.1), tone(floor, 0.1), edge, 1)
@@ -671,9 +689,10 @@ BACKDROPS = dict(
 
 
 def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144) -> Image.Image:
-    """A `size` x `size` RGB picture of `things` before the backdrop `kind`, the same for the same state of `rng`.
+    """An RGB image, `size` x `size`, of `things` in front of the backdrop `kind`.
 
-    Raises KeyError for an unknown scene or class, ValueError for a colour the class does not come in.
+    The same state of `rng` gives the same image. Raises KeyError for an unknown scene or class,
+    ValueError for a colour that the class does not have.
     """
     side = 2 * size
     back, layer = Image.new("RGB", (side, side)), Image.new("RGBA", (side, side))
@@ -692,7 +711,7 @@ def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144
             w, h = wide * k * 0.31, high * k * 0.415 * rng.uniform(0.95, 1.03)
             x = (thing.column / 3 + 1 / 6 + aside + rng.uniform(-0.012, 0.012)) * side
             x = min(max(x, w / 2), side - w / 2)
-            # Copies of wide things are low: one stands higher, so that they do not hide each other.
+            # Copies of wide things are low: one copy stands higher, so that both can be seen.
             y = (0.475 + 0.49 * thing.row - up * (scale < 0.7) - rng.uniform(0, 0.02)) * side
             if thing.name in HANGING:
                 y -= (0.43 * side - h) / 2
@@ -708,7 +727,7 @@ def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144
             )
     back, layer = back.reduce(2), layer.reduce(2)
     mask = layer.getchannel("A")
-    # A soft dark rim sets things off from the backdrop, white ones most of all.
+    # A soft dark rim separates things from the backdrop; white things need it most.
     back.paste(
         (35, 30, 45),
         (1, 1),

@@ -1,6 +1,7 @@
-"""The toy world's oracle: reads what a model says of a picture, compares it with the truth, corrects it, rates it.
+"""The toy world's oracle: compares answers about an image with the truth, corrects and rates them.
 
-It stands where the papers use GPT-4V, Gemini or a person: as preference annotator, as rater of five attributes, as judge.
+It stands where the papers use GPT-4V, Gemini or a person: as preference annotator, as rater of five
+attributes, as judge.
 """
 
 import json
@@ -27,11 +28,9 @@ from lab.toyworld import (
 )
 from lab.toyworld import some_yes_no, tell, write_rows, yes_no
 
-
 WORDS = [(name, word) for name in CLASSES for word in (name, SYNONYMS.get(name, name))]
-KNOWN = {
-    form: (name, word) for name, word in WORDS for form in (word, plural(word))
-}  # "sofas": ("couch", "sofa")
+# form -> (class, word in the singular): "sofas" -> ("couch", "sofa")
+KNOWN = {form: (name, word) for name, word in WORDS for form in (word, plural(word))}
 NOUN = "|".join(sorted(KNOWN, key=len, reverse=True))
 COLOUR = "|".join(COLOURS)
 MENTION = re.compile(rf"\b({NOUN})\b", re.I)
@@ -39,7 +38,8 @@ OPENER = re.compile(
     rf"(?:this is|the picture shows|the image shows) an? (?P<kind>{'|'.join(SCENES)})", re.I
 )
 CLAUSE = re.compile(
-    rf"(?:yes, )?(?P<there>there (?:is|are) )?(?P<count>an?|one|two|the) (?:(?P<colour>{COLOUR}) )?(?P<noun>{NOUN})"
+    r"(?:yes, )?(?P<there>there (?:is|are) )?(?P<count>an?|one|two|the) "
+    rf"(?:(?P<colour>{COLOUR}) )?(?P<noun>{NOUN})"
     rf"(?: (?:is|are))?(?: (?:(?P<place>{'|'.join(PLACES)})|(?P<predicate>{COLOUR})))?",
     re.I,
 )
@@ -54,7 +54,10 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What a clause says. An opener has only `kind` set, an unreadable clause only the span."""
+    """What a clause says.
+
+    An opener ("This is a kitchen") has only `span` and `kind`; an unreadable clause only `span`.
+    """
 
     span: tuple[int, int]
     name: str | None = None
@@ -72,6 +75,7 @@ def mentions(text):
 
 
 def claim_of(clause, start=0):
+    """A clause -> Claim. start: position of the clause in the text."""
     span = start, start + len(clause)
     if found := OPENER.fullmatch(clause):
         return Claim(span, kind=found["kind"].lower())
@@ -87,7 +91,10 @@ def claim_of(clause, start=0):
 
 
 def sentences(text):
-    """The Claims of each sentence, one a clause; sentences end at a period or a line's end, " and " joins clauses."""
+    """The Claims of each sentence, one for each clause.
+
+    A sentence ends at a period, an exclamation mark or a line's end. " and " joins clauses.
+    """
     found = []
     for part in re.finditer(r"[^.!\n]+", text):
         start, told = part.start(), []
@@ -105,7 +112,7 @@ def claims(text):
 
 
 def slips(scene, claim):
-    """The wrong attributes of a claim: "kind", or "colour", "count", "column" of something present."""
+    """Names of a claim's wrong attributes: "kind", or "colour", "count", "column" of a thing."""
     if claim.kind:
         return [] if claim.kind == scene.kind else ["kind"]
     thing = scene.present.get(claim.name)
@@ -116,9 +123,10 @@ def slips(scene, claim):
 
 
 class Oracle:
-    """Knows what is in every picture of a world, judges answers, rates them and corrects them.
+    """Knows what is in every image of a world; judges answers, corrects them, rates them.
 
-    A prompt that is none of this world's questions (placeholder and suffix aside) is taken as a request to describe.
+    A prompt that is none of this world's questions (placeholder and suffix aside) is taken as a
+    request to describe the image.
     """
 
     def __init__(self, folder):
@@ -130,16 +138,17 @@ class Oracle:
             )
 
     def scene(self, image):
-        """The Scene of a picture, given as a path or a file name."""
+        """The Scene of an image, given as a path or a file name."""
         name = Path(image).name
         if name not in self.scenes:
             raise BadInput(
-                f"{image} is no picture of this world; its scenes.json knows {len(self.scenes)} others."
+                f"{image} is no picture of this world; "
+                f"its scenes.json knows {len(self.scenes)} others."
             )
         return self.scenes[name]
 
     def question(self, image, prompt):
-        """(kind, class asked about, true answer); of a request to describe only the kind is set."""
+        """(kind, class asked about, true answer). A request to describe has only the kind."""
         scene = self.scene(image)
         for kind, pattern in QUESTIONS.items():
             if not (found := pattern.search(prompt)):
@@ -156,10 +165,16 @@ class Oracle:
         return "describe", None, None
 
     def judge(self, image, prompt, answer):
-        """Counts: true objects, false (absent) ones, wrong attributes, missed objects, unreadable clauses, words.
+        """Counts of what is right and wrong in an answer.
 
-        And errors, what must be corrected: false + wrong + unreadable, and missed for a short answer; a description may
-        leave things out. A short answer has true = 1 if it is right.
+        true         objects that are there; 1 for a right short answer
+        false        mentioned objects that are absent
+        wrong        wrong attributes
+        missed       objects that are not mentioned
+        unreadable   clauses that cannot be read
+        words        words
+        errors       what must be corrected: false + wrong + unreadable, and for a short answer
+                     + missed; a description may leave objects out
         """
         scene, (kind, name, right) = self.scene(image), self.question(image, prompt)
         counts = dict.fromkeys(("true", "false", "wrong", "missed", "unreadable"), 0)
@@ -210,8 +225,8 @@ class Oracle:
     def correct(self, image, prompt, answer, rng):
         """The answer as an annotator of RLHF-V would correct it: what is true stays, word for word.
 
-        In a description false and unreadable clauses are removed and wrong attributes replaced; where nothing is left
-        a true caption takes its place. A wrong short answer becomes the true one.
+        In a description, false and unreadable clauses are removed and wrong attributes replaced. If
+        nothing is left, a true caption replaces it. A wrong short answer becomes the true one.
         """
         if not self.judge(image, prompt, answer)["errors"]:
             return answer
@@ -248,10 +263,12 @@ class Oracle:
     def rate(self, image, prompt, answer):
         """The five attributes of HelpSteer, 0 to 4.
 
-        helpfulness: 4 x the share of the present objects that a description names, 4 for a right short answer;
-        correctness: 4 less one for every error, 0 for a wrong short answer; coherence: 4 less two for every unreadable
-        clause and one for every repeated object; complexity: one for every three attributes; verbosity: one for every
-        ten words.
+        helpfulness   4 x the share of the present objects that a description names; 4 for a right
+                      short answer
+        correctness   4, less 1 for every error; 0 for a wrong short answer
+        coherence     4, less 2 for every unreadable clause and 1 for every repeated object
+        complexity    1 for every three attributes
+        verbosity     1 for every ten words
         """
         found, named = self.judge(image, prompt, answer), mentions(answer)
         short = self.question(image, prompt)[0] != "describe"
@@ -268,7 +285,10 @@ class Oracle:
         }
 
     def rate_vlfeedback(self, image, prompt, answer):
-        """VLFeedback's aspects, "1" to "5": helpfulness and correctness of `rate`, plus 1; nothing is unethical."""
+        """VLFeedback's aspects, "1" to "5": helpfulness and correctness of `rate`, plus 1.
+
+        Nothing is unethical.
+        """
         rated = self.rate(image, prompt, answer)
         helpful, faithful = str(1 + rated["helpfulness"]), str(1 + rated["correctness"])
         return {
@@ -282,9 +302,10 @@ class Oracle:
 
 
 def preference_prompts(folder, seed):
-    """[(image, prompt)]: for each preference picture one request for a caption and four yes/no questions.
+    """[(image, prompt)]: for each preference image, a request for a caption and four questions.
 
-    Nearly every caption goes wrong in one of four samples, and one yes/no question in three.
+    The questions are yes/no. Among four samples, nearly every caption prompt has a wrong one, and
+    one yes/no question in three.
     """
     rng, prompts = random.Random(f"{seed}/preference prompts"), []
     for image, scene in Oracle(folder).scenes.items():
@@ -299,11 +320,14 @@ def preference_prompts(folder, seed):
 
 
 def preferences_from_answers(prompts, answers, oracle, folder, rng):
-    """Write vlfeedback.jsonl (ranked samples) and rlhf_v.jsonl (a wrong sample and its correction) to a folder.
+    """Write vlfeedback.jsonl and rlhf_v.jsonl to a folder -> counts.
 
-    prompts: [(image, prompt)]; answers: for each the list of its samples. Empty samples are left out, as no reader
-    takes them; of several wrong samples one is drawn. Returns the counts {"vlfeedback", "rlhf_v", "empty", "right"};
-    right: prompts without a wrong sample, which have no row in rlhf_v.jsonl.
+    vlfeedback.jsonl holds ranked samples; rlhf_v.jsonl a wrong sample and its correction.
+    prompts: [(image, prompt)]. answers: the samples for each prompt. Empty samples are left out,
+    because no reader takes them. Among several wrong samples of a prompt, one is drawn.
+
+    The counts are {"vlfeedback": rows, "rlhf_v": rows, "empty": samples, "right": prompts without a
+    wrong sample, which have no row in rlhf_v.jsonl}.
     """
     folder, ranked, corrected, counts = (
         Path(folder),
@@ -371,7 +395,10 @@ def preferences_from_answers(prompts, answers, oracle, folder, rng):
 
 
 def answers_of(model_dir, folder, out, seed, k=4, temperature=1.0, max_new_tokens=96):
-    """Draw k answers of a checkpoint to each preference prompt of the world in `folder`; write preferences to `out`."""
+    """Write preferences among a checkpoint's own answers to the folder `out` -> counts.
+
+    It answers each preference prompt of the world in `folder` k times.
+    """
     from data import Record
     from formats import checkpoints
     from sampling import generate

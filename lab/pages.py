@@ -26,7 +26,7 @@ REWARD = {  # what reward_model.py measures on held-out pairs: column
     "longer_preferred": "longer answer is the chosen one",
     "longer_favoured": "longer answer gets the higher score",
 }
-FRONT = ("dpo", "guidance-only", "bdhs", "online", "mixed-corrected", "ppo", "ppo-plain")
+FRONT = ("dpo", "dpo-corrected", "bdhs", "guidance-only", "online", "ppo", "ppo-plain")
 BENCH = {
     "ours": "`dpo.py`'s loop",
     "naive": "the plain way: padded batch, all logits",
@@ -151,7 +151,7 @@ def gpu_table(gpu):
             [what, f"{seconds[0]:.2f}", f"{seconds[1]:.2f}", f"{seconds[1] / seconds[0]:.1f}",
              f"{memory[0]:.1f}", f"{memory[1]:.1f}"]
         )  # fmt: skip
-    head = ["", "s a step", "the plain way", "ratio", "peak GiB", "the plain way"]
+    head = ["", "s a step", "plain: s a step", "ratio", "peak GiB", "plain: peak GiB"]
     return markdown(head, lines)
 
 

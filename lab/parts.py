@@ -1,9 +1,10 @@
-"""The toy base model's parts, as ordinary transformers folders: a CLIP tower that sees the toy world, and a random tiny Llama.
+"""The toy base model's parts, as transformers folders: a CLIP tower and a random tiny Llama.
 
-Real LLaVAs are composed of a CLIP that was pretrained on pictures and an LLM; so is ours. The tower learns for half a minute to
-name, from the feature of every patch, what stands in that sixth of the picture (class, colour, count: all of it true) and
-which sixth it is; from the features that LLaVA takes, those of the last layer but one. A tower trained from scratch through
-the LLM would take most of the time that there is to become able to see at all.
+A real LLaVA is composed of a CLIP that was pretrained on images and an LLM; so is ours. The tower
+trains for half a minute. From the feature of every patch it learns to name what stands in that
+sixth of the image (class, colour, count: all of it true) and which sixth it is. The features are
+those that LLaVA takes: of the last layer but one. A tower that trains from scratch through the LLM
+would spend most of the training time just learning to see.
 """
 
 import json
@@ -28,7 +29,10 @@ SYSTEM = (
 
 
 def write(folder, world, seed, epochs=5):
-    """Write folder/clip and folder/llm for the world in folder `world`: 252 k and 646 k parameters, seeded."""
+    """Write folder/clip and folder/llm for the world in folder `world`.
+
+    They have 252 k and 646 k parameters. `seed` seeds both.
+    """
     from transformers import (
         CLIPVisionConfig,
         CLIPVisionModel,
@@ -59,9 +63,8 @@ def write(folder, world, seed, epochs=5):
         eos_token_id=1,
         pad_token_id=2,
         tie_word_embeddings=False,
-        initializer_range=0.08,
+        initializer_range=0.08,  # about 1 / sqrt(128); 0.02 suits a Llama 20 times as wide
     )
-    # initializer_range: about 1 / sqrt(128), the usual 0.02 is that of a Llama 20 times as wide
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower, llm = CLIPVisionModel(vision), LlamaForCausalLM(text)
@@ -92,7 +95,7 @@ def write(folder, world, seed, epochs=5):
 
 
 def tokenizer(rows, special):
-    """A byte-level BPE of 600 tokens trained on LLaVA-Instruct rows as they will be written."""
+    """A byte-level BPE of 600 tokens, trained on LLaVA-Instruct rows in their prompt template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     texts = [
@@ -114,7 +117,10 @@ def tokenizer(rows, special):
 
 
 def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
-    """Train the tower on the instruct pictures -> share of patches with a thing whose class it names right, at the end."""
+    """Train the tower on the instruct images -> accuracy on the last batch.
+
+    The accuracy is the share of patches with a thing whose class the tower names right.
+    """
     truth = json.loads((world / "scenes.json").read_text())
     names = [name for name in truth if name.startswith("instruct_")]
     kinds, colours = [None, *CLASSES], [None, *COLOURS]

@@ -1,12 +1,16 @@
-"""A world whose truth is known: it draws scenes, and writes them in the public layouts.
+"""A world whose truth is known: draws scenes and writes them in the public layouts.
 
-The disease is bias, not blindness. Of the six usual classes of a kind of scene the first two are its signature, what
-one expects there. Supervised captions and yes/no answers mention a signature object that is absent (a ghost) with
-probability NOISE, drawn anew for every statement; all else in the data is true. A model that sees well still says too
-much then, and because the truth is on disk (scenes.json) every hallucination can be counted instead of judged.
+The fault that a model learns here is bias, not blindness. Each kind of scene has six usual classes.
+The first two are its signature: what one expects there. A ghost is a signature object that is
+absent from the image. Supervised captions and yes/no answers mention a ghost with probability
+NOISE, drawn anew for every statement. All else in the data is true. So a model that sees well still
+says too much. The truth is on disk (scenes.json), so every hallucination can be counted instead of
+judged.
 
-    python -m lab.toyworld --seed 0 --out DIR                        a world: pictures, questions, preferences
-    python -m lab.toyworld --seed 0 --out DIR --answers-of MODEL     preferences among a model's own answers to it
+    python -m lab.toyworld --seed 0 --out DIR
+        a world: images, questions, preferences
+    python -m lab.toyworld --seed 0 --out DIR --answers-of MODEL
+        preferences among a model's own answers to that world
 """
 
 import json
@@ -24,7 +28,7 @@ from lab import drawing
 from lab.drawing import CLASSES, SCENES, Thing
 
 NOISE = 0.8
-USUAL = {  # kind of scene -> its usual classes, the first two are its signature
+USUAL = {  # kind of scene -> its usual classes; the first two are its signature
     "kitchen": ("oven", "cup", "bowl", "banana", "chair", "clock"),
     "street": ("car", "traffic light", "person", "bicycle", "dog", "bench"),
     "beach": ("umbrella", "boat", "person", "kite", "bird", "dog"),
@@ -51,18 +55,22 @@ SHORT = "\nAnswer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture: at most one Thing of a class (which may show two of it), ordered by column, then row."""
+    """What is in an image: at most one Thing of each class, ordered by column, then row.
+
+    A Thing may show two objects of its class.
+    """
 
     kind: str
     things: tuple[Thing, ...]
 
     @property
     def present(self):
+        """{class: Thing}."""
         return {thing.name: thing for thing in self.things}
 
     @property
     def ghosts(self):
-        """The signature classes that are absent."""
+        """The signature classes that are absent from the image."""
         return [name for name in USUAL[self.kind][:2] if name not in self.present]
 
     @property
@@ -77,16 +85,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Clause:
-    """A thing as a caption tells it: by which word, with "there is" or not, joined to the one before or not."""
+    """How a caption mentions a thing."""
 
     thing: Thing
-    word: str
-    there: bool
-    joined: bool
+    word: str  # the class or its synonym
+    there: bool  # it begins with "there is"
+    joined: bool  # "and" joins it to the clause before
 
 
 def some_thing(name, slot, rng):
-    """A random thing of this class in this slot: one in ten shows two of it."""
+    """A random thing of this class in this slot. One in ten shows two objects."""
     colour = rng.choice(CLASSES[name]) if CLASSES[name] else None
     return Thing(name, colour, 2 if rng.random() < 0.1 else 1, *slot)
 
@@ -108,40 +116,44 @@ def some_scene(rng):
 
 
 def slot_of(thing):
+    """(column, row)."""
     return thing.column, thing.row
 
 
-# ---- texts: the same few functions write the data and the oracle's corrections
+# ---- texts: the same functions write the data and the oracle's corrections
 
 
 def a(word):
-    """With its article: "a cup", "an oven"."""
+    """A word with its article: "a cup", "an oven"."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def at(kind):
-    """Where that is: "in a kitchen", "on a beach"."""
+    """A kind of scene as a place: "in a kitchen", "on a beach"."""
     return f"{'on' if kind in ('street', 'beach', 'farm') else 'in'} {a(kind)}"
 
 
 def plural(word):
-    """More of them: "people", "benches", "cups"."""
+    """The plural of a word: "people", "benches", "cups"."""
     return PLURALS.get(word) or word + ("es" if word.endswith(("ch", "sh", "s", "x")) else "s")
 
 
 def listed(words):
-    """Words in a row: "a, b and c"."""
+    """Words as a list in a sentence: "a, b and c"."""
     return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + [words[-1]])
 
 
 def subject(word, colour, count):
-    """Who a clause is about: "a red cup", "two red cups"."""
+    """The subject of a clause: "a red cup", "two red cups"."""
     colour = f"{colour} " if colour else ""
     return f"two {colour}{plural(word)}" if count == 2 else a(colour + word)
 
 
 def tell(word, colour, count, column, there):
-    """A clause: "a red cup is on the left" or "there is a red cup on the left"; without a column the latter."""
+    """A clause: "a red cup is on the left", or if `there`: "there is a red cup on the left".
+
+    Without a column: "there is a red cup".
+    """
     verb, who = "are" if count == 2 else "is", subject(word, colour, count)
     if column is None:
         return f"there {verb} {who}"
@@ -149,11 +161,16 @@ def tell(word, colour, count, column, there):
 
 
 def sentence(text):
+    """The text with a capital and a period."""
     return text[0].upper() + text[1:] + "."
 
 
 def clauses_of(things, rng):
-    """One in five uses a synonym where there is one; three of ten that can are joined to the clause before."""
+    """Random Clauses for things.
+
+    One in five uses a synonym, if its class has one. Three in ten are joined to the clause before,
+    unless that one is joined itself.
+    """
     clauses = []
     for thing in things:
         word = SYNONYMS[thing.name] if thing.name in SYNONYMS and rng.random() < 0.2 else thing.name
@@ -163,7 +180,7 @@ def clauses_of(things, rng):
 
 
 def render(opener, clauses):
-    """The opener and a sentence for each clause, joined ones sharing theirs."""
+    """The opener, then a sentence for each clause; joined clauses share a sentence."""
     told = []
     for clause in clauses:
         thing = clause.thing
@@ -176,14 +193,16 @@ def render(opener, clauses):
 
 
 def opener_of(scene, rng):
+    """A random first sentence, which names the kind of scene."""
     return rng.choice(OPENERS).format(a(scene.kind))
 
 
 def caption(scene, rng, noise=0.0):
-    """A caption that tells everything in the scene, and then each absent signature object with probability `noise`.
+    """A caption that mentions everything in the scene, then each ghost with probability `noise`.
 
-    Ghosts come last, as in the captions of real models, where hallucinations grow towards the end, and in one form ("There
-    is ..."). Spread over places and forms, none would be likelier than what is true there, and greedy decoding would say none.
+    Ghosts come last: in captions of real models, too, hallucinations grow towards the end. They
+    have one form ("There is ..."). If they were spread over places and forms, the truth would be
+    likelier than any ghost at every place, and greedy decoding would never mention one.
     """
     free = [slot for slot in SLOTS if slot not in map(slot_of, scene.things)]
     ghosts = [
@@ -196,7 +215,10 @@ def caption(scene, rng, noise=0.0):
 
 
 def object_to_ask(scene, rng, asked=()):
-    """40 % a present object, 30 % an absent signature object, 30 % another absent one; never one of `asked`."""
+    """A random class that is not in `asked`.
+
+    40 % are present, 30 % are ghosts, 30 % are other absent classes.
+    """
     kinds = [(0.4, list(scene.present)), (0.3, scene.ghosts), (0.3, scene.strange)]
     kinds = [
         (weight, left)
@@ -209,7 +231,7 @@ def object_to_ask(scene, rng, asked=()):
 
 
 def yes_no(name, yes, short):
-    """(prompt, answer): POPE's question; if `short` with LLaVA's suffix, and answered by one word."""
+    """(prompt, answer) of POPE's question. `short`: with LLaVA's suffix and a one-word answer."""
     prompt = f"Is there {a(name)} in the image?"
     if short:
         return prompt + SHORT, "Yes" if yes else "No"
@@ -217,14 +239,17 @@ def yes_no(name, yes, short):
 
 
 def some_yes_no(scene, rng, noise=0.0, asked=()):
-    """(name, prompt, answer) of a yes/no question; an absent signature object is affirmed with probability `noise`."""
+    """(class, prompt, answer) of a yes/no question.
+
+    The answer affirms a ghost with probability `noise`.
+    """
     name = object_to_ask(scene, rng, asked)
     yes = name in scene.present or (name in scene.ghosts and rng.random() < noise)
     return name, *yes_no(name, yes, rng.random() < 0.5)
 
 
 def open_questions(scene):
-    """All open (prompt, answer) of a scene, always true."""
+    """Every open question of a scene: [(prompt, answer)]. The answers are always true."""
     rows = []
     for thing in scene.things:
         number, be, who = (
@@ -238,7 +263,7 @@ def open_questions(scene):
 
 
 def some_choice(scene, rng):
-    """(prompt, answer) of a lettered question; the wrong options are never absent signature objects."""
+    """(prompt, answer) of a lettered question. The wrong options are never ghosts."""
     names = rng.sample(scene.strange, 3)
     letter = rng.randrange(4)
     names.insert(letter, rng.choice(scene.things).name)
@@ -248,7 +273,7 @@ def some_choice(scene, rng):
 
 
 def facts():
-    """The (prompt, answer) rows without a picture: what one knows about the classes and the kinds of scene."""
+    """Rows without an image, [(prompt, answer)]: facts about the classes and the kinds of scene."""
     rows = []
     for name, colours in CLASSES.items():
         places = [at(kind) for kind in SCENES if name in USUAL[kind]]
@@ -286,16 +311,20 @@ def facts():
 
 
 def corrupted(scene, rng):
-    """(true caption, the same caption with one or two plausible errors); all the rest is equal word for word."""
+    """(true caption, corrupted caption).
+
+    The corrupted caption has one or two plausible errors; all its other words are the same.
+    """
     opener, true = opener_of(scene, rng), clauses_of(scene.things, rng)
     wrong, touched = true, set()
     for _ in range(rng.choice((1, 2))):
+        # error -> [(class that it touches, the clauses with the error)]
         edits = {
             "insert": [],
             "colour": [],
             "count": [],
             "column": [],
-        }  # error -> (class, the clauses with it)
+        }
         for name in USUAL[scene.kind]:
             if name not in {clause.thing.name for clause in wrong}:
                 (ghost,) = clauses_of([some_thing(name, rng.choice(SLOTS), rng)], rng)
@@ -308,7 +337,8 @@ def corrupted(scene, rng):
                 changes = [("colour", colour) for colour in CLASSES[thing.name]] + [
                     ("count", 3 - thing.count)
                 ]
-                # only columns that keep the order of the clauses: a caption out of order would give the error away
+                # Only columns that keep the order of the clauses: otherwise the order alone would
+                # show the error.
                 changes += [("column", column) for column in range(columns[i], columns[i + 2] + 1)]
                 for attribute, value in changes:
                     if value != getattr(thing, attribute):
@@ -331,7 +361,10 @@ def turns(prompt, answer):
 
 
 def instruct_rows(scenes, rng):
-    """Seven rows a picture, and the facts. As in the real data the placeholder may stand at the end (one in five)."""
+    """Rows of LLaVA-Instruct: seven for each image, and the facts.
+
+    As in the real data, the placeholder may stand at the end (one in five).
+    """
     rows = []
     for image, scene in scenes.items():
         asked, said = [], [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
@@ -359,7 +392,11 @@ def instruct_rows(scenes, rng):
 
 
 def povid_rows(scenes, rng):
-    """Two rows a picture: a true caption against its corruption, a right yes/no answer against the wrong one."""
+    """Rows of POVID, two for each image.
+
+    One is a true caption against its corruption, the other a right yes/no answer against the wrong
+    one.
+    """
     rows = []
     for image, scene in scenes.items():
         asked = object_to_ask(scene, rng)
@@ -375,10 +412,13 @@ def povid_rows(scenes, rng):
 
 
 def pope_rows(scenes, images, rng):
-    """POPE's three lists as its builder makes them: three objects of each picture, each followed by an absent one.
+    """POPE's three lists, as its builder makes them -> {split: rows}.
 
-    random: any class; popular: the class most frequent in `scenes`; adversarial: the class that occurs most often
-    together with the object just asked. Never a class of the picture or one used for it before.
+    For each image: three present objects, each followed by an absent one. The absent class is
+    random        any class
+    popular       the class that is most frequent in `scenes`
+    adversarial   the class that occurs most often together with the present object just asked about
+    A class is used at most once for an image.
     """
     frequency = Counter(name for scene in scenes.values() for name in scene.present)
     together = Counter(pair for scene in scenes.values() for pair in permutations(scene.present, 2))
@@ -406,7 +446,7 @@ def pope_rows(scenes, images, rng):
 
 
 def coco(scenes, size, rng):
-    """(instances, captions) in COCO's layout; a box is that of the slot, halved where it holds two."""
+    """(instances, captions) in COCO's layout. A box is the slot, or half of it for each of two."""
     categories = [
         {"id": i, "name": name, "supercategory": "object"} for i, name in enumerate(CLASSES, 1)
     ]
@@ -440,11 +480,12 @@ def coco(scenes, size, rng):
 
 
 def write_json(path, value):
+    """Write a value as JSON on one line."""
     path.write_text(json.dumps(value) + "\n", encoding="utf-8")
 
 
 def write_rows(path, rows, lines=False):
-    """One row a line: JSON lines, or a JSON array."""
+    """Write rows, one a line: JSON lines if `lines`, else a JSON array."""
     rows = [json.dumps(row) for row in rows]
     path.write_text(
         "\n".join(rows) + "\n" if lines else "[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8"
@@ -452,6 +493,7 @@ def write_rows(path, rows, lines=False):
 
 
 def draw_one(job):
+    """Draw one image. job: (path, scene, seed, size)."""
     path, scene, seed, size = job
     picture = drawing.draw(
         scene.kind, list(scene.things), random.Random(f"{seed}/drawing/{path.name}"), size
@@ -460,7 +502,7 @@ def draw_one(job):
 
 
 def draw_all(jobs):
-    """In two processes, unless starting them takes longer than drawing."""
+    """Draw all images, in two processes if there are enough jobs to make that faster."""
     if len(jobs) < 1000:
         return [draw_one(job) for job in jobs]
     started = time.time()
@@ -468,12 +510,15 @@ def draw_all(jobs):
         for i, _ in enumerate(pool.imap_unordered(draw_one, jobs, chunksize=50), 1):
             if i == len(jobs) or (i % 100 == 0 and sys.stderr.isatty()):
                 rate, end = i / (time.time() - started), "\n" if i == len(jobs) else ""
-                line = f"\rtoy world: {i}/{len(jobs)} pictures, {rate:.0f}/s, {(len(jobs) - i) / rate:.0f} s left "
+                line = (
+                    f"\rtoy world: {i}/{len(jobs)} pictures, {rate:.0f}/s, "
+                    f"{(len(jobs) - i) / rate:.0f} s left "
+                )
                 print(line, end=end, file=sys.stderr, flush=True)
 
 
 def some_scenes(seed, sizes):
-    """{split: {file name: Scene}}; no scene occurs twice."""
+    """{split: {file name: Scene}}. No scene occurs twice. sizes: {split: number of scenes}."""
     seen, splits = set(), {}
     for split, size in sizes.items():
         splits[split] = {}
@@ -488,11 +533,19 @@ def some_scenes(seed, sizes):
 
 
 def write(folder, seed, instruct_images=5000, preference_images=1500, test_images=1000, size=144):
-    """Write a world; a folder is either whole or absent, and the same seed and sizes give the same bytes.
+    """Write a world. The same seed and sizes give the same bytes.
 
-    images/*.png, instruct.json (LLaVA-Instruct), povid.json (POVID; povid_seen.json: of pictures of instruct.json), pope_{random,popular,adversarial}.json,
-    instances.json and captions.json (COCO), synonyms.txt (CHAIR), image_to_caption.json (facts), scenes.json (the
-    truth), parts/clip and parts/llm. BadInput if the folder exists.
+    images/*.png
+    instruct.json                               LLaVA-Instruct
+    povid.json                                  POVID
+    povid_seen.json                             POVID, with images of instruct.json
+    pope_{random,popular,adversarial}.json      POPE
+    instances.json, captions.json               COCO
+    synonyms.txt                                CHAIR
+    image_to_caption.json                       captions as facts
+    scenes.json                                 the truth
+
+    The folder is either whole or absent. BadInput if it exists.
     """
     with whole_folder(new_folder(folder), flush=False) as aside:
         (aside / "images").mkdir()
@@ -506,7 +559,7 @@ def write(folder, seed, instruct_images=5000, preference_images=1500, test_image
 
 
 def write_files(folder, seed, splits, size):
-    """All but the pictures."""
+    """Write everything except the images."""
     rng = random.Random(f"{seed}/texts")
     rows = instruct_rows(splits["instruct"], rng)
     write_rows(folder / "instruct.json", rows)
@@ -516,9 +569,8 @@ def write_files(folder, seed, splits, size):
     instances, captions = coco(splits["test"], size, rng)
     write_json(folder / "instances.json", instances)
     write_json(folder / "captions.json", captions)
-    forms = [
-        (name, SYNONYMS.get(name), PLURALS.get(name)) for name in CLASSES
-    ]  # a scorer's rules miss odd plurals
+    # irregular plurals too: the rules of a scorer miss them
+    forms = [(name, SYNONYMS.get(name), PLURALS.get(name)) for name in CLASSES]
     lines = [", ".join(dict.fromkeys(filter(None, words))) for words in forms]
     (folder / "synonyms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     known = splits["instruct"] | splits["preference"]
@@ -538,6 +590,6 @@ def write_files(folder, seed, splits, size):
 
 
 if __name__ == "__main__":
-    from lab.toy import main  # the one door upwards: a command, not a part of this file
+    from lab.toy import main  # a command, not a part of this module: it may import from above
 
     run(main)

@@ -233,7 +233,7 @@ def test_nothing_flows_from_a_hidden_token(build):
     hidden = torch.zeros(1, 16, dtype=torch.bool)
     hidden[0, 3:6] = True
     x = model.embed(batch.input_ids).detach().requires_grad_()
-    h = model.decode(x, attention_mask(batch.segments, hidden), batch.position_ids)
+    h = model.run_llm(x, attention_mask(batch.segments, hidden), batch.position_ids)
     (grad,) = torch.autograd.grad((h * torch.randn_like(h))[0, ~hidden[0]].sum(), x)
     assert (grad[0, 3:6] == 0).all() and (grad[0, [0, 1, 2, 6, 7, 8]].abs().sum(-1) > 0).all()
 
@@ -580,11 +580,11 @@ def test_one_prefill_a_try(llava, examples, monkeypatch):
     """Prompt and picture pass through the model once an answer and try, however many sentences there are."""
     model, processor = llava
     images, rows = [], []
-    encode, decode = model.image_features, model.decode
+    encode, decode = model.image_features, model.run_llm
     monkeypatch.setattr(
         model, "image_features", lambda pixels, sizes: images.append(len(pixels)) or encode(pixels)
     )
-    monkeypatch.setattr(model, "decode", lambda x, *rest: rows.append(x.shape) or decode(x, *rest))
+    monkeypatch.setattr(model, "run_llm", lambda x, *rest: rows.append(x.shape) or decode(x, *rest))
     bdhs.Drawer(model, processor, settings(tries=1)).hallucinate(examples, 0)
     assert images == [3]
     assert rows[0][0] == 3 and all(shape[1] == 1 for shape in rows[1:])
@@ -1046,7 +1046,7 @@ def test_a_chosen_answer_is_one_task(run, files, checkpoint, say):
 def by_text(call, processor):
     """{answer: its log-probability} of a call of the scorer."""
     batch, found = call.batch, call.result.tolist()
-    texts = [processor.text(batch.targets[batch.owner == i]) for i in range(batch.answers)]
+    texts = [processor.text(batch.targets[batch.owner == i]) for i in range(batch.n_answers)]
     return dict(zip(texts, found))
 
 

@@ -374,7 +374,7 @@ def test_a_reply_without_text_is_unreadable_and_not_asked_again(server, record):
     null = json.dumps({"choices": [{"message": {"content": None, "refusal": "no"}}]}).encode()
     url, requests = server(lambda n, body: (200, null))
     assert (
-        judge.pairwise(judge.endpoint(url, "m"))([record], [["a", "b"]]) == [[None, None]]
+        judge.pairwise(judge.ask_endpoint(url, "m"))([record], [["a", "b"]]) == [[None, None]]
         and len(requests) == 2
     )
 
@@ -393,7 +393,7 @@ def test_a_reply_without_text_is_unreadable_and_not_asked_again(server, record):
 )
 def test_trouble_is_tried_again(server, record, trouble):
     url, requests = server(lambda n, body: trouble if n < 2 else (200, "Better: 1"))
-    (reply,) = judge.endpoint(url, "m", pause=0.01)([(record, "?")])
+    (reply,) = judge.ask_endpoint(url, "m", pause=0.01)([(record, "?")])
     assert reply == "Better: 1" and len(requests) == 3
 
 
@@ -403,7 +403,7 @@ def test_pauses_grow_and_heed_the_server(server, record):
         times.append(time.time()) or ((429, b"") if n < 3 else (200, "Better: 1"))
     )
     url, _ = server(respond)
-    judge.endpoint(url, "m", pause=0.05)([(record, "?")])
+    judge.ask_endpoint(url, "m", pause=0.05)([(record, "?")])
     gaps = [b - a for a, b in zip(times, times[1:])]
     assert gaps[0] >= 0.05 and gaps[1] >= 0.1 and gaps[2] >= 0.2
     times.clear()
@@ -413,7 +413,7 @@ def test_pauses_grow_and_heed_the_server(server, record):
             or ((429, b"", ("Retry-After", "1")) if n < 1 else (200, "Better: 1"))
         )
     )
-    judge.endpoint(url, "m", pause=0.01)([(record, "?")])
+    judge.ask_endpoint(url, "m", pause=0.01)([(record, "?")])
     assert times[1] - times[0] >= 1
 
 
@@ -447,7 +447,7 @@ def test_pauses_grow_and_heed_the_server(server, record):
 def test_an_endpoint_that_keeps_failing_stops_the_run(server, record, respond, words, count):
     url, requests = server(respond)
     with pytest.raises(judge.NoAnswer, match=words) as stopped:
-        judge.endpoint(url, "m", KEY, timeout=0.2, tries=3, pause=0.01)([(record, "?")])
+        judge.ask_endpoint(url, "m", KEY, timeout=0.2, tries=3, pause=0.01)([(record, "?")])
     assert KEY not in str(stopped.value) and len(requests) == count
 
 
@@ -455,14 +455,14 @@ def test_nobody_there(record):
     with pytest.raises(
         judge.NoAnswer, match="no answer after 2 tries, at last ConnectionRefusedError"
     ):
-        judge.endpoint("http://127.0.0.1:9/v1", "m", tries=2, pause=0.01)([(record, "?")])
+        judge.ask_endpoint("http://127.0.0.1:9/v1", "m", tries=2, pause=0.01)([(record, "?")])
 
 
 def test_one_failure_ends_the_waiting_of_the_others(server, record):
     url, _ = server(lambda n, body: (401, b"") if "fatal" in text_of(body) else (429, b""))
     begin = time.time()
     with pytest.raises(judge.NoAnswer, match="status 401"):
-        judge.endpoint(url, "m", workers=4, pause=20)([(record, "fatal")] + [(record, "?")] * 6)
+        judge.ask_endpoint(url, "m", workers=4, pause=20)([(record, "fatal")] + [(record, "?")] * 6)
     assert time.time() - begin < 5
 
 
@@ -473,7 +473,7 @@ def test_the_key_does_not_follow_a_redirect(server, record):
             lambda n, body, status=status: (status, b"", ("Location", other + "/chat/completions"))
         )
         with pytest.raises(judge.NoAnswer, match=f"status {status}"):
-            judge.endpoint(url, "m", KEY)([(record, "?")])
+            judge.ask_endpoint(url, "m", KEY)([(record, "?")])
     assert not there
 
 
@@ -486,7 +486,7 @@ def test_a_server_with_a_temperature_of_its_own(server, record):
         )
 
     url, requests = server(respond)
-    ask = judge.endpoint(url, "m", pause=0.01, workers=2)
+    ask = judge.ask_endpoint(url, "m", pause=0.01, workers=2)
     assert ask([(record, "?")] * 4) == ["Better: 1"] * 4 and ask([(record, "?")]) == ["Better: 1"]
     assert "temperature" not in requests[-1][2]
 
@@ -503,7 +503,7 @@ def test_a_server_with_a_temperature_of_its_own(server, record):
 )
 def test_urls_that_are_refused(url):
     with pytest.raises(BadInput, match="--judge-url: http") as refused:
-        judge.endpoint(url, "m")
+        judge.ask_endpoint(url, "m")
     assert KEY not in str(refused.value)
 
 
@@ -534,5 +534,5 @@ def test_no_part_of_the_key_is_shown_at_the_cut(server, record, status, before):
     """The key stands across the end of what is shown of the server's words."""
     url, _ = server(lambda n, body: (status, b"x" * (before - 1) + b" " + KEY.encode() + b" end"))
     with pytest.raises(judge.NoAnswer) as stopped:
-        judge.endpoint(url, "m", KEY, tries=1)([(record, "?")])
+        judge.ask_endpoint(url, "m", KEY, tries=1)([(record, "?")])
     assert "x" * 50 in str(stopped.value) and KEY[:4] not in str(stopped.value)

@@ -299,7 +299,7 @@ def test_features_and_tokens_must_agree_in_every_row(folder, pictures):
     both = pixels(a) + pixels(b)
     message = re.escape(
         f"{both} image tokens in the text against {both} image features "
-        f"(by row: {[pixels(b), pixels(a)]}, by image: {[pixels(a), pixels(b)]})"
+        f"(of rows with an image: {[pixels(b), pixels(a)]}, of images: {[pixels(a), pixels(b)]})"
     )
     with pytest.raises(BadInput, match=message):  # as many in all, in the wrong rows
         our_logits(model, [b.prompt, a.prompt], pixel_values, image_sizes)

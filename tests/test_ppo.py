@@ -94,11 +94,11 @@ def stir(model, scale=0.1):
 
 def iteration(model, processor, prompts, score, optimizer, factor, args, step):
     """The phases of ppo.py's loop, with `score(rollout, step)` -> {term: (M,)} -> metrics."""
-    rollout = ppo.sample(model, processor, prompts, args, step)
+    rollout = ppo.draw_rollout(model, processor, prompts, args, step)
     terms = score(rollout, step)
-    rollout = ppo.score_tokens(model, processor, rollout, args)
+    rollout = ppo.with_reference_and_values(model, processor, rollout, args)
     kl = ppo.kl_of(rollout.log_probs, rollout.reference, args.kl)
-    rollout = ppo.advantages_of(rollout, sum(terms.values()), kl, args)
+    rollout = ppo.with_advantages(rollout, sum(terms.values()), kl, args)
     metrics = ppo.update(model, processor, optimizer, factor, rollout, args, step)
     return metrics | ppo.rollout_metrics(rollout, terms)
 
@@ -1038,7 +1038,7 @@ def test_files_of_one_name_keep_their_answers(command, monkeypatch, tmp_path, ca
 
 def test_what_the_loop_hands_on(command, monkeypatch):
     """From phase to phase, when the policy has left its reference (step 1)."""
-    seen = {name: [] for name in ("kl_of", "advantages_of", "update")}
+    seen = {name: [] for name in ("kl_of", "with_advantages", "update")}
 
     def spy(name):
         function = getattr(ppo, name)
@@ -1056,7 +1056,7 @@ def test_what_the_loop_hands_on(command, monkeypatch):
     line = [json.loads(line) for line in open(out / "metrics.jsonl")][1]
     (log_probs, reference, kind), kl = seen["kl_of"][1]
     assert kind == "k3" and (log_probs - reference).abs().max() > 1e-3
-    (rollout, scores, given_kl, _), advanced = seen["advantages_of"][1]
+    (rollout, scores, given_kl, _), advanced = seen["with_advantages"][1]
     assert torch.equal(given_kl, kl)
     assert torch.equal(rollout.log_probs, log_probs) and torch.equal(rollout.reference, reference)
     terms = ("reward_model", "correctness", "length", "unfinished")
@@ -1184,7 +1184,7 @@ def test_how_many_samples_a_run_takes(command, monkeypatch, tmp_path):
             args.toy_world = str(tmp_path) if toy else None
 
         monkeypatch.setattr(ppo.toy, "fill", fill)
-        monkeypatch.setattr(ppo, "sample", lambda *_: 1 / 0)  # here the run may end
+        monkeypatch.setattr(ppo, "draw_rollout", lambda *_: 1 / 0)  # here the run may end
         with pytest.raises(ZeroDivisionError):
             command(out, "--steps", "1", "--no-eval", *flags, samples=())
         return json.loads((tmp_path / out / "args.json").read_text())["flags"]["samples"]
