@@ -464,8 +464,8 @@ SECTIONS = {  # section -> {name of a way: function of the workload's folder}
 def measure(folder, names, repeat):
     """Run each way `repeat` times, in processes of their own -> {name: {figure: spread}}.
 
-    The ways take turns. A spread is {"median", "min", "max"}. `..._ratio` is the ratio to the first way. RuntimeError if
-    a way computes something else than the first.
+    The ways take turns. A spread is {"median", "min", "max"}. `..._ratio` is the ratio to the first
+    way. RuntimeError if a way computes something else than the first.
     """
     results = {name: [] for name in names}
     for name in [*names] * repeat:
