@@ -35,7 +35,7 @@ def parse():
         action="extend",
         required=True,
         metavar="FILE",
-        help="images; each one is asked about alone",
+        help="images; each gets answers of its own",
     )
     flag("--prompt", default="Describe the image.", help="(default %(default)r)")
     flag("--k", type=positive_int, default=1, help="answers per image (default %(default)s)")

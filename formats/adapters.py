@@ -1,4 +1,4 @@
-"""LoRA in PEFT's files, and reward models: an adapter, a scalar head, and what they were trained to read."""
+"""LoRA in PEFT's files. Reward models: an adapter, a scalar head, and what they learned to read."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from lora import LoRALinear, add_adapter
 
 
 def adapters(model, adapter="policy"):
-    """(our name of the layer, its LoRA) of every layer that has this adapter."""
+    """[(our name of the layer, its LoRA), ...], for every layer that has this adapter."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
     return [(name, m.adapters[adapter]) for name, m in layers if adapter in m.adapters]
 
@@ -27,34 +27,43 @@ def not_of_base(name):
 
 @torch.no_grad()
 def save_adapter(model, folder, base_name, adapter="policy"):
-    """Write LoRA, and the projector if it trains, as a PEFT adapter of LlavaForConditionalGeneration (or LlavaNext...).
+    """Write LoRA, and the projector if it trains, as a PEFT adapter for transformers.
 
-    `PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base_name), folder)` loads it; tried with
-    PEFT 0.13, 0.17, 0.21 and transformers 4.46, 4.57, 5.23. LoRA has the hub's names, which all of them read. The
-    projector is written twice, under the hub's names and under transformers' own since 4.52: the oldest reads only the
-    first, and PEFT 0.21 stops with a KeyError without the second. PEFT 0.10 stops at fields of the config that it does
-    not know, so the newer ones are left out.
+    These lines load it (LLaVA-NeXT: LlavaNextForConditionalGeneration):
+
+        base = LlavaForConditionalGeneration.from_pretrained(base_name)
+        PeftModel.from_pretrained(base, folder)
+
+    Tried with PEFT 0.13, 0.17, 0.21 and transformers 4.46, 4.57, 5.23. LoRA has the hub's names,
+    which all of them read. The projector is written twice: under the hub's names, and under
+    transformers' own since 4.52. The oldest reads only the first; without the second, PEFT 0.21
+    stops with a KeyError. PEFT 0.10 stops at fields of the config that it does not know, so the
+    newer fields are left out.
     """
-    lora = adapters(model, adapter)
-    if not lora or any(p.requires_grad for p in model.vision.parameters()):
-        found = "the model has no LoRA" if not lora else "the vision tower trains"
+    layers = adapters(model, adapter)
+    if not layers or any(p.requires_grad for p in model.vision.parameters()):
+        problem = "the model has no LoRA" if not layers else "the vision tower trains"
         raise BadInput(
-            f"{folder}: {found}, so an adapter cannot hold what was trained; save the whole model instead."
+            f"{folder}: {problem}, so an adapter cannot hold what was trained; "
+            "save the whole model instead."
         )
+
+    # the tensors
     tensors = {}
-    for name, m in lora:
-        tensors |= {
-            f"{our_hub_name(name)}.lora_A.weight": m.lora_A,
-            f"{our_hub_name(name)}.lora_B.weight": m.lora_B,
-        }
-    projector = bool(model.initial_projector)
-    for name, tensor in model.projector.state_dict().items() if projector else ():
-        tensors |= {
-            f"multi_modal_projector.{name}": tensor,
-            f"model.multi_modal_projector.{name}": tensor.clone(),
-        }
-    rank = len(lora[0][1].lora_A)
-    alpha = round(lora[0][1].scale * rank, 6)
+    for name, lora in layers:
+        tensors[f"{our_hub_name(name)}.lora_A.weight"] = lora.lora_A
+        tensors[f"{our_hub_name(name)}.lora_B.weight"] = lora.lora_B
+    projector_trains = bool(model.initial_projector)
+    if projector_trains:
+        for name, tensor in model.projector.state_dict().items():
+            tensors[f"multi_modal_projector.{name}"] = tensor
+            tensors[f"model.multi_modal_projector.{name}"] = tensor.clone()
+
+    # the config
+    first = layers[0][1]
+    rank = len(first.lora_A)
+    alpha = round(first.scale * rank, 6)
+    leaves = sorted({name.split(".")[-1] for name, _ in layers})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -66,10 +75,11 @@ def save_adapter(model, folder, base_name, adapter="policy"):
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        # a list of names would also find the tower's q_proj, k_proj and v_proj
-        "target_modules": rf".*language_model.*\.({'|'.join(sorted({name.split('.')[-1] for name, _ in lora}))})",
-        "modules_to_save": ["multi_modal_projector"] if projector else None,
+        # a list of names would also match the tower's q_proj, k_proj and v_proj
+        "target_modules": rf".*language_model.*\.({'|'.join(leaves)})",
+        "modules_to_save": ["multi_modal_projector"] if projector_trains else None,
     }
+
     with whole_folder(new_folder(folder)) as aside:
         tensors = {f"base_model.model.{k}": v.cpu().contiguous() for k, v in tensors.items()}
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -78,142 +88,144 @@ def save_adapter(model, folder, base_name, adapter="policy"):
 
 @torch.no_grad()
 def load_adapter(model, folder, adapter="policy"):
-    """Read a PEFT LoRA adapter into a model that is not prepared yet: `model.prepare`, then copy. Returns the model.
+    """Read a PEFT LoRA adapter into a model. Returns the model.
 
-    Under another name than "policy" it joins what is there, and must not hold a projector, which all adapters share.
+    The adapter "policy" needs a model that is not prepared yet: `model.prepare` is called here,
+    then the tensors are copied. An adapter of another name joins those that are there. It must not
+    hold a projector, because all adapters share the projector.
 
-    Accepted is LoRA of one rank on linear layers of the LLM, and a projector in `modules_to_save`, in any naming of
-    transformers. Other fields of the config are not looked at: what matters in them would show in the tensors, and a
-    tensor without a place is an error, as is a place without its tensor.
+    Accepted: LoRA of one rank on linear layers of the LLM, and a projector in `modules_to_save`, in
+    any naming of transformers. Other fields of the config are not read: what matters in them would
+    show in the tensors. A tensor without a place is an error, and so is a place without its tensor.
     """
+    # 1. check the config
     folder = Path(folder)
     path = folder / "adapter_config.json"
     config = read_json(path)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if (
-        config.get("peft_type") != "LORA"
-        or type(rank) is not int
-        or type(alpha) not in (int, float)
-        or rank < 1
-    ):
-        found = f"peft_type {config.get('peft_type')!r}, r {rank!r}, lora_alpha {alpha!r}"
-        raise BadInput(f"{path}: {found}; plain LoRA, with a rank and an alpha, is accepted.")
+    kind = config.get("peft_type")
+    rank = config.get("r")
+    alpha = config.get("lora_alpha")
+    numbers = type(rank) is int and type(alpha) in (int, float) and rank >= 1
+    if kind != "LORA" or not numbers:
+        raise BadInput(
+            f"{path}: peft_type {kind!r}, r {rank!r}, lora_alpha {alpha!r}; "
+            "plain LoRA, with a rank and an alpha, is accepted."
+        )
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise BadInput(
-                f"{path}: {key} is {config[key]!r}; accepted: LoRA of one rank, scaled by lora_alpha / r."
+                f"{path}: {key} is {config[key]!r}; "
+                "accepted: LoRA of one rank, scaled by lora_alpha / r."
             )
-    found = {}
-    for name, tensor in tensor_index(folder, "adapter_model").items():
-        new = hub_name(name.removeprefix("base_model.model."))
-        if new in found and not new.startswith(
-            "multi_modal_projector."
-        ):  # that `save_adapter` writes twice
-            raise BadInput(f"{folder}: the weight {new} is there twice, under two names.")
-        found[new] = tensor
-    targets = {name.split(".")[-3] for name in found if name.endswith(".lora_A.weight")}
-    projector = any(name.startswith("multi_modal_projector.") for name in found)
+
+    # 2. find the tensors, under the hub's names
+    index = {}
+    for stored_name, place in tensor_index(folder, "adapter_model").items():
+        name = hub_name(stored_name.removeprefix("base_model.model."))
+        # `save_adapter` writes the projector twice
+        if name in index and not name.startswith("multi_modal_projector."):
+            raise BadInput(f"{folder}: the weight {name} is there twice, under two names.")
+        index[name] = place
+    targets = {name.split(".")[-3] for name in index if name.endswith(".lora_A.weight")}
+    has_projector = any(name.startswith("multi_modal_projector.") for name in index)
+
+    # 3. add the adapter to the model
     if adapter == "policy":
-        model.prepare(llm=False, projector=projector)
-        add_adapter(model.llm, adapter, rank, alpha)
-    elif projector:
+        model.prepare(llm=False, projector=has_projector)
+    elif has_projector:
         raise BadInput(
             f"{folder}: holds a projector; an adapter that stands beside another is LoRA alone."
         )
-    else:
-        add_adapter(model.llm, adapter, rank, alpha)
-    slots = (
-        {our_hub_name(f"projector.{k}"): v for k, v in model.projector.state_dict().items()}
-        if projector
-        else {}
-    )
-    for name, m in adapters(model, adapter):
+    add_adapter(model.llm, adapter, rank, alpha)
+
+    # 4. copy the tensors; layers that the file does not adapt lose their new LoRA
+    slots = {}
+    if has_projector:
+        for name, tensor in model.projector.state_dict().items():
+            slots[our_hub_name(f"projector.{name}")] = tensor
+    for name, lora in adapters(model, adapter):
         parent, leaf = name.rsplit(".", 1)
         if leaf in targets:
-            slots |= {
-                f"{our_hub_name(name)}.lora_A.weight": m.lora_A,
-                f"{our_hub_name(name)}.lora_B.weight": m.lora_B,
-            }
+            slots[f"{our_hub_name(name)}.lora_A.weight"] = lora.lora_A
+            slots[f"{our_hub_name(name)}.lora_B.weight"] = lora.lora_B
             continue
         layer = model.get_submodule(name)
-        del layer.adapters[adapter]  # all of LORA_TARGETS were adapted
+        del layer.adapters[adapter]  # `add_adapter` adapted all of LORA_TARGETS
         if not layer.adapters:
             setattr(model.get_submodule(parent), leaf, layer.base)
-    fill(slots, found, folder)
+    fill(slots, index, folder)
     return model
 
 
 def merge(model):
-    """Add LoRA to the weights it stands beside, in float32, and take it away. Returns the model."""
-    for name, m in adapters(model):
+    """Add LoRA to the weights that it adapts, in float32, and remove it. Returns the model."""
+    for name, lora in adapters(model):
         base = model.get_submodule(name).base
-        base.weight.copy_(base.weight.float() + m.scale * (m.lora_B @ m.lora_A))
+        base.weight.copy_(base.weight.float() + lora.scale * (lora.lora_B @ lora.lora_A))
         parent, leaf = name.rsplit(".", 1)
         setattr(model.get_submodule(parent), leaf, base)
     return model
 
 
-# ---- reward models: an adapter, a scalar head, and what they were trained to read
+# ---- reward models: an adapter, a scalar head, and what they learned to read
 
 
 def base_hash(model):
-    """A hash of the frozen weights, the same for every dtype: of names and up to 4096 values of each, as bfloat16."""
+    """A hash of the frozen weights, the same for every dtype.
+
+    It is made of the names and of up to 8191 values of each tensor, as bfloat16.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if not not_of_base(name):
-            some = (
-                tensor.flatten()[:: max(1, tensor.numel() // 4096)]
-                .to("cpu", torch.bfloat16)
-                .contiguous()
-            )
-            digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
-            digest.update(some.view(torch.uint8).numpy())
+        if not_of_base(name):
+            continue
+        step = max(1, tensor.numel() // 4096)
+        values = tensor.flatten()[::step].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
+        digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
 def save_reward(model, folder, base_name, settings, name="reward"):
-    """Write adapter and head of this name into a folder: adapter/ (PEFT), head.safetensors, reward.json.
+    """Write the adapter and the head of this name: adapter/ (PEFT), head.safetensors, reward.json.
 
-    settings: what `load_reward` gives back. reward.json is written last; beside them it holds the base's name and hash.
+    settings: what `load_reward` returns. reward.json is written last; it also holds the base's name
+    and hash.
     """
     folder = Path(folder)
     save_adapter(model, folder / "adapter", base_name, name)
     head = {k: v.detach().cpu().contiguous() for k, v in model.heads[name].state_dict().items()}
     save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
-    write_json(
-        folder / "reward.json", {"base_name": str(base_name), "base": base_hash(model)} | settings
-    )
+    base = {"base_name": str(base_name), "base": base_hash(model)}
+    write_json(folder / "reward.json", base | settings)
 
 
 def reward_settings(folder):
-    """reward.json of a run of reward_model.py, whole."""
+    """The whole reward.json of a run of reward_model.py."""
     settings = read_json(Path(folder) / "reward.json")
-    needed = (
-        "base",
-        "base_name",
-        "question",
-        "facts",
-        "max_facts",
-        "template",
-        "image_aspect",
-        "held_out",
-    )
+    needed = "base base_name question facts max_facts template image_aspect held_out".split()
     missing = [name for name in needed if name not in settings]
     if missing:
         raise BadInput(
-            f"{folder}/reward.json: no {', '.join(missing)}; a run of this reward_model.py writes {', '.join(needed)}."
+            f"{folder}/reward.json: no {', '.join(missing)}; "
+            f"a run of this reward_model.py writes {', '.join(needed)}."
         )
     return settings
 
 
 @torch.no_grad()
 def load_reward(model, folder, name="reward"):
-    """Stand a saved reward model on the base that it was trained on: adapter and head of this name, frozen -> reward.json."""
-    folder, settings = Path(folder), reward_settings(folder)
-    if settings["base"] != (found := base_hash(model)):
+    """Add a saved reward model to the base that it was trained on -> its reward.json.
+
+    Its adapter and head get this name, and are frozen.
+    """
+    folder = Path(folder)
+    settings = reward_settings(folder)
+    base = base_hash(model)
+    if settings["base"] != base:
         raise BadInput(
-            f"{folder}: this reward model was trained on {settings['base_name']} (weights {settings['base']}); "
-            f"the model that is loaded is another (weights {found})."
+            f"{folder}: this reward model was trained on {settings['base_name']} "
+            f"(weights {settings['base']}); the model that is loaded is another (weights {base})."
         )
     load_adapter(model, folder / "adapter", name)
     model.add_head(name)

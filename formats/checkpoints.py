@@ -1,10 +1,10 @@
-"""LLaVA-1.5 and LLaVA-NeXT (1.6) checkpoints: every layout in, the hub layout out."""
+"""LLaVA-1.5 and LLaVA-NeXT (1.6) checkpoints: reads every layout, writes the hub's."""
 
 import json
 
 import huggingface_hub
 import torch
-import transformers  # gives its classes when first used; importing them here would cost every --help 2.5 seconds
+import transformers  # gives its classes when first used; imported here, --help would take 2.5 s more
 
 from common import BadInput, new_folder, one_line, read_json, whole_folder, write_json
 from data import TEMPLATES, Processor
@@ -15,7 +15,8 @@ from formats.weights import fill, find, our_hub_name, tensor_index, tower_weight
 from model import MLLM, Projector
 
 SHARD_SIZE = "5GB"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -28,7 +29,10 @@ def is_tied(llm):
 
 
 def empty(make, config, dtype, device):
-    """A transformers model whose weights are allocated but not drawn. make: a from-config function."""
+    """A transformers model whose weights are allocated but not initialized.
+
+    make: a function that builds a model from a config.
+    """
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), torch.device(device):
@@ -38,28 +42,33 @@ def empty(make, config, dtype, device):
 
 
 def empty_llm(config, embeddings, dtype, device):
-    """An LLM to be filled in, with as many token rows as the file has: early LLaVA configs name another number."""
+    """An LLM without weights yet, with as many token rows as the file has.
+
+    Early LLaVA configs name another number of rows. embeddings: (file, name, shape), or None.
+    """
     if embeddings:
         config.vocab_size = embeddings[2][0]
     try:
         llm = empty(transformers.AutoModelForCausalLM.from_config, config, dtype, device)
-    except Exception as error:  # not a causal LM, or sizes that do not go together
+    except Exception as error:  # not a causal LM, or sizes that do not fit together
         raise BadInput(
             f"no LLM can be built of a {config.model_type!r} config ({one_line(error)})."
         ) from None
     if llm.base_model_prefix != "model" or not hasattr(llm.base_model, "layers"):
         raise BadInput(
-            f"an LLM of type {config.model_type!r} is not accepted; llama, mistral, qwen2 and the like are."
+            f"an LLM of type {config.model_type!r} is not accepted; "
+            "llama, mistral, qwen2 and the like are."
         )
     return llm
 
 
 def tower_config(folder):
-    """CLIPVisionConfig of a CLIP's folder."""
+    """The CLIPVisionConfig in the folder of a CLIP."""
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise BadInput(
-            f"{folder}/config.json: model_type is {kind!r}; accepted is 'clip' or 'clip_vision_model'."
+            f"{folder}/config.json: model_type is {kind!r}; "
+            "accepted is 'clip' or 'clip_vision_model'."
         )
     try:
         return transformers.CLIPVisionConfig.from_pretrained(str(folder), local_files_only=True)
@@ -72,7 +81,8 @@ def read_tokenizer(folder):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except Exception as error:  # each kind of tokenizer file fails in its own way
-        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        slow = (folder / "tokenizer.model").exists()
+        if slow and not (folder / "tokenizer.json").exists():
             raise BadInput(
                 f"{folder}: reading tokenizer.model needs the packages sentencepiece and protobuf; "
                 "tokenizer.json of another copy of the same LLM is accepted in its place."
@@ -80,29 +90,40 @@ def read_tokenizer(folder):
         raise BadInput(f"{folder}: no usable tokenizer ({one_line(error)}).") from None
     if not tokenizer.is_fast:
         raise BadInput(
-            f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; one of tokenizer.json is accepted."
+            f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; "
+            "one of tokenizer.json is accepted."
         )
     return tokenizer
 
 
 def make_processor(folder, tokenizer, model, template, image_aspect, max_length=0):
-    """Mean and standard deviation come from `folder`, from a file of their own (4.x) or processor_config.json (5.x)."""
-    vision, context = model.vision.config, model.llm.config.max_position_embeddings
+    """The Processor of a model. Mean and standard deviation of the images come from `folder`.
+
+    They are in a file of their own (transformers 4.x) or in processor_config.json (5.x).
+    """
+    vision = model.vision.config
+    context = model.llm.config.max_position_embeddings
     given = read_json(folder / "processor_config.json", {}).get("image_processor")
     given = given or read_json(folder / "preprocessor_config.json", {})
+
+    # its images must have the size that the tower takes, and the model's tiles
     for key in ("size", "crop_size"):
         size = given.get(key, vision.image_size)
-        if set(size.values() if isinstance(size, dict) else [size]) != {vision.image_size}:
+        sides = size.values() if isinstance(size, dict) else [size]
+        if set(sides) != {vision.image_size}:
             raise BadInput(
-                f"{folder}: {key} of the image processor is {size}; the tower takes {vision.image_size}."
+                f"{folder}: {key} of the image processor is {size}; "
+                f"the tower takes {vision.image_size}."
             )
     anyres = model.anyres
-    if anyres and anyres.pinpoints != (
-        other := pinpoints(given.get("image_grid_pinpoints", anyres.pinpoints))
-    ):
-        raise BadInput(
-            f"{folder}: image_grid_pinpoints are {other} for the processor and {anyres.pinpoints} for the model."
-        )
+    if anyres:
+        points = pinpoints(given.get("image_grid_pinpoints", anyres.pinpoints))
+        if points != anyres.pinpoints:
+            raise BadInput(
+                f"{folder}: image_grid_pinpoints are {points} for the processor "
+                f"and {anyres.pinpoints} for the model."
+            )
+
     return Processor(
         tokenizer=tokenizer,
         image_token_id=model.image_token_id,
@@ -121,54 +142,54 @@ def make_processor(folder, tokenizer, model, template, image_aspect, max_length=
 
 
 def read_config(raw, path):
-    """A config.json in the hub's terms as LlavaConfig or LlavaNextConfig. What `MLLM` does not compute is refused."""
+    """A config.json in the hub's terms as LlavaConfig or LlavaNextConfig.
+
+    A setting that `MLLM` does not compute is refused.
+    """
     classes = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}
     kind = raw.get("model_type")
     if kind not in classes:
         raise BadInput(f"{path}: the model type is {kind!r}; accepted is 'llava' or 'llava_next'.")
+
+    # settings that decide what the model computes
     tower = (raw.get("vision_config") or {}).get("model_type", "clip_vision_model")
-    layer, select = (
-        raw.get("vision_feature_layer", -2),
-        raw.get("vision_feature_select_strategy", "default"),
-    )
+    layer = raw.get("vision_feature_layer", -2)
+    strategy = "vision_feature_select_strategy"
+    select = raw.get(strategy, "default")
+    fits_kind = kind == "llava" or select == "default"
     activation = raw.get("projector_hidden_act", "gelu")
     for key, value, good, accepted in (
         ("vision_config.model_type", tower, tower == "clip_vision_model", "'clip_vision_model'"),
         ("vision_feature_layer", layer, type(layer) is int, "one integer"),
-        (
-            "vision_feature_select_strategy",
-            select,
-            select in ("default", "full"),
-            "'default' or 'full'",
-        ),
-        (
-            "vision_feature_select_strategy",
-            select,
-            kind == "llava" or select == "default",
-            "'default' for LLaVA-NeXT",
-        ),
+        (strategy, select, select in ("default", "full"), "'default' or 'full'"),
+        (strategy, select, fits_kind, "'default' for LLaVA-NeXT"),
         ("projector_hidden_act", activation, activation == "gelu", "'gelu'"),
     ):
         if not good:
             raise BadInput(f"{path}: {key} is {value!r}; accepted is {accepted}.")
+
     try:
         config = classes[kind].from_dict(raw)
     except Exception as error:  # type checks of transformers and of huggingface_hub
         raise BadInput(f"{path}: not a usable config ({one_line(error)}).") from None
+
+    # numbers that must fit the tower
     states = config.vision_config.num_hidden_layers + 1
     if not -states <= layer < states:
         raise BadInput(
             f"{path}: vision_feature_layer is {layer}; the tower has {states} hidden states."
         )
     if kind == "llava_next":
-        points, side = pinpoints(config.image_grid_pinpoints), config.vision_config.image_size
+        points = pinpoints(config.image_grid_pinpoints)
+        side = config.vision_config.image_size
         if (
             not isinstance(points, tuple)
             or not points
             or any(n <= 0 or n % side for point in points for n in point)
         ):
             raise BadInput(
-                f"{path}: image_grid_pinpoints is {points!r}; accepted are pairs of multiples of {side}, the tower's input."
+                f"{path}: image_grid_pinpoints is {points!r}; "
+                f"accepted are pairs of multiples of {side}, the tower's input."
             )
     return config
 
@@ -176,62 +197,78 @@ def read_config(raw, path):
 @torch.no_grad()
 @torch.random.fork_rng(devices=[])
 def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="pad", max_length=0):
-    """Read a LLaVA-1.5 or LLaVA-NeXT checkpoint of transformers or of LLaVA, a folder or a hub id -> (MLLM, Processor).
+    """Read a LLaVA-1.5 or LLaVA-NeXT checkpoint -> (MLLM, Processor).
 
-    template: a name in data.TEMPLATES. By default what `save` noted in config.json (`prompt_template`, a key that
-    transformers carries along unread), else as LLaVA trained it: "mistral" for a Mistral, "chatml" where the tokenizer
-    knows `<|im_start|>` (1.6-34b), "vicuna_v1" for the rest. LLaVA's own LoRA is merged, as its code does; its tokenizers
-    get `<image>`. The caller's random state is left alone (that of the CPU). On device "meta" no weight is read.
+    name: a folder or a hub id. transformers or LLaVA's own code wrote the checkpoint. LLaVA's own
+        LoRA is merged, as its code does; its tokenizers get `<image>`.
+    template: a name in data.TEMPLATES. By default it is what `save` noted in config.json
+        (`prompt_template`, a key that transformers keeps but does not read). Without that, it is
+        what LLaVA was trained with: "mistral" for a Mistral, "chatml" if the tokenizer knows
+        `<|im_start|>` (1.6-34b), "vicuna_v1" for the rest.
+    device: on "meta" no weight is read.
+
+    The caller's random state (that of the CPU) is left unchanged.
     """
+    # 1. find the parts, read the config
     folder = find(name)
     path = folder / "config.json"
     raw = read_json(path)
-    original = "mm_vision_tower" in raw
+    original = "mm_vision_tower" in raw  # LLaVA's own code wrote it
     if original:
-        found, words, images, lora = original_parts(folder, raw)
-        raw = translated(raw, path, tower_config(images).to_dict())
+        index, tokenizer_folder, image_folder, lora = original_parts(folder, raw)
+        raw = translated(raw, path, tower_config(image_folder).to_dict())
     else:
-        found, words, images, lora = weights(folder), folder, folder, None
-    config, tokenizer = read_config(raw, path), read_tokenizer(words)
+        index = weights(folder)
+        tokenizer_folder = image_folder = folder
+        lora = None
+    config = read_config(raw, path)
+    tokenizer = read_tokenizer(tokenizer_folder)
     if original:
         add_image_token(tokenizer)
         config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+
+    # 2. build the model, without weights
     config.text_config.tie_word_embeddings = config.tie_word_embeddings
-    llm = empty_llm(
-        config.text_config, found.get("language_model.model.embed_tokens.weight"), dtype, device
-    )
+    embeddings = index.get("language_model.model.embed_tokens.weight")
+    llm = empty_llm(config.text_config, embeddings, dtype, device)
+
     image = config.image_token_index
-    known = tokenizer.get_vocab().get("<image>", image)
-    if known != image or not (original or 0 <= known < llm.config.vocab_size):
+    in_tokenizer = tokenizer.get_vocab().get("<image>", image)
+    in_embeddings = 0 <= in_tokenizer < llm.config.vocab_size
+    if in_tokenizer != image or not (original or in_embeddings):
         raise BadInput(
-            f"{folder}: the image token is {image} in config.json and {known} in the tokenizer; "
-            f"one number below {llm.config.vocab_size}, the rows of the embeddings, is accepted."
+            f"{folder}: the image token is {image} in config.json and {in_tokenizer} "
+            f"in the tokenizer; one number below {llm.config.vocab_size}, "
+            "the rows of the embeddings, is accepted."
         )
+
     vision = empty(transformers.CLIPVisionModel._from_config, config.vision_config, dtype, device)
-    bias, keep_cls = (
-        config.multimodal_projector_bias,
-        config.vision_feature_select_strategy == "full",
-    )
+    bias = config.multimodal_projector_bias
     projector = Projector(vision.config.hidden_size, llm.config.hidden_size, bias).to(device, dtype)
+    keep_cls = config.vision_feature_select_strategy == "full"
     anyres = None
     if config.model_type == "llava_next":
+        points = pinpoints(config.image_grid_pinpoints)
         side = vision.config.image_size
-        anyres = AnyRes(
-            pinpoints(config.image_grid_pinpoints), side, side // vision.config.patch_size
-        )
+        anyres = AnyRes(points, side, side // vision.config.patch_size)
     model = MLLM(vision, projector, llm, image, config.vision_feature_layer, keep_cls, anyres)
+
+    # 3. fill in the weights
     if torch.device(device).type != "meta":
         slots = {our_hub_name(k): v for k, v in model.state_dict().items()}
-        fill(slots, found, folder, ("language_model.lm_head.weight",) if is_tied(llm) else ())
+        tied = ("language_model.lm_head.weight",) if is_tied(llm) else ()
+        fill(slots, index, folder, tied)
         if lora:
             merge(load_adapter(model, lora))
         if original:
             add_rows(llm, len(tokenizer))
 
+    # 4. the processor, with the template that the model was trained with
     trained = "chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1"
     trained = "mistral" if llm.config.model_type == "mistral" else trained
     template = template or getattr(config, "prompt_template", None) or trained
-    return model, make_processor(images, tokenizer, model, template, image_aspect, max_length)
+    processor = make_processor(image_folder, tokenizer, model, template, image_aspect, max_length)
+    return model, processor
 
 
 @torch.no_grad()
@@ -246,53 +283,68 @@ def compose(
     seed=0,
     max_length=0,
 ):
-    """A CLIP and an LLM, folders or hub ids, and a projector drawn from `seed` -> (MLLM, Processor).
+    """A CLIP, an LLM and a new projector -> (MLLM, Processor).
 
-    `<image>`, and `<pad>` if there is no padding token, are added to the tokenizer; a new row is the mean of the old.
-    The rows are not padded to a multiple of 64 as by LLaVA's converter: so few answer rows pass through the head that
-    a faster product would save little. The caller's random state is left alone (that of the CPU).
+    vision, llm: folders or hub ids.
+    seed: of the projector's random weights.
+
+    The tokenizer gets `<image>`, and `<pad>` if there is no padding token; a new row is the mean of
+    the old ones. LLaVA's converter pads the rows to a multiple of 64. That is not done here: so few
+    answer rows pass through the head that a faster product would save little.
+
+    The caller's random state (that of the CPU) is left unchanged.
     """
-    clip_folder, llm_folder = find(vision), find(llm)
+    # 1. find the parts, read the configs
+    clip_folder = find(vision)
+    llm_folder = find(llm)
     clip_config = tower_config(clip_folder)
     try:
         config = transformers.AutoConfig.from_pretrained(str(llm_folder), **LOCAL)
     except Exception as error:  # type checks of transformers and of huggingface_hub
         raise BadInput(f"{llm_folder}: no usable config.json ({one_line(error)}).") from None
+
+    # 2. build and fill the tower and the LLM
     tower = empty(transformers.CLIPVisionModel._from_config, clip_config, dtype, device)
     fill(tower.state_dict(), tower_weights(clip_folder), clip_folder)
-    found = tensor_index(llm_folder)
-    language = empty_llm(config, found.get("model.embed_tokens.weight"), dtype, device)
-    fill(language.state_dict(), found, llm_folder, ("lm_head.weight",) if is_tied(language) else ())
+    index = tensor_index(llm_folder)
+    language = empty_llm(config, index.get("model.embed_tokens.weight"), dtype, device)
+    tied = ("lm_head.weight",) if is_tied(language) else ()
+    fill(language.state_dict(), index, llm_folder, tied)
 
+    # 3. what is new: the image token, the projector, rows for new tokens
     tokenizer = read_tokenizer(llm_folder)
     add_image_token(tokenizer)
     torch.default_generator.manual_seed(seed)
     projector = Projector(clip_config.hidden_size, config.hidden_size).to(device, dtype)
     add_rows(language, len(tokenizer))
+
     model = MLLM(tower, projector, language, tokenizer.convert_tokens_to_ids("<image>"))
-    return model, make_processor(clip_folder, tokenizer, model, template, image_aspect, max_length)
+    processor = make_processor(clip_folder, tokenizer, model, template, image_aspect, max_length)
+    return model, processor
 
 
 # ---- save
 
 
 def merged(model, dtype):
-    """(hub name, tensor to write) of every weight; the policy's LoRA is added in float32."""
-    lora = {f"{name}.base.weight": m for name, m in adapters(model)}
+    """(hub name, tensor to write) of every weight. The policy's LoRA is added in float32."""
+    adapted = {f"{name}.base.weight": lora for name, lora in adapters(model)}
     for name, tensor in model.state_dict().items():
         if not_of_base(name) or name == "llm.lm_head.weight" and is_tied(model.llm):
             continue
-        if name in lora:
-            tensor = tensor.float() + lora[name].scale * (lora[name].lora_B @ lora[name].lora_A)
+        if name in adapted:
+            lora = adapted[name]
+            tensor = tensor.float() + lora.scale * (lora.lora_B @ lora.lora_A)
         yield our_hub_name(name.replace(".base.", ".")), tensor.to("cpu", dtype).contiguous()
 
 
 def hub_config(model, processor, dtype):
-    """config.json as transformers 5 writes it, and beside that the names under which 4.x looks for the same."""
-    name = "LlavaNext" if model.anyres else "Llava"
-    tiling = (
-        {"image_grid_pinpoints": [list(p) for p in model.anyres.pinpoints]} if model.anyres else {}
-    )
+    """config.json as transformers 5 writes it. The keys that 4.x looks for are added."""
+    name = "Llava"
+    tiling = {}
+    if model.anyres:
+        name = "LlavaNext"
+        tiling = {"image_grid_pinpoints": [list(p) for p in model.anyres.pinpoints]}
     config = getattr(transformers, f"{name}Config")(
         architectures=[f"{name}ForConditionalGeneration"],
         vision_config=model.vision.config.to_dict(),
@@ -306,13 +358,14 @@ def hub_config(model, processor, dtype):
         prompt_template=processor.template,
         **tiling,
     ).to_diff_dict()
+
     text = config["text_config"]
     for part in (config, text, config["vision_config"]):
         part["dtype"] = part["torch_dtype"] = str(dtype).removeprefix("torch.")
         part.pop("_name_or_path", None)
-    rope = dict(
-        text.get("rope_parameters") or {}
-    )  # 4.x does not look there and would take theta 10000 for any LLM
+
+    # 4.x does not read rope_parameters; it would take theta 10000 for any LLM
+    rope = dict(text.get("rope_parameters") or {})
     if "rope_theta" in rope:
         text["rope_theta"] = rope.pop("rope_theta")
         text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
@@ -320,56 +373,68 @@ def hub_config(model, processor, dtype):
 
 
 def chat_template(name):
-    """A template of data.py as the Jinja that transformers' apply_chat_template runs."""
-    template, quote = TEMPLATES[name], json.dumps
-    (before, cue), (lead, tail) = template.user.split("{}"), template.answer.split("{}")
+    """A template of data.py as Jinja, for apply_chat_template of transformers."""
+    template = TEMPLATES[name]
+    before, cue = template.user.split("{}")
+    lead, tail = template.answer.split("{}")
+    quote = json.dumps
     end = "eos_token" if template.end == "eos" else quote(template.end)
     return (
         "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}"
         "{% for part in content if part.type == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-        "{% for part in content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}{% endmacro %}"
-        f"{{{{ {quote(template.start)} }}}}{{% for message in messages %}}{{% if message.role == 'user' %}}"
-        f"{{{{ {quote(before)} + body(message.content) + {quote(cue)} }}}}{{% elif message.role == 'assistant' %}}"
+        "{% for part in content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+        "{% endif %}{% endmacro %}"
+        f"{{{{ {quote(template.start)} }}}}"
+        "{% for message in messages %}"
+        "{% if message.role == 'user' %}"
+        f"{{{{ {quote(before)} + body(message.content) + {quote(cue)} }}}}"
+        "{% elif message.role == 'assistant' %}"
         f"{{{{ {quote(lead)} + body(message.content) + {quote(tail)} + {end} }}}}"
-        "{% else %}{{ raise_exception('the roles are user and assistant') }}{% endif %}{% endfor %}"
+        "{% else %}{{ raise_exception('the roles are user and assistant') }}{% endif %}"
+        "{% endfor %}"
     )
 
 
 def write_processor(model, processor, folder):
-    """Tokenizer, processor, generation config and chat template, in the files that 4.x and 5.x both read."""
+    """Tokenizer, processor, generation config and chat template, in files for 4.x and 5.x."""
+    # the tokenizer, without Processor's `split_special_tokens`: transformers looks for `<image>`
     tokenizer = processor.tokenizer
-    tokenizer.save_pretrained(
-        folder
-    )  # without Processor's `split_special_tokens`: theirs looks for `<image>`
+    tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = {
-        k: v for k, v in read_json(path).items() if k not in ("is_local", "local_files_only")
-    }  # of this machine
+    config = read_json(path)
+    for key in ("is_local", "local_files_only"):  # of this machine
+        config.pop(key, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = (
-            "PreTrainedTokenizerFast"  # 4.x knows it under this name only, 5.x under both
-        )
-        config["model_input_names"] = [
-            "input_ids",
-            "attention_mask",
-        ]  # 4.x adds token_type_ids, at which its generate stops
+        # 4.x knows the class by this name only, 5.x by both
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # without this, 4.x adds token_type_ids, and its generate stops at them
+        config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(path, config)
-    side, anyres = processor.image_size, processor.anyres
+
+    # the image processor
+    side = processor.image_size
+    anyres = processor.anyres
     kind = "LlavaNextProcessor" if anyres else "LlavaProcessor"
+    tiling = {"image_grid_pinpoints": anyres.pinpoints, "do_pad": True} if anyres else {}
     image_processor = {
         "image_processor_type": "LlavaNextImageProcessor" if anyres else "CLIPImageProcessor",
         "processor_class": kind,
-        **dict.fromkeys(
-            ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True
-        ),
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
         "resample": 3,
         "rescale_factor": 1 / 255,
         "image_mean": processor.image_mean,
         "image_std": processor.image_std,
-        **({"image_grid_pinpoints": anyres.pinpoints, "do_pad": True} if anyres else {}),
+        **tiling,
     }
+    write_json(folder / "preprocessor_config.json", image_processor)
+
+    # the processor around both
     llava_processor = {
         "processor_class": kind,
         "image_token": tokenizer.convert_ids_to_tokens(processor.image_token_id),
@@ -377,28 +442,33 @@ def write_processor(model, processor, folder):
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": "full" if model.keep_cls else "default",
     }
-    ids = {"bos": tokenizer.bos_token_id, "eos": processor.stop_ids, "pad": tokenizer.pad_token_id}
-    template = chat_template(processor.template)
-    write_json(folder / "preprocessor_config.json", image_processor)
     write_json(folder / "processor_config.json", llava_processor)
-    write_json(
-        folder / "generation_config.json",
-        {f"{k}_token_id": v for k, v in ids.items() if v is not None},
-    )
+
+    # where generation stops
+    ids = {"bos": tokenizer.bos_token_id, "eos": processor.stop_ids, "pad": tokenizer.pad_token_id}
+    generation = {f"{name}_token_id": ids[name] for name in ids if ids[name] is not None}
+    write_json(folder / "generation_config.json", generation)
+
+    # how a dialogue becomes a prompt
+    template = chat_template(processor.template)
     write_json(folder / "chat_template.json", {"chat_template": template})  # before 4.52
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 @torch.no_grad()
 def save(model, processor, folder, dtype=None):
-    """Write a whole checkpoint in the hub layout, LoRA merged, weights in `dtype` (default: the model's).
+    """Write a whole checkpoint in the hub layout. LoRA is merged.
 
-    transformers 4.46 to 5.23 read it, with AutoProcessor. `folder` must not exist; it appears when it is complete.
+    dtype: of the weights; by default the model's.
+
+    transformers 4.46 to 5.23 read it, with AutoProcessor. `folder` must not exist; it appears when
+    it is complete.
     """
     dtype = dtype or model.dtype
     with whole_folder(new_folder(folder)) as aside:
+        tensors = dict(merged(model, dtype))
         huggingface_hub.save_torch_state_dict(
-            dict(merged(model, dtype)), aside, max_shard_size=SHARD_SIZE, metadata={"format": "pt"}
+            tensors, aside, max_shard_size=SHARD_SIZE, metadata={"format": "pt"}
         )
         write_json(aside / "config.json", hub_config(model, processor, dtype))
         write_processor(model, processor, aside)

@@ -1,26 +1,47 @@
-"""Data files as downloaded -> records. The reader is chosen by the keys of a file's first row (`LAYOUTS`):
+"""Data files as downloaded -> records. The keys of the first row choose the reader (`LAYOUTS`).
 
-    layout          keys                                          pairs of a row
-    rlhf_v          text + origin_dataset (also Muffin's .tsv)    corrected answer > original
-    hadpo           question + chosen + reject + correct          chosen > reject; rows with `correct` are left out (HA-DPO)
-    seva            question + chosen + reject + image_id         chosen > reject
-    rlaif_v         question + chosen + rejected + origin_dataset or ds_name
-    mllm_dpo        question + chosen + rejected + ref_win_logp   dicts {from, value}, their Python repr, or whole dialogues
-    mmpr            question + chosen + rejected                  strings
-    vlfeedback      completions + models                          every two answers with unequal mean rating (Silkie)
-    povid           conversations + rejected_conversations        conversations > rejected_conversations
-    llava_rlhf      output_1 + output_2 + preference              as `preference` (1 or 2) says
-    llava_instruct  conversations                                 none: instruction data for sft.py
-    helpsteer       prompt + response + helpfulness               one a prompt: best > a worse one (`pairs_by_quality`)
-    helpsteer2      prompt + response_1 + ..._2 + preference_strength    negative: the first; 0 and validation are left out
-    trl             chosen + rejected (+ prompt)                  strings or lists of {role, content}
+    layout          recognised by these keys          pairs that a row gives: chosen > rejected
+    rlhf_v          text + origin_dataset             corrected answer > original
+    hadpo           question + chosen + reject        chosen > reject (HA-DPO)
+                    + image_id + correct
+    seva            question + chosen + reject        chosen > reject
+                    + image_id
+    rlaif_v         question + chosen + rejected      chosen > rejected
+                    + origin_dataset or ds_name
+    mllm_dpo        question + chosen + rejected      chosen > rejected: dicts {from, value}, their
+                    + ref_win_logp or                 Python repr, or whole dialogues
+                    Helpfulness_gpt4v
+    mmpr            question + chosen + rejected      chosen > rejected: strings
+    vlfeedback      completions + models              every two answers with unequal mean rating
+                                                      (Silkie)
+    povid           conversations                     conversations > rejected_conversations
+                    + rejected_conversations
+    llava_rlhf      conversations + output_1          the output that `preference` (1 or 2) names
+                    + output_2 + preference           > the other
+    llava_instruct  conversations                     none: instruction data for sft.py
+    helpsteer       prompt + response + helpfulness   one a prompt: best > a worse one
+                                                      (`pairs_by_quality`)
+    helpsteer2      prompt + response_1 + response_2  the first > the second where the strength is
+                    + preference_strength             negative, else the second > the first
+    trl             chosen + rejected (+ prompt)      chosen > rejected: strings, or lists of
+                                                      {role, content}
 
-Files are parquet, JSON arrays, JSON lines or these gzipped. Other columns are ignored. A picture is a path below --images or
-stands in the file itself (parquet, tsv); a missing, null, empty or NaN one makes a text-only row, where a layout has such rows.
-A row of several pictures is refused. In layouts with placeholders one `<image>` in the first human turn is the picture (it is
-moved to the front, as LLaVA does); anywhere else, and in answers, it is text. In mllm_dpo and mmpr it may be left out.
+Left out, and counted: rows of hadpo whose `correct` is true; in helpsteer2, the validation split
+and rows of strength 0.
 
-Not read: HA-DPO's desc_data.json, which names neither question nor image file; written as rows of trl it is.
+Files are parquet, JSON arrays or JSON lines; the JSON may be gzipped. rlhf_v may also be Muffin's
+.tsv. Other columns are ignored.
+
+The image of a row is a path below --images, or it is inside the file itself (parquet, tsv). If it
+is missing, null, empty or NaN, the row is text-only, in layouts that have such rows. A row with
+several images is refused.
+
+Some layouts have placeholders. There, one `<image>` in the first human turn stands for the image;
+it is moved to the front, as LLaVA does. Anywhere else, and in answers, `<image>` is text. In
+mllm_dpo and mmpr the placeholder may be missing.
+
+Not read: HA-DPO's desc_data.json, which names neither the question nor the image file. Written as
+rows of trl, it is read.
 """
 
 import ast
@@ -39,37 +60,41 @@ from formats.files import PackedImage, find_image, open_header, rows
 
 
 def captions(path):
-    """image_to_caption.json of LLaVA-RLHF, facts about pictures for a reward model -> {image file name: [text, ...]}."""
+    """LLaVA-RLHF's image_to_caption.json: facts about images, for a reward model.
+
+    -> {image file name: [text, ...]}.
+    """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        by_image = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not readable as JSON ({error}).") from None
-    if not isinstance(found, dict):
+    if not isinstance(by_image, dict):
         raise BadInput(
-            f"{path}: holds {type(found).__name__}; an object {{image: [caption, ...]}} is needed."
+            f"{path}: holds {type(by_image).__name__}; "
+            "an object {image: [caption, ...]} is needed."
         )
-    for image, texts in found.items():
+
+    for image, texts in by_image.items():
         if not isinstance(texts, list) or not texts:
             raise BadInput(
                 f"{path}, {image!r:.80}: {texts!r:.80} was found; a list of captions is needed."
             )
         try:
-            found[image] = [text_field(text, f"[{i}]") for i, text in enumerate(texts)]
+            by_image[image] = [text_field(text, f"[{i}]") for i, text in enumerate(texts)]
         except BadInput as error:
             raise BadInput(f"{path}, {image!r:.80}: {error}") from None
-    return found
+    return by_image
 
 
 # ---- cells
 
 
 def text_field(value, key):
-    """A stripped non-empty string, or BadInput that names the key."""
+    """A non-empty string without the white space around it, or BadInput that names the key."""
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"`{key}` is {value!r:.80}; a non-empty string is needed.")
-    if any(
-        "\ud800" <= c <= "\udfff" for c in value
-    ):  # JSON can write them, no tokenizer can read them
+    # JSON can write half of a surrogate pair; no tokenizer can read it
+    if any("\ud800" <= c <= "\udfff" for c in value):
         raise BadInput(
             f"`{key}` holds half of a surrogate pair: {value!a:.80}; whole characters are needed."
         )
@@ -77,22 +102,27 @@ def text_field(value, key):
 
 
 def picture(images, *cells):
-    """The picture that a row's cells name, the first that is found: Path, PackedImage, or None if all are empty."""
+    """The image that a row's cells name: Path or PackedImage; None if all cells are empty.
+
+    Of several cells, the first whose image exists counts.
+    """
     names = []
     for cell in cells:
         if isinstance(cell, list) and len(cell) > 1:
             raise BadInput(f"the row has {len(cell)} pictures; one a row is accepted.")
-        cell = cell[0] if isinstance(cell, list) and cell else cell
-        cell = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
+        if isinstance(cell, list) and cell:
+            cell = cell[0]
+        if isinstance(cell, dict) and not cell.get("bytes"):
+            cell = cell.get("path")
         if isinstance(cell, PackedImage):
             return cell
-        if cell and cell == cell:  # NaN is what pandas writes for a missing one
+        if cell and cell == cell:  # pandas writes NaN for a missing cell; NaN != NaN
             names.append(cell)
     return find_image(images, *names) if names else None
 
 
 def needed_picture(images, *cells):
-    """`picture`, where the layout has one in every row."""
+    """As `picture`, for a layout that has an image in every row."""
     image = picture(images, *cells)
     if image is None:
         raise BadInput("the row names no image, which this layout has in every row.")
@@ -100,31 +130,38 @@ def needed_picture(images, *cells):
 
 
 def dialogue(conversations, key, used=None):
-    """LLaVA turns -> (user, assistant, ...) texts [:used]; those before the first human turn are dropped."""
-    if (
-        isinstance(conversations, list)
-        and len(conversations) == 1
-        and isinstance(conversations[0], list)
-    ):
-        conversations = conversations[0]  # LLaVA-RLHF nests some dialogues one level deeper
+    """LLaVA turns -> texts [user, assistant, ...][:used].
+
+    Turns before the first human turn are dropped.
+    """
+    if isinstance(conversations, list) and len(conversations) == 1:
+        if isinstance(conversations[0], list):
+            conversations = conversations[0]  # LLaVA-RLHF nests some dialogues one level deeper
     if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
         raise BadInput(
             f"`{key}` is {type(conversations).__name__}; a list of {{from, value}} turns is needed."
         )
-    roles = [t.get("from") for t in conversations]
+
+    roles = [turn.get("from") for turn in conversations]
     first = roles.index("human") if "human" in roles else len(roles)
-    roles, turns = roles[first:], conversations[first:]
+    roles = roles[first:]
+    turns = conversations[first:]
     if roles != ["human", "gpt"] * (len(roles) // 2) or not roles:
         raise BadInput(
             f"`{key}` has the roles {roles}; human and gpt must alternate, from human to gpt."
         )
     return [
-        text_field(t.get("value"), f"{key}[{first + i}].value") for i, t in enumerate(turns[:used])
+        text_field(turn.get("value"), f"{key}[{first + i}].value")
+        for i, turn in enumerate(turns[:used])
     ]
 
 
 def take_placeholder(turns, image, optional=False):
-    """Remove the first turn's `<image>`; it and the row's image must come together, unless it is optional beside one."""
+    """The turns without the `<image>` of the first.
+
+    It must be there if the row has an image, and only then. optional: a row with an image may lack
+    it.
+    """
     count = turns[0].count("<image>")
     if count > 1:
         raise BadInput(
@@ -139,25 +176,28 @@ def take_placeholder(turns, image, optional=False):
 
 
 def number(value, key):
-    """A finite number, or the string of one; BadInput names the key."""
+    """A finite number from a number or a string; BadInput names the key."""
     try:
-        found = math.nan if isinstance(value, bool) else float(value)
+        result = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found):
+        result = math.nan
+    if not math.isfinite(result):
         raise BadInput(f"`{key}` is {value!r:.80}; a number is needed.")
-    return found
+    return result
 
 
 def pair_of(chosen, rejected, what):
-    """Two dialogues (user, assistant, ..., assistant) that differ in the last answer -> (turns, (chosen, rejected))."""
+    """Two dialogues that differ only in the last answer -> (turns, (chosen, rejected)).
+
+    A dialogue: [user, assistant, ..., assistant]. what: how a message names the two.
+    """
     if chosen[:-1] != rejected[:-1]:
         raise BadInput(f"{what} differ before their last turn; only the last answer may.")
     return chosen[:-1], (chosen[-1], rejected[-1])
 
 
-# ---- rows to records: one small function a layout, (row, where, images, notes) -> records
-# what is left out on purpose is counted in notes
+# ---- rows to records: one small function a layout, (row, where, images, notes) -> records.
+# What a function leaves out on purpose, it counts in notes.
 
 
 def _rlhf_v(row, where, images, notes):
@@ -176,28 +216,22 @@ def _rlhf_v(row, where, images, notes):
         raise BadInput(
             f"`text` is {type(text).__name__}; question, chosen and rejected are needed."
         )
+
     image = needed_picture(images, row.get("image_path"), row.get("image"))
-    question, *pair = (
-        text_field(text.get(k), f"text.{k}") for k in ("question", "chosen", "rejected")
-    )
+    keys = ("question", "chosen", "rejected")
+    question, *pair = (text_field(text.get(key), f"text.{key}") for key in keys)
     return [Record(where, image, (question,), tuple(pair))]
 
 
 def _flat(row, loser="rejected"):
-    """question, chosen and the loser of a row that has them as strings."""
-    return (text_field(row[k], k) for k in ("question", "chosen", loser))
+    """question, chosen and the loser of a row that holds them as strings."""
+    return (text_field(row[key], key) for key in ("question", "chosen", loser))
 
 
 def _rlaif_v(row, where, images, notes):
     question, *pair = _flat(row)
-    return [
-        Record(
-            where,
-            needed_picture(images, row.get("image_path"), row.get("image")),
-            (question,),
-            tuple(pair),
-        )
-    ]
+    image = needed_picture(images, row.get("image_path"), row.get("image"))
+    return [Record(where, image, (question,), tuple(pair))]
 
 
 def _seva(row, where, images, notes):
@@ -211,9 +245,8 @@ def _hadpo(row, where, images, notes):
         return []
     question, *pair = _flat(row, "reject")
     n = row["image_id"]
-    image = needed_picture(
-        images, f"{n}.jpg", f"VG_100K/{n}.jpg", f"VG_100K_2/{n}.jpg"
-    )  # Visual Genome's two folders
+    # Visual Genome comes in two folders
+    image = needed_picture(images, f"{n}.jpg", f"VG_100K/{n}.jpg", f"VG_100K_2/{n}.jpg")
     return [Record(where, image, (question,), tuple(pair))]
 
 
@@ -226,7 +259,10 @@ def _mmpr(row, where, images, notes):
 
 
 def _turns(cell, key, role):
-    """A cell of mllm_dpo: text, {from, value}, a list of these, or the Python repr of one -> list of turns."""
+    """A cell of mllm_dpo -> list of turns.
+
+    The cell is text, {from, value}, a list of these, or the Python repr of a dict or list.
+    """
     if isinstance(cell, str) and cell.lstrip().startswith(("{", "[")):
         try:
             cell = ast.literal_eval(cell.strip())
@@ -242,11 +278,10 @@ def _turns(cell, key, role):
 def _mllm_dpo(row, where, images, notes):
     image = picture(images, row.get("image"))
     question = _turns(row["question"], "question", "human")
-    chosen, rejected = (
-        _turns(row["chosen"], "chosen", "gpt"),
-        _turns(row["rejected"], "rejected", "gpt"),
-    )
-    before = chosen[:-1] or question  # a list is the whole dialogue, its question included
+    chosen = _turns(row["chosen"], "chosen", "gpt")
+    rejected = _turns(row["rejected"], "rejected", "gpt")
+
+    before = chosen[:-1] or question  # a list is the whole dialogue, with the question
     chosen = dialogue(before + chosen[-1:], "chosen")
     rejected = dialogue((rejected[:-1] or before) + rejected[-1:], "rejected")
     turns, pair = pair_of(chosen, rejected, "chosen and rejected")
@@ -254,8 +289,9 @@ def _mllm_dpo(row, where, images, notes):
 
 
 def _vlfeedback(row, where, images, notes):
-    prompt, completions = text_field(row.get("prompt"), "prompt"), row["completions"]
-    if isinstance(completions, dict):  # what load_dataset makes of a list of structs
+    prompt = text_field(row.get("prompt"), "prompt")
+    completions = row["completions"]
+    if isinstance(completions, dict):  # load_dataset makes this of a list of structs
         lists = list(completions.values())
         if not all(isinstance(v, list) and len(v) == len(lists[0]) for v in lists):
             raise BadInput("`completions` is an object whose values are not lists of one length.")
@@ -264,6 +300,8 @@ def _vlfeedback(row, where, images, notes):
         raise BadInput(
             f"`completions` is {completions!r:.80}; a list of {{annotations, response}} is needed."
         )
+
+    # the answers and their mean ratings
     scores, answers = [], []
     for i, completion in enumerate(completions):
         ratings = completion.get("annotations") if isinstance(completion, dict) else None
@@ -273,13 +311,17 @@ def _vlfeedback(row, where, images, notes):
             or not ratings
         ):
             raise BadInput(
-                f"completions[{i}].annotations is {ratings!r:.80}; an object of {{Rating, Rationale}} is needed."
+                f"completions[{i}].annotations is {ratings!r:.80}; "
+                "an object of {Rating, Rationale} is needed."
             )
         answers.append(text_field(completion.get("response"), f"completions[{i}].response"))
         scores.append(_mean_rating(ratings))
-    image = picture(images, row.get("image")) or find_image(
-        images, f"{row.get('id')}.jpg", f"{row.get('id')}.png"
-    )
+
+    image = picture(images, row.get("image"))
+    if not image:
+        image = find_image(images, f"{row.get('id')}.jpg", f"{row.get('id')}.png")
+
+    # every two answers
     records = []
     for i in range(len(answers)):
         for j in range(i + 1, len(answers)):
@@ -290,20 +332,18 @@ def _vlfeedback(row, where, images, notes):
             elif answers[i] == answers[j]:
                 notes["pairs left out: the same answer, rated twice"] += 1
             else:
-                w, l = (i, j) if scores[i] > scores[j] else (j, i)
-                records.append(
-                    Record(
-                        f"{where}, completions {w} > {l}",
-                        image,
-                        (prompt,),
-                        (answers[w], answers[l]),
-                    )
-                )
+                better, worse = (i, j) if scores[i] > scores[j] else (j, i)
+                pair = (answers[better], answers[worse])
+                place = f"{where}, completions {better} > {worse}"
+                records.append(Record(place, image, (prompt,), pair))
     return records
 
 
 def _mean_rating(ratings):
-    """The mean over all aspects, or None if one of them ("N/A") is not a number: Silkie leaves those pairs out."""
+    """The mean over all aspects, or None if one of them is not a number ("N/A").
+
+    Silkie leaves out the pairs of such an answer.
+    """
     try:
         return sum(number(r["Rating"], "Rating") for r in ratings.values()) / len(ratings)
     except BadInput:
@@ -319,23 +359,18 @@ def _povid(row, where, images, notes):
 
 def _llava_rlhf(row, where, images, notes):
     image = picture(images, row.get("image"))
-    turns = dialogue(
-        row["conversations"], "conversations", -1
-    )  # the last answer is a placeholder, maybe empty
-    outputs = [
-        text_field((row[k] or {}).get("value") if isinstance(row[k], dict) else None, f"{k}.value")
-        for k in ("output_1", "output_2")
-    ]
+    # the last answer is left out: it is only a placeholder, and may be empty
+    turns = dialogue(row["conversations"], "conversations", -1)
+
+    outputs = []
+    for key in ("output_1", "output_2"):
+        value = row[key].get("value") if isinstance(row[key], dict) else None
+        outputs.append(text_field(value, f"{key}.value"))
+
     if row["preference"] not in (1, 2) or isinstance(row["preference"], bool):
         raise BadInput(f"`preference` is {row['preference']!r}; 1 or 2 is needed.")
-    return [
-        Record(
-            where,
-            image,
-            take_placeholder(turns, image),
-            tuple(outputs if row["preference"] == 1 else outputs[::-1]),
-        )
-    ]
+    pair = tuple(outputs if row["preference"] == 1 else outputs[::-1])
+    return [Record(where, image, take_placeholder(turns, image), pair)]
 
 
 def _llava_instruct(row, where, images, notes):
@@ -346,23 +381,20 @@ def _llava_instruct(row, where, images, notes):
 
 def _helpsteer(row, where, images, notes):
     quality = sum(number(row.get(key), key) for key in ("helpfulness", "correctness", "coherence"))
-    return [
-        Record(
-            where,
-            None,
-            _steer_turns(row["prompt"]),
-            (text_field(row["response"], "response"),),
-            quality,
-        )
-    ]
+    turns = _steer_turns(row["prompt"])
+    return [Record(where, None, turns, (text_field(row["response"], "response"),), quality)]
 
 
 def _steer_turns(prompt):
-    """HelpSteer writes earlier turns into the prompt, parted by `<extra_id_1>Assistant` and `<extra_id_1>User`."""
+    """The turns of HelpSteer's prompt.
+
+    It holds the earlier turns too; `<extra_id_1>Assistant` and `<extra_id_1>User` separate them.
+    """
     turns = re.split(r"\n?<extra_id_1>(?:Assistant|User)\n", text_field(prompt, "prompt"))
     if len(turns) % 2 == 0:
         raise BadInput(
-            f"`prompt` holds {len(turns)} turns parted by <extra_id_1>; the last must be the user's."
+            f"`prompt` holds {len(turns)} turns parted by <extra_id_1>; "
+            "the last must be the user's."
         )
     return tuple(text_field(turn, f"prompt, turn {i}") for i, turn in enumerate(turns))
 
@@ -372,30 +404,32 @@ def _helpsteer2(row, where, images, notes):
     pair = [text_field(row[key], key) for key in ("response_1", "response_2")]
     if row.get("split") == "validation":
         notes["rows left out: split is validation"] += 1
-    elif strength == 0:
+        return []
+    if strength == 0:
         notes["rows left out: preference_strength is 0"] += 1
-    else:
-        return [
-            Record(
-                where,
-                None,
-                _steer_turns(row["prompt"]),
-                tuple(pair if strength < 0 else pair[::-1]),
-            )
-        ]
-    return []
+        return []
+
+    turns = _steer_turns(row["prompt"])
+    return [Record(where, None, turns, tuple(pair if strength < 0 else pair[::-1]))]
 
 
 def _messages(cell, key, role):
-    """A cell of trl, text or list of {role, content} -> (texts that alternate, pictures in the first user turn)."""
-    cell = [{"role": role, "content": cell}] if isinstance(cell, str) else cell
+    """A cell of trl, text or list of {role, content} -> ([(role, text), ...], number of images).
+
+    Only the first user turn may hold images.
+    """
+    if isinstance(cell, str):
+        cell = [{"role": role, "content": cell}]
     if not isinstance(cell, list) or not cell or not all(isinstance(m, dict) for m in cell):
         raise BadInput(
             f"`{key}` is {cell!r:.80}; a string or a list of {{role, content}} is needed."
         )
-    texts, shown = [], 0
+
+    turns = []
+    image_count = 0
     for i, message in enumerate(cell):
-        content, name = message.get("content"), f"{key}[{i}].content"
+        content = message.get("content")
+        name = f"{key}[{i}].content"
         if isinstance(content, list):
             kinds = [block.get("type") if isinstance(block, dict) else None for block in content]
             if set(kinds) - {"image", "text"}:
@@ -404,60 +438,67 @@ def _messages(cell, key, role):
                 )
             if "image" in kinds and (i or message.get("role") != "user"):
                 raise BadInput(f"`{name}` shows a picture; only the first user turn may.")
-            shown += kinds.count("image")
-            content = "".join(
-                block.get("text") or "" for block in content if block["type"] == "text"
-            )
-        texts.append((message.get("role"), text_field(content, name)))
-    return texts, shown
+            image_count += kinds.count("image")
+            texts = [block.get("text") or "" for block in content if block["type"] == "text"]
+            content = "".join(texts)
+        turns.append((message.get("role"), text_field(content, name)))
+    return turns, image_count
 
 
 def _trl(row, where, images, notes):
     image = picture(images, row.get("images"), row.get("image"))
-    prompt, shown = _messages(row["prompt"], "prompt", "user") if row.get("prompt") else ([], 0)
+    prompt, image_count = [], 0
+    if row.get("prompt"):
+        prompt, image_count = _messages(row["prompt"], "prompt", "user")
+
     dialogues = []
     for key in ("chosen", "rejected"):
         if not prompt and isinstance(row[key], str):
             raise BadInput(
-                f"`{key}` is a string and there is no `prompt`; it cannot be told where the answer begins."
+                f"`{key}` is a string and there is no `prompt`; "
+                "nothing shows where the answer begins."
             )
-        answer, seen = _messages(row[key], key, "assistant")
-        if prompt and seen:
+        answer, in_answer = _messages(row[key], key, "assistant")
+        if prompt and in_answer:
             raise BadInput(f"`{key}` shows a picture; only the first user turn may.")
         roles = [role for role, _ in prompt + answer]
-        if roles != ["user", "assistant"] * (
-            len(roles) // 2
-        ):  # a system text is the template's matter
+        # a system turn is refused: the template writes the system text
+        if roles != ["user", "assistant"] * (len(roles) // 2):
             raise BadInput(
-                f"prompt and {key} have the roles {roles}; user and assistant must alternate, from user to assistant."
+                f"prompt and {key} have the roles {roles}; "
+                "user and assistant must alternate, from user to assistant."
             )
         dialogues.append([text for _, text in prompt + answer])
-        shown = max(shown, seen)
-    if shown > (image is not None):
+        image_count = max(image_count, in_answer)
+
+    if image_count > (image is not None):
         raise BadInput(
-            f"the first user turn shows {shown} pictures, but the row has {int(image is not None)}."
+            f"the first user turn shows {image_count} pictures, "
+            f"but the row has {int(image is not None)}."
         )
     turns, pair = pair_of(*dialogues, "chosen and rejected")
     return [Record(where, image, tuple(turns), pair)]
 
 
 def pairs_by_quality(rated, notes):
-    """Records of one rated answer each -> one pair a prompt: the best answer > a random one of those at least 2 below it.
+    """Records of one rated answer each -> at most one pair a prompt.
 
-    The rule of Li et al. 2024's code; quality is helpfulness + correctness + coherence. They used it on answers of their model.
+    The pair: the best answer > a random one of those whose quality is at least 2 lower. Quality is
+    helpfulness + correctness + coherence. This is the rule of the code of Li et al. 2024, who used
+    it on answers of their own model.
     """
     groups, rng, records = {}, random.Random(0), []
     for record in rated:
         groups.setdefault((record.image, record.turns), []).append(record)
+
     for group in groups.values():
         best = max(group, key=lambda r: r.quality)
         worse = [r for r in group if r.quality <= best.quality - 2]
         if worse:
             loser = rng.choice(worse)
             where = f"{best.where} > {loser.where.rpartition(', ')[2]}"
-            records.append(
-                replace(best, where=where, answers=best.answers + loser.answers, quality=None)
-            )
+            pair = best.answers + loser.answers
+            records.append(replace(best, where=where, answers=pair, quality=None))
         elif len(group) == 1:
             notes["prompts left out: one answer only"] += 1
         else:
@@ -466,7 +507,9 @@ def pairs_by_quality(rated, notes):
 
 
 _QA = ("question", "chosen", "rejected")
-LAYOUTS = {  # name: (keys that tell it, reader); the first whose keys are all there. a|b: one of both
+# name: (keys, reader). A file is of the first layout whose keys are all in its first row. a|b: one
+# of the two keys is enough.
+LAYOUTS = {
     "rlhf_v": (("text", "origin_dataset"), _rlhf_v),
     "hadpo": (("question", "chosen", "reject", "image_id", "correct"), _hadpo),
     "seva": (("question", "chosen", "reject", "image_id"), _seva),
@@ -485,12 +528,18 @@ LAYOUTS = {  # name: (keys that tell it, reader); the first whose keys are all t
 
 def _missing(row, keys):
     """The first of these keys that a row does not have, or None."""
-    return next((key for key in keys if not any(name in row for name in key.split("|"))), None)
+    for key in keys:
+        if not any(name in row for name in key.split("|")):
+            return key
+    return None
 
 
 @dataclass
 class DataFile:
-    """What `read` found. refused: [{"row":, "why":}]; notes: how many pairs were left out on purpose, by reason."""
+    """What `read` returns.
+
+    refused: [{"row":, "why":}]; notes: how many pairs were left out on purpose, by reason.
+    """
 
     path: Path
     layout: str
@@ -501,36 +550,44 @@ class DataFile:
 
 
 def read(path, images=None):
-    """Read one data file of any known layout, pictures below folder `images` (default: the file's) -> DataFile."""
+    """Read one data file of any known layout -> DataFile.
+
+    images: the folder below which the images lie; by default the folder of the file.
+    """
     path, images = Path(path), Path(images or Path(path).parent)
-    records, refused, notes, layout, n = [], [], Counter(), None, 0
+    layout = None
+    total = 0
+    records, refused, notes = [], [], Counter()
     for i, row in rows(path):
-        n += 1
+        total += 1
+
+        # the first row chooses the layout
         if layout is None and isinstance(row, dict):
-            layout = next(
-                (name for name, (keys, _) in LAYOUTS.items() if not _missing(row, keys)), None
-            )
+            fits = (name for name, (keys, _) in LAYOUTS.items() if not _missing(row, keys))
+            layout = next(fits, None)
             if layout is None:
-                known = "; ".join(
-                    f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items()
-                )
+                known = [f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items()]
                 raise BadInput(
-                    f"{path}: row {i} has the keys {str(sorted(row)):.200}, which is no known layout; accepted are {known}."
+                    f"{path}: row {i} has the keys {str(sorted(row)):.200}, "
+                    f"which is no known layout; accepted are {'; '.join(known)}."
                 )
+
+        # its records, or why it is refused
         try:
             if not isinstance(row, dict):
                 raise BadInput(f"the row is {type(row).__name__}; an object is needed.")
             keys, reader = LAYOUTS[layout]
             if key := _missing(row, keys):
                 raise BadInput(f"key `{key}` is missing; the file is in layout {layout}.")
-            found = reader(row, f"{path.name}, row {i}", images, notes)
-            if found and isinstance(found[0].image, Path):
-                open_header(found[0].image)  # the header; pixels are decoded when they are needed
-            records += found
+            new_records = reader(row, f"{path.name}, row {i}", images, notes)
+            if new_records and isinstance(new_records[0].image, Path):
+                open_header(new_records[0].image)  # pixels are decoded when they are needed
+            records += new_records
         except BadInput as error:
             refused.append({"row": i, "why": str(error)})
-    if not n:
+
+    if not total:
         raise BadInput(f"{path}: the file holds no row.")
     if layout == "helpsteer":
         records = pairs_by_quality(records, notes)
-    return DataFile(path, layout, n, records, refused, notes)
+    return DataFile(path, layout, total, records, refused, notes)

@@ -1,19 +1,23 @@
 """Tensors on disk: every naming of LLaVA's weights -> the hub's, from safetensors alone.
 
-transformers wrote the same weights under five namings (4.x and 5.x, on disk and in memory), LLaVA's
-own code under a sixth. All are read by renaming them to the hub's, and only the hub's is written,
-because every version reads it:
+transformers wrote the same weights under five namings (4.x and 5.x, on disk and in memory). LLaVA's
+own code used a sixth. All are read; their tensors get the hub's names. Only the hub's naming is
+written, because every version reads it.
 
     the hub's                       here            transformers' others            LLaVA's own
-    vision_tower.vision_model.X     vision.X        [model.]vision_tower.X          model.vision_tower.[the hub's]
-    multi_modal_projector.linear_1  projector.X     model.multi_modal_projector.X   model.mm_projector.0 (and linear_2, .2)
-    image_newline                   image_newline   model.image_newline             model.image_newline
+    vision_tower.vision_model.X     vision.X        [model.]vision_tower.X          (1)
+    multi_modal_projector.linear_1  projector.X     model.multi_modal_projector.X   (2)
+    image_newline                   image_newline   model.image_newline             (3)
     language_model.model.X          llm.model.X     model.language_model.[model.]X  model.X
     language_model.lm_head.X        llm.lm_head.X   lm_head.X                       lm_head.X
 
-transformers leaves a weight that it does not find at its random start and goes on (4.x and 5.0-5.5
-do so with the whole tower of a file written as `vision_tower.X`). Here a missing or an unexpected
-tensor is an error.
+    (1) model.vision_tower.[the hub's]
+    (2) model.mm_projector.0; and linear_2 is model.mm_projector.2
+    (3) model.image_newline
+
+If transformers does not find a weight, it leaves it at its random start and goes on (4.x and
+5.0-5.5 do so with the whole tower of a file written as `vision_tower.X`). Here, a missing or an
+unexpected tensor is an error.
 """
 
 import re
@@ -25,32 +29,23 @@ from safetensors import safe_open
 
 from common import BadInput, one_line, read_json
 
-HUB_FILES = (
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.jinja",
-    "merges.txt",
-    "vocab.txt",
-)  # neither pickles nor code
+# neither pickles nor code
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
 
 # ---- names
 
 
 def hub_name(name):
-    """The hub's name of a tensor in any naming of transformers or LLaVA; an unknown name comes back as it is."""
-    name = re.sub(
-        r"^model\.(?=(vision_tower|multi_modal_projector|language_model|mm_projector)\.|image_newline$)",
-        "",
-        name,
-    )
+    """The hub's name of a tensor in any naming of transformers or LLaVA.
+
+    An unknown name comes back unchanged.
+    """
+    parts = "vision_tower|multi_modal_projector|language_model|mm_projector"
+    name = re.sub(rf"^model\.(?=({parts})\.|image_newline$)", "", name)
     name = re.sub(r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model.", name)
-    name = re.sub(
-        r"^mm_projector\.(0|2)\.",
-        lambda m: f"multi_modal_projector.linear_{int(m[1]) // 2 + 1}.",
-        name,
-    )
+    name = re.sub(r"^mm_projector\.0\.", "multi_modal_projector.linear_1.", name)
+    name = re.sub(r"^mm_projector\.2\.", "multi_modal_projector.linear_2.", name)
     name = re.sub(r"^vision_tower\.vision_tower\.", "vision_tower.", name)
     name = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
     name = re.sub(r"^language_model\.(?!model\.|lm_head\.)", "language_model.model.", name)
@@ -74,112 +69,131 @@ def our_hub_name(name):
 
 
 def find(name, files=HUB_FILES):
-    """The folder `name`, or if there is none and it looks like owner/name, that repository's `files`, downloaded."""
+    """The folder `name`. If there is none and it looks like owner/name: download from the hub.
+
+    files: which files of the repository are downloaded.
+    """
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise BadInput(f"{name}: no such folder; a folder or a hub id (owner/name) is accepted.")
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(files)))
-    except (
-        Exception
-    ) as error:  # the client passes on its own errors, its HTTP library's and the system's
+    except Exception as error:
+        # errors of the client itself, of its HTTP library and of the system
         raise BadInput(
             f"{name}: no such folder, and not received from the hub ({one_line(error)})."
         ) from None
 
 
 def tensor_index(folder, stem="model"):
-    """What the safetensors files of a folder hold, from their headers: {name: (file, name, shape)}.
+    """What the safetensors files of a folder hold, from their headers.
 
-    Left out are buffers that old versions stored and that are computed today.
+    -> {name: (file, name in the file, shape)}. Left out: buffers that old versions stored and that
+    are computed today.
     """
-    index, files = folder / f"{stem}.safetensors.index.json", [folder / f"{stem}.safetensors"]
-    shards = sorted(
-        folder.glob(f"{stem}-*-of-*.safetensors")
-    )  # of pickles that were converted one by one
-    if index.exists() and not files[0].exists():
-        files = [
-            folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))
-        ]
-    elif shards and not files[0].exists():
+    # which files
+    whole = folder / f"{stem}.safetensors"
+    shard_list = folder / f"{stem}.safetensors.index.json"
+    shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))  # pickles, converted one by one
+    if whole.exists():
+        files = [whole]
+    elif shard_list.exists():
+        names = set(read_json(shard_list).get("weight_map", {}).values())
+        files = [folder / name for name in sorted(names)]
+    elif shards:
         files = shards
-    elif not files[0].exists():
+    else:
         other = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no other weights"
         raise BadInput(
-            f"{folder}: found {other} instead of {files[0].name}; pickles are not read: convert them with "
-            "from_pretrained(OLD) and save_pretrained(NEW) of transformers or PEFT, or, what LLaVA's own code wrote, each "
-            f"file with safetensors.torch.save_file(torch.load(BIN, weights_only=True), NEW), NEW = {stem}[-1-of-N].safetensors."
+            f"{folder}: found {other} instead of {whole.name}; pickles are not read: convert what "
+            "transformers or PEFT wrote with from_pretrained(OLD) and save_pretrained(NEW), "
+            "and each file that LLaVA's own code wrote with "
+            "safetensors.torch.save_file(torch.load(BIN, weights_only=True), NEW), "
+            f"NEW = {stem}[-1-of-N].safetensors."
         )
-    found = {}
+
+    # their tensors
+    index = {}
     for file in files:
         try:
             with safe_open(file, "pt") as f:
-                found |= {
-                    name: (file, name, tuple(f.get_slice(name).get_shape())) for name in f.keys()
-                }
-        except (
-            Exception
-        ) as error:  # safetensors has an error class of its own, derived from Exception
+                for name in f.keys():
+                    index[name] = (file, name, tuple(f.get_slice(name).get_shape()))
+        except Exception as error:  # the error class of safetensors is derived from Exception
             raise BadInput(f"{file}: not readable as safetensors ({one_line(error)}).") from None
-    return {k: v for k, v in found.items() if not k.endswith((".inv_freq", ".position_ids"))}
+    return {k: v for k, v in index.items() if not k.endswith((".inv_freq", ".position_ids"))}
 
 
 def weights(folder, stem="model"):
     """`tensor_index` under the hub's names."""
-    files = tensor_index(folder, stem)
-    found = {
-        hub_name(re.sub(r"^base_model\.(model\.(?=model\.))?", "", k)): v for k, v in files.items()
-    }
-    if len(found) < len(files):
+    stored = tensor_index(folder, stem)
+    index = {}
+    for name, place in stored.items():
+        name = re.sub(r"^base_model\.(model\.(?=model\.))?", "", name)
+        index[hub_name(name)] = place
+    if len(index) < len(stored):
         raise BadInput(
-            f"{folder}: {len(files) - len(found)} weights are there twice, under two names."
+            f"{folder}: {len(stored) - len(index)} weights are there twice, under two names."
         )
-    return found
+    return index
 
 
 def fill(slots, found, folder, tied=()):
-    """Copy the tensors `found` into `slots`, name -> tensor, one at a time, so that memory holds one copy of the model.
+    """Copy tensors from files into the model, one at a time: memory holds one copy of the model.
 
-    tied: names in `slots` that share the memory of another; they may be missing, and must be equal to it if not.
+    slots: {name: tensor of the model}.
+    found: {name: (file, name in the file, shape)}, as from `tensor_index`.
+    tied: names in `slots` that share the memory of another. A file may lack them; if it holds one,
+        it must be equal to the other.
     """
+    # every slot has its tensor, and every tensor its slot, of the same shape
     wrong = {
         "missing": slots.keys() - found.keys() - set(tied),
         "unexpected": found.keys() - slots.keys(),
     }
     if any(wrong.values()):
-        few = lambda names: (
-            ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        )
-        text = "; ".join(f"{what}: {few(names)}" for what, names in wrong.items() if names)
+        text = "; ".join(f"{what}: {_few(names)}" for what, names in wrong.items() if names)
         raise BadInput(f"{folder}: the weights are not those that its config asks for; {text}.")
     for name, (file, _, shape) in found.items():
         if shape != tuple(slots[name].shape):
             raise BadInput(
-                f"{file}: {name} has the shape {shape}, but the config asks for {tuple(slots[name].shape)}."
+                f"{file}: {name} has the shape {shape}, "
+                f"but the config asks for {tuple(slots[name].shape)}."
             )
+
+    # copy file by file
     for file in sorted({file for file, _, _ in found.values()}):
         with safe_open(file, "pt") as f:
-            for name in (n for n in found if found[n][0] == file and n not in tied):
-                slots[name].copy_(f.get_tensor(found[name][1]))
+            for name, (place, stored_name, _) in found.items():
+                if place == file and name not in tied:
+                    slots[name].copy_(f.get_tensor(stored_name))
+
+    # compare what is tied
     for name in (n for n in tied if n in found):
-        with safe_open(found[name][0], "pt") as f:
-            if not torch.equal(f.get_tensor(found[name][1]).to(slots[name]), slots[name]):
+        file, stored_name, _ = found[name]
+        with safe_open(file, "pt") as f:
+            if not torch.equal(f.get_tensor(stored_name).to(slots[name]), slots[name]):
                 raise BadInput(
-                    f"{folder}: the config ties {name} to the embeddings; the files hold another matrix."
+                    f"{folder}: the config ties {name} to the embeddings; "
+                    "the files hold another matrix."
                 )
 
 
+def _few(names):
+    """The first four names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(sorted(names)[:4]) + more
+
+
 def tower_weights(folder):
-    """`tensor_index` of a CLIP's vision tower, or of that of a whole CLIP, under the names of CLIPVisionModel."""
-    rest = (
-        "text_model.",
-        "text_projection.",
-        "visual_projection.",
-        "logit_scale",
-    )  # of a whole CLIP
+    """`tensor_index` of a CLIP's vision tower, under the names of CLIPVisionModel.
+
+    The folder may hold a whole CLIP.
+    """
+    others = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
     return {
-        k.removeprefix("vision_model."): v
-        for k, v in tensor_index(folder).items()
-        if not k.startswith(rest)
+        name.removeprefix("vision_model."): place
+        for name, place in tensor_index(folder).items()
+        if not name.startswith(others)
     }

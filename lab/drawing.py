@@ -697,6 +697,7 @@ def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144
     side = 2 * size
     back, layer = Image.new("RGB", (side, side)), Image.new("RGBA", (side, side))
     BACKDROPS[kind](Pen(ImageDraw.Draw(back), 0, 0, side, side), rng)
+
     ground, top = ImageDraw.Draw(back, "RGBA"), ImageDraw.Draw(layer)
     for thing in sorted(things, key=lambda t: (t.row, t.column)):
         figure, wide, high, colours = FIGURES[thing.name]
@@ -704,6 +705,7 @@ def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144
             raise ValueError(
                 f"{thing.name}: colour {thing.colour!r} is not one of {colours or (None,)}"
             )
+
         scale = 1.0 if thing.count == 1 else min(0.8, 0.58 / wide)
         flip = rng.random() < 0.5
         for aside, up in ((0, 0),) if thing.count == 1 else ((-0.078, 0.05), (0.078, 0)):
@@ -713,6 +715,7 @@ def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144
             x = min(max(x, w / 2), side - w / 2)
             # Copies of wide things are low: one copy stands higher, so that both can be seen.
             y = (0.475 + 0.49 * thing.row - up * (scale < 0.7) - rng.uniform(0, 0.02)) * side
+
             if thing.name in HANGING:
                 y -= (0.43 * side - h) / 2
             else:
@@ -725,6 +728,7 @@ def draw(kind: str, things: Sequence[Thing], rng: random.Random, size: int = 144
                 COLOURS.get(thing.colour),
                 rng,
             )
+
     back, layer = back.reduce(2), layer.reduce(2)
     mask = layer.getchannel("A")
     # A soft dark rim separates things from the backdrop; white things need it most.

@@ -25,8 +25,11 @@ from lab.toyworld import (
     open_questions,
     plural,
     sentence,
+    some_yes_no,
+    tell,
+    write_rows,
+    yes_no,
 )
-from lab.toyworld import some_yes_no, tell, write_rows, yes_no
 
 WORDS = [(name, word) for name in CLASSES for word in (name, SYNONYMS.get(name, name))]
 # form -> (class, word in the singular): "sofas" -> ("couch", "sofa")
@@ -71,22 +74,29 @@ class Claim:
 
 def mentions(text):
     """The classes that the text names, in order and with repetition."""
-    return [KNOWN[found.lower()][0] for found in MENTION.findall(text)]
+    return [KNOWN[form.lower()][0] for form in MENTION.findall(text)]
 
 
 def claim_of(clause, start=0):
     """A clause -> Claim. start: position of the clause in the text."""
     span = start, start + len(clause)
-    if found := OPENER.fullmatch(clause):
-        return Claim(span, kind=found["kind"].lower())
-    if not (found := CLAUSE.fullmatch(clause)):
+    if match := OPENER.fullmatch(clause):
+        return Claim(span, kind=match["kind"].lower())
+    match = CLAUSE.fullmatch(clause)
+    if not match:
         return Claim(span)
-    name, word = KNOWN[found["noun"].lower()]
-    colour, place = found["colour"] or found["predicate"], found["place"]
-    count = {"a": 1, "an": 1, "one": 1, "two": 2, "the": None}[found["count"].lower()]
-    column = PLACES.index(place.lower()) if place else None
+
+    name, word = KNOWN[match["noun"].lower()]
+    colour = match["colour"] or match["predicate"]
+    place = match["place"]
     return Claim(
-        span, name, colour and colour.lower(), count, column, word=word, there=bool(found["there"])
+        span,
+        name,
+        colour=colour and colour.lower(),
+        count={"a": 1, "an": 1, "one": 1, "two": 2, "the": None}[match["count"].lower()],
+        column=PLACES.index(place.lower()) if place else None,
+        word=word,
+        there=bool(match["there"]),
     )
 
 
@@ -95,20 +105,22 @@ def sentences(text):
 
     A sentence ends at a period, an exclamation mark or a line's end. " and " joins clauses.
     """
-    found = []
+    by_sentence = []
     for part in re.finditer(r"[^.!\n]+", text):
-        start, told = part.start(), []
+        start = part.start()
+        of_sentence = []
         for clause in part[0].split(" and "):
             if clause.strip():
-                told.append(claim_of(clause.strip(), start + len(clause) - len(clause.lstrip())))
+                indent = len(clause) - len(clause.lstrip())
+                of_sentence.append(claim_of(clause.strip(), start + indent))
             start += len(clause) + len(" and ")
-        found.append(told)
-    return found
+        by_sentence.append(of_sentence)
+    return by_sentence
 
 
 def claims(text):
     """One Claim for each clause of the text."""
-    return [claim for told in sentences(text) for claim in told]
+    return [claim for of_sentence in sentences(text) for claim in of_sentence]
 
 
 def slips(scene, claim):
@@ -116,10 +128,12 @@ def slips(scene, claim):
     if claim.kind:
         return [] if claim.kind == scene.kind else ["kind"]
     thing = scene.present.get(claim.name)
-    said = {key: getattr(claim, key) for key in ("colour", "count", "column")} if thing else {}
-    return [
-        key for key, value in said.items() if value is not None and value != getattr(thing, key)
-    ]
+    wrong = []
+    for key in ("colour", "count", "column") if thing else ():
+        value = getattr(claim, key)
+        if value is not None and value != getattr(thing, key):
+            wrong.append(key)
+    return wrong
 
 
 class Oracle:
@@ -151,16 +165,17 @@ class Oracle:
         """(kind, class asked about, true answer). A request to describe has only the kind."""
         scene = self.scene(image)
         for kind, pattern in QUESTIONS.items():
-            if not (found := pattern.search(prompt)):
+            match = pattern.search(prompt)
+            if not match:
                 continue
             if kind == "choice":
-                options = dict(re.findall(r"([A-Z])\. (.+)", found["options"]))
+                options = dict(re.findall(r"([A-Z])\. (.+)", match["options"]))
                 right = [letter for letter, name in options.items() if name in scene.present]
                 return kind, None, right[0] if right else "None of them."
-            name = KNOWN.get(found["noun"], (found["noun"],))[0]
+            name = KNOWN.get(match["noun"], (match["noun"],))[0]
             if kind == "yes_no":
                 return kind, name, yes_no(name, name in scene.present, SHORT in prompt)[1]
-            right = [answer for question, answer in open_questions(scene) if question == found[0]]
+            right = [answer for question, answer in open_questions(scene) if question == match[0]]
             return kind, name, right[0] if right else f"There is no {name}."
         return "describe", None, None
 
@@ -176,31 +191,32 @@ class Oracle:
         errors       what must be corrected: false + wrong + unreadable, and for a short answer
                      + missed; a description may leave objects out
         """
-        scene, (kind, name, right) = self.scene(image), self.question(image, prompt)
+        scene = self.scene(image)
+        kind, name, right = self.question(image, prompt)
         counts = dict.fromkeys(("true", "false", "wrong", "missed", "unreadable"), 0)
+
         if answer.strip() == right:
             counts["true"] = 1
         elif kind == "yes_no":
-            words, named = set(re.findall("[a-z]+", answer.lower())), set(mentions(answer))
-            said = (
-                "no"
-                if words & {"no", "not"}
-                else "yes"
-                if "yes" in words or name in named
-                else None
-            )
-            if said is None or named - {name}:
+            words = set(re.findall("[a-z]+", answer.lower()))
+            named = set(mentions(answer))
+            no = bool(words & {"no", "not"})
+            yes = not no and ("yes" in words or name in named)
+            if not (yes or no) or named - {name}:
                 counts["unreadable"] = 1
             elif name in scene.present:
-                counts["true" if said == "yes" else "missed"] = 1
+                counts["true" if yes else "missed"] = 1
             else:
-                counts["true" if said == "no" else "false"] = 1
+                counts["true" if no else "false"] = 1
         elif kind == "choice":
             name = dict(re.findall(r"([A-Z])\. (.+)", prompt)).get(answer.strip()[:1])
-            counts["true" if name in scene.present else "false" if name else "unreadable"] = 1
+            if name in scene.present:
+                counts["true"] = 1
+            else:
+                counts["false" if name else "unreadable"] = 1
         else:
-            told = claims(answer)
-            for claim in told:
+            made = claims(answer)
+            for claim in made:
                 named = [claim.name] if claim.name else mentions(answer[slice(*claim.span)])
                 counts["false"] += sum(other not in scene.present for other in named)
                 counts["wrong"] += len(slips(scene, claim))
@@ -209,17 +225,15 @@ class Oracle:
                 counts["true"] = len(scene.present.keys() & set(mentions(answer)))
                 counts["missed"] = len(scene.things) - counts["true"]
             else:
-                about = [
-                    claim
-                    for claim in told
-                    if claim.name == name and getattr(claim, kind) is not None
-                ]
-                counts["missed"] = int(not about)
+                answered = any(
+                    claim.name == name and getattr(claim, kind) is not None for claim in made
+                )
+                counts["missed"] = int(not answered)
                 counts["true"] = int(not any(counts.values()))
-        errors = sum(
-            counts[key]
-            for key in ("false", "wrong", "unreadable") + ("missed",) * (kind != "describe")
-        )
+
+        errors = counts["false"] + counts["wrong"] + counts["unreadable"]
+        if kind != "describe":
+            errors += counts["missed"]
         return counts | {"words": len(answer.split()), "errors": errors}
 
     def correct(self, image, prompt, answer, rng):
@@ -230,30 +244,29 @@ class Oracle:
         """
         if not self.judge(image, prompt, answer)["errors"]:
             return answer
-        scene, (kind, name, right) = self.scene(image), self.question(image, prompt)
+        scene = self.scene(image)
+        kind, name, right = self.question(image, prompt)
         if kind == "yes_no":
             return yes_no(name, name in scene.present, len(answer.split()) == 1)[1]
         if kind != "describe":
             return right
-        said = {claim.name for claim in claims(answer) if not slips(scene, claim)}
+
+        # a description, clause by clause
+        mentioned = {claim.name for claim in claims(answer) if not slips(scene, claim)}
         kept = []
-        for told in sentences(answer):
+        for of_sentence in sentences(answer):
             clauses = []
-            for claim in told:
-                text, thing, wrong = (
-                    answer[slice(*claim.span)],
-                    scene.present.get(claim.name),
-                    slips(scene, claim),
-                )
+            for claim in of_sentence:
+                text = answer[slice(*claim.span)]
+                thing = scene.present.get(claim.name)
+                wrong = slips(scene, claim)
                 if claim.kind and wrong:
                     clauses.append(re.sub(rf"an? {claim.kind}$", a(scene.kind), text, flags=re.I))
-                elif wrong and claim.name not in said:
-                    colour, column = (
-                        claim.colour and thing.colour,
-                        None if claim.column is None else thing.column,
-                    )
+                elif wrong and claim.name not in mentioned:
+                    colour = claim.colour and thing.colour
+                    column = None if claim.column is None else thing.column
                     clauses.append(tell(claim.word, colour, thing.count, column, claim.there))
-                    said.add(claim.name)
+                    mentioned.add(claim.name)
                 elif not wrong and (claim.kind or thing):
                     clauses.append(text)
             if clauses:
@@ -270,18 +283,25 @@ class Oracle:
         complexity    1 for every three attributes
         verbosity     1 for every ten words
         """
-        found, named = self.judge(image, prompt, answer), mentions(answer)
+        counts = self.judge(image, prompt, answer)
         short = self.question(image, prompt)[0] != "describe"
-        told = [(claim.colour, claim.count, claim.column) for claim in claims(answer)]
-        right, share = not found["errors"], found["true"] / max(1, found["true"] + found["missed"])
+        if short:
+            helpful = not counts["errors"]
+        else:
+            helpful = counts["true"] / max(1, counts["true"] + counts["missed"])
+
+        named = mentions(answer)
+        repeated = len(named) - len(set(named))
+        attributes = 0
+        for claim in claims(answer):
+            values = (claim.colour, claim.count, claim.column)
+            attributes += sum(value is not None for value in values)
         return {
-            "helpfulness": round(4 * (right if short else share)),
-            "correctness": max(0, 4 - found["errors"] * (4 if short else 1)),
-            "coherence": max(0, 4 - 2 * found["unreadable"] - (len(named) - len(set(named)))),
-            "complexity": min(
-                4, sum(value is not None for values in told for value in values) // 3
-            ),
-            "verbosity": min(4, found["words"] // 10),
+            "helpfulness": round(4 * helpful),
+            "correctness": max(0, 4 - counts["errors"] * (4 if short else 1)),
+            "coherence": max(0, 4 - 2 * counts["unreadable"] - repeated),
+            "complexity": min(4, attributes // 3),
+            "verbosity": min(4, counts["words"] // 10),
         }
 
     def rate_vlfeedback(self, image, prompt, answer):
@@ -290,11 +310,10 @@ class Oracle:
         Nothing is unethical.
         """
         rated = self.rate(image, prompt, answer)
-        helpful, faithful = str(1 + rated["helpfulness"]), str(1 + rated["correctness"])
         return {
-            "Helpfulness": helpful,
+            "Helpfulness": str(1 + rated["helpfulness"]),
             "Ethical Considerations": "5",
-            "Visual Faithfulness": faithful,
+            "Visual Faithfulness": str(1 + rated["correctness"]),
         }
 
 
@@ -307,7 +326,8 @@ def preference_prompts(folder, seed):
     The questions are yes/no. Among four samples, nearly every caption prompt has a wrong one, and
     one yes/no question in three.
     """
-    rng, prompts = random.Random(f"{seed}/preference prompts"), []
+    rng = random.Random(f"{seed}/preference prompts")
+    prompts = []
     for image, scene in Oracle(folder).scenes.items():
         if image.startswith("preference_"):
             prompts.append((image, rng.choice(CAPTION_PROMPTS)))
@@ -329,62 +349,60 @@ def preferences_from_answers(prompts, answers, oracle, folder, rng):
     The counts are {"vlfeedback": rows, "rlhf_v": rows, "empty": samples, "right": prompts without a
     wrong sample, which have no row in rlhf_v.jsonl}.
     """
-    folder, ranked, corrected, counts = (
-        Path(folder),
-        [],
-        [],
-        Counter(vlfeedback=0, rlhf_v=0, empty=0, right=0),
-    )
+    folder = Path(folder)
+    ranked = []
+    corrected = []
+    counts = Counter(vlfeedback=0, rlhf_v=0, empty=0, right=0)
     for (image, prompt), samples in zip(prompts, answers, strict=True):
-        completions, wrong = [], []
+        # rate the samples
+        completions = []
+        wrong = []
         for i, sample in enumerate(samples):
-            found, ratings = (
-                oracle.judge(image, prompt, sample),
-                oracle.rate_vlfeedback(image, prompt, sample),
-            )
+            judged = oracle.judge(image, prompt, sample)
+            ratings = oracle.rate_vlfeedback(image, prompt, sample)
             if not sample.strip():
                 counts["empty"] += 1
                 continue
-            why = ", ".join(f"{count} {key}" for key, count in found.items())
+            why = ", ".join(f"{count} {key}" for key, count in judged.items())
             notes = {
                 aspect: {"Rating": rating, "Rationale": why} for aspect, rating in ratings.items()
             }
             completions.append({"model": f"sample-{i}", "response": sample, "annotations": notes})
-            if found["errors"]:
+            if judged["errors"]:
                 wrong.append(sample)
-        row = {"id": Path(image).stem, "image": image, "prompt": prompt}
+
+        # rank them
         ranked.append(
-            row
-            | {
+            {
+                "id": Path(image).stem,
+                "image": image,
+                "prompt": prompt,
                 "models": [completion["model"] for completion in completions],
                 "completions": completions,
             }
         )
-        if wrong:
-            rejected = rng.choice(wrong)
-            text = {
-                "question": prompt,
-                "chosen": oracle.correct(image, prompt, rejected, rng),
-                "rejected": rejected,
-            }
-            kind = (
-                "detailed_description"
-                if oracle.question(image, prompt)[0] == "describe"
-                else "question_answering"
-            )
-            row = {
+
+        # correct one of the wrong samples
+        if not wrong:
+            counts["right"] += 1
+            continue
+        rejected = rng.choice(wrong)
+        chosen = oracle.correct(image, prompt, rejected, rng)
+        describe = oracle.question(image, prompt)[0] == "describe"
+        kind = "detailed_description" if describe else "question_answering"
+        text = {"question": prompt, "chosen": chosen, "rejected": rejected}
+        corrected.append(
+            {
                 "ds_name": "toyworld",
                 "image": image,
                 "text": json.dumps(text),
                 "origin_dataset": "toyworld",
-            }
-            row |= {
                 "origin_split": json.dumps({"model": "sample", "type": kind}),
                 "idx": len(corrected),
+                "image_path": image,
             }
-            corrected.append(row | {"image_path": image})
-        else:
-            counts["right"] += 1
+        )
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("vlfeedback", ranked), ("rlhf_v", corrected)):
         counts[name] = len(rows)
@@ -407,6 +425,7 @@ def answers_of(model_dir, folder, out, seed, k=4, temperature=1.0, max_new_token
     images = Path(folder) / "images"
     records = [Record(f"{folder}, {image}", images / image, (prompt,)) for image, prompt in prompts]
     model, processor = checkpoints.load(model_dir)
+
     answers = generate(
         model, processor, records, max_new_tokens, temperature, k, seed=seed, label="answers"
     )

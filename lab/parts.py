@@ -44,6 +44,8 @@ def write(folder, world, seed, epochs=5):
 
     disable_progress_bar()
     folder = Path(folder)
+
+    # the models
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
@@ -70,13 +72,18 @@ def write(folder, world, seed, epochs=5):
         tower, llm = CLIPVisionModel(vision), LlamaForCausalLM(text)
         if epochs:
             teach(tower, world, seed, epochs)
+
     tower.save_pretrained(folder / "clip")
     llm.save_pretrained(folder / "llm")
+
+    # tokenizer
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
     bpe = tokenizer(json.loads((world / "instruct.json").read_text()), list(special.values()))
     PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=512, **special).save_pretrained(
         folder / "llm"
     )
+
+    # image processor
     steps = dict.fromkeys(
         ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True
     )
@@ -102,6 +109,7 @@ def tokenizer(rows, special):
         [turn["value"].replace("<image>", "") for turn in row["conversations"]] for row in rows
     ]
     texts = [f"{SYSTEM} USER: {prompt} ASSISTANT: {answer}" for prompt, answer in texts]
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -124,6 +132,8 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
     truth = json.loads((world / "scenes.json").read_text())
     names = [name for name in truth if name.startswith("instruct_")]
     kinds, colours = [None, *CLASSES], [None, *COLOURS]
+
+    # what the images show
     labels = torch.zeros(len(names), 6, 3, dtype=torch.long)
     pictures = torch.empty(len(names), 3, SIDE, SIDE)
     for i, name in enumerate(names):
@@ -138,14 +148,17 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
                 / 255
             )
         pictures[i] = torch.from_numpy((x - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)
+
     sizes = [len(kinds), len(colours), 3, 6]
     head = nn.Linear(WIDTH, sum(sizes))
     slot_of_patch = torch.tensor(
         [row // 3 * 3 + column // 2 for row in range(6) for column in range(6)]
     )
+    # for each patch: class, colour, count, number of its sixth
     labels = torch.cat([labels, torch.arange(6).view(1, 6, 1).expand(len(labels), 6, 1)], -1)[
         :, slot_of_patch
-    ]  # (pictures, 36, 4)
+    ]  # (images, 36, 4)
+
     params = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     steps = epochs * (len(names) // batch_size)
@@ -156,6 +169,7 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
         for layer in tower.encoder.layers[:-1]:
             x = layer(x, attention_mask=None)
         logits = head(x[:, 1:]).split(sizes, -1)  # of each of the 36 patches
+
         loss = sum(
             F.cross_entropy(z.flatten(0, 1), y.flatten())
             for z, y in zip(logits, labels[i].unbind(-1))
@@ -166,6 +180,7 @@ def teach(tower, world, seed, epochs, batch_size=32, lr=2e-3):
             group["lr"] = lr * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
+
         full = labels[i][..., 0] > 0
         right = (logits[0].argmax(-1) == labels[i][..., 0])[full].float().mean().item()
         progress(step + 1, f"loss {loss.item():.3f}  ")

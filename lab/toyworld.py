@@ -102,6 +102,7 @@ def some_thing(name, slot, rng):
 def some_scene(rng):
     """A random scene of 3 to 5 things."""
     kind = rng.choice(SCENES)
+
     names = []
     while not 3 <= len(names) <= 5:
         names = [
@@ -109,6 +110,7 @@ def some_scene(rng):
         ]
         if rng.random() < 0.12:
             names.append(rng.choice([name for name in CLASSES if name not in USUAL[kind]]))
+
     things = [
         some_thing(name, slot, rng) for name, slot in zip(names, rng.sample(SLOTS, len(names)))
     ]
@@ -181,15 +183,15 @@ def clauses_of(things, rng):
 
 def render(opener, clauses):
     """The opener, then a sentence for each clause; joined clauses share a sentence."""
-    told = []
+    texts = []
     for clause in clauses:
         thing = clause.thing
         text = tell(clause.word, thing.colour, thing.count, thing.column, clause.there)
         if clause.joined:
-            told[-1] += " and " + text
+            texts[-1] += " and " + text
         else:
-            told.append(text)
-    return " ".join([opener, *map(sentence, told)])
+            texts.append(text)
+    return " ".join([opener, *map(sentence, texts)])
 
 
 def opener_of(scene, rng):
@@ -210,8 +212,8 @@ def caption(scene, rng, noise=0.0):
         for name in scene.ghosts
         if rng.random() < noise
     ]
-    told = [replace(clause, there=True, joined=False) for clause in clauses_of(ghosts, rng)]
-    return render(opener_of(scene, rng), clauses_of(scene.things, rng) + told)
+    last = [replace(clause, there=True, joined=False) for clause in clauses_of(ghosts, rng)]
+    return render(opener_of(scene, rng), clauses_of(scene.things, rng) + last)
 
 
 def object_to_ask(scene, rng, asked=()):
@@ -219,15 +221,15 @@ def object_to_ask(scene, rng, asked=()):
 
     40 % are present, 30 % are ghosts, 30 % are other absent classes.
     """
-    kinds = [(0.4, list(scene.present)), (0.3, scene.ghosts), (0.3, scene.strange)]
-    kinds = [
-        (weight, left)
-        for weight, names in kinds
-        if (left := [name for name in names if name not in asked])
-    ]
-    return rng.choice(
-        rng.choices([names for _, names in kinds], [weight for weight, _ in kinds])[0]
-    )
+    weights = []
+    kinds = []
+    for weight, names in ((0.4, scene.present), (0.3, scene.ghosts), (0.3, scene.strange)):
+        left = [name for name in names if name not in asked]
+        if left:
+            weights.append(weight)
+            kinds.append(left)
+    (names,) = rng.choices(kinds, weights)
+    return rng.choice(names)
 
 
 def yes_no(name, yes, short):
@@ -252,9 +254,9 @@ def open_questions(scene):
     """Every open question of a scene: [(prompt, answer)]. The answers are always true."""
     rows = []
     for thing in scene.things:
-        number, be, who = (
-            ("two", "are", plural(thing.name)) if thing.count == 2 else ("one", "is", thing.name)
-        )
+        number, be, who = "one", "is", thing.name
+        if thing.count == 2:
+            number, be, who = "two", "are", plural(thing.name)
         rows.append((f"Where {be} the {who}?", f"The {who} {be} {PLACES[thing.column]}."))
         rows.append((f"How many {plural(thing.name)} are there?", f"There {be} {number} {who}."))
         if thing.colour:
@@ -295,6 +297,7 @@ def facts():
                     f"Another word for {name} is {SYNONYMS[name]}.",
                 )
             )
+
     for kind in SCENES:
         usual = [a(name) for name in USUAL[kind]]
         rows.append((f"What do you find {at(kind)}?", f"You find {listed(usual)}."))
@@ -325,18 +328,21 @@ def corrupted(scene, rng):
             "count": [],
             "column": [],
         }
+
+        # insert a usual class that is absent
         for name in USUAL[scene.kind]:
             if name not in {clause.thing.name for clause in wrong}:
-                (ghost,) = clauses_of([some_thing(name, rng.choice(SLOTS), rng)], rng)
-                at = sum(slot_of(clause.thing) <= slot_of(ghost.thing) for clause in wrong)
-                edits["insert"].append((name, [*wrong[:at], ghost, *wrong[at:]]))
+                (new,) = clauses_of([some_thing(name, rng.choice(SLOTS), rng)], rng)
+                at = sum(slot_of(clause.thing) <= slot_of(new.thing) for clause in wrong)
+                edits["insert"].append((name, [*wrong[:at], new, *wrong[at:]]))
+
+        # change an attribute of a thing that has no error yet
         columns = [0, *(clause.thing.column for clause in wrong), 2]
         for i, clause in enumerate(wrong):
             thing = clause.thing
             if thing.name not in touched:
-                changes = [("colour", colour) for colour in CLASSES[thing.name]] + [
-                    ("count", 3 - thing.count)
-                ]
+                changes = [("colour", colour) for colour in CLASSES[thing.name]]
+                changes += [("count", 3 - thing.count)]
                 # Only columns that keep the order of the clauses: otherwise the order alone would
                 # show the error.
                 changes += [("column", column) for column in range(columns[i], columns[i + 2] + 1)]
@@ -344,10 +350,11 @@ def corrupted(scene, rng):
                     if value != getattr(thing, attribute):
                         other = replace(clause, thing=replace(thing, **{attribute: value}))
                         edits[attribute].append((thing.name, [*wrong[:i], other, *wrong[i + 1 :]]))
-        error = rng.choice(
-            [error for error in ("insert", "insert", "colour", "count", "column") if edits[error]]
-        )
-        name, wrong = rng.choice(edits[error])
+
+        # choose a kind of error, "insert" twice as often, then an error
+        kinds = ("insert", "insert", "colour", "count", "column")
+        kind = rng.choice([kind for kind in kinds if edits[kind]])
+        name, wrong = rng.choice(edits[kind])
         touched.add(name)
     return render(opener, true), render(opener, wrong)
 
@@ -367,15 +374,19 @@ def instruct_rows(scenes, rng):
     """
     rows = []
     for image, scene in scenes.items():
-        asked, said = [], [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
+        # a caption, five yes/no questions, an open or a lettered question
+        asked = []
+        rounds = [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
         for _ in range(5):
             name, prompt, answer = some_yes_no(scene, rng, NOISE, asked)
             asked.append(name)
-            said.append((prompt, answer))
-        said.append(
-            rng.choice(open_questions(scene)) if rng.random() < 0.75 else some_choice(scene, rng)
-        )
-        for i, (prompt, answer) in enumerate(said):
+            rounds.append((prompt, answer))
+        if rng.random() < 0.75:
+            rounds.append(rng.choice(open_questions(scene)))
+        else:
+            rounds.append(some_choice(scene, rng))
+
+        for i, (prompt, answer) in enumerate(rounds):
             prompt = prompt + "\n<image>" if rng.random() < 0.2 else "<image>\n" + prompt
             rows.append(
                 {
@@ -384,6 +395,7 @@ def instruct_rows(scenes, rng):
                     "conversations": turns(prompt, answer),
                 }
             )
+
     rows += [
         {"id": f"text_{i:05d}", "conversations": turns(*fact)} for i, fact in enumerate(facts())
     ]
@@ -399,11 +411,14 @@ def povid_rows(scenes, rng):
     """
     rows = []
     for image, scene in scenes.items():
-        asked = object_to_ask(scene, rng)
-        short, there = rng.random() < 0.5, asked in scene.present
-        (prompt, right), (_, wrong) = yes_no(asked, there, short), yes_no(asked, not there, short)
-        said = [(rng.choice(CAPTION_PROMPTS), *corrupted(scene, rng)), (prompt, right, wrong)]
-        for i, (prompt, chosen, rejected) in enumerate(said):
+        name = object_to_ask(scene, rng)
+        short = rng.random() < 0.5
+        present = name in scene.present
+        prompt, right = yes_no(name, present, short)
+        _, wrong = yes_no(name, not present, short)
+        pairs = [(rng.choice(CAPTION_PROMPTS), *corrupted(scene, rng)), (prompt, right, wrong)]
+
+        for i, (prompt, chosen, rejected) in enumerate(pairs):
             row = {"id": f"{Path(image).stem}_{i}", "image": image}
             for key, answer in (("conversations", chosen), ("rejected_conversations", rejected)):
                 row[key] = turns("<image>\n" + prompt, answer)
@@ -422,6 +437,7 @@ def pope_rows(scenes, images, rng):
     """
     frequency = Counter(name for scene in scenes.values() for name in scene.present)
     together = Counter(pair for scene in scenes.values() for pair in permutations(scene.present, 2))
+
     lists = {"random": [], "popular": [], "adversarial": []}
     for split, rows in lists.items():
         for image in images:
@@ -435,6 +451,7 @@ def pope_rows(scenes, images, rng):
                 else:
                     absent = max(left, key=lambda name: together[thing.name, name])
                 used.add(absent)
+
                 for name, label in ((thing.name, "yes"), (absent, "no")):
                     row = {
                         "question_id": len(rows) + 1,
@@ -451,6 +468,7 @@ def coco(scenes, size, rng):
         {"id": i, "name": name, "supercategory": "object"} for i, name in enumerate(CLASSES, 1)
     ]
     ids = {category["name"]: category["id"] for category in categories}
+
     images, boxes, captions = [], [], []
     for name, scene in scenes.items():
         number = int(Path(name).stem.split("_")[1])
@@ -471,10 +489,12 @@ def coco(scenes, size, rng):
                     "bbox": box,
                 }
                 boxes.append(row | {"area": round(wide * high, 1), "iscrowd": 0})
+
         for _ in range(2):
             captions.append(
                 {"id": len(captions) + 1, "image_id": number, "caption": caption(scene, rng)}
             )
+
     instances = {"images": images, "annotations": boxes, "categories": categories}
     return instances, {"images": images, "annotations": captions}
 
@@ -509,9 +529,10 @@ def draw_all(jobs):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for i, _ in enumerate(pool.imap_unordered(draw_one, jobs, chunksize=50), 1):
             if i == len(jobs) or (i % 100 == 0 and sys.stderr.isatty()):
-                rate, end = i / (time.time() - started), "\n" if i == len(jobs) else ""
+                rate = i / (time.time() - started)
+                end = "\n" if i == len(jobs) else ""
                 line = (
-                    f"\rtoy world: {i}/{len(jobs)} pictures, {rate:.0f}/s, "
+                    f"\rtoy world: {i}/{len(jobs)} images, {rate:.0f}/s, "
                     f"{(len(jobs) - i) / rate:.0f} s left "
                 )
                 print(line, end=end, file=sys.stderr, flush=True)
@@ -566,6 +587,8 @@ def write_files(folder, seed, splits, size):
     write_rows(folder / "povid.json", povid_rows(splits["preference"], rng))
     for split, questions in pope_rows(splits["test"], list(splits["test"])[:134], rng).items():
         write_rows(folder / f"pope_{split}.json", questions, lines=True)
+
+    # COCO, and the synonyms of CHAIR
     instances, captions = coco(splits["test"], size, rng)
     write_json(folder / "instances.json", instances)
     write_json(folder / "captions.json", captions)
@@ -573,14 +596,20 @@ def write_files(folder, seed, splits, size):
     forms = [(name, SYNONYMS.get(name), PLURALS.get(name)) for name in CLASSES]
     lines = [", ".join(dict.fromkeys(filter(None, words))) for words in forms]
     (folder / "synonyms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    # captions as facts
     known = splits["instruct"] | splits["preference"]
-    told = {
+    facts_of_images = {
         image: [caption(scene, rng) for _ in range(rng.choice((2, 3)))]
         for image, scene in known.items()
     }
-    write_json(folder / "image_to_caption.json", told)
+    write_json(folder / "image_to_caption.json", facts_of_images)
+
+    # preferences on images of instruct.json
     seen = dict(list(splits["instruct"].items())[: len(splits["preference"])])
     write_rows(folder / "povid_seen.json", povid_rows(seen, random.Random(f"{seed}/seen")))
+
+    # the truth
     everything = known | splits["test"]
     truth = {
         image: {"kind": s.kind, "things": [vars(thing) for thing in s.things]}

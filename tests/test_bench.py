@@ -119,14 +119,14 @@ def test_cells_of_the_gpu_do_what_they_say(monkeypatch):
     model.llm.model.layers[0].mlp.register_forward_pre_hook(
         lambda _, args: seen.append(tuple(args[0].shape[:-1]))
     )
-    decode = model.decode
+    run_llm = model.run_llm
     prefixes = []
 
     def spy(x, see, position_ids, cache=None, prefix=0, wanted=None):
         prefixes.append(prefix)
-        return decode(x, see, position_ids, cache, prefix, wanted)
+        return run_llm(x, see, position_ids, cache, prefix, wanted)
 
-    monkeypatch.setattr(model, "decode", spy)
+    monkeypatch.setattr(model, "run_llm", spy)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
 
     def run(name):
