@@ -1,10 +1,11 @@
-"""LLaVA-1.5 and LLaVA-NeXT (1.6) checkpoints: reads every layout, writes the hub's."""
+"""LLaVA-1.5 and LLaVA-NeXT (1.6) checkpoints: reads every layout, writes the hub's.
+
+transformers and huggingface_hub are imported where needed: at the top it would slow every `--help`.
+"""
 
 import json
 
-import huggingface_hub
 import torch
-import transformers  # gives its classes when first used; imported here, --help would take 2.5 s more
 
 from common import BadInput, new_folder, one_line, read_json, whole_folder, write_json
 from data import TEMPLATES, Processor
@@ -46,6 +47,8 @@ def empty_llm(config, embeddings, dtype, device):
 
     Early LLaVA configs name another number of rows. embeddings: (file, name, shape), or None.
     """
+    import transformers
+
     if embeddings:
         config.vocab_size = embeddings[2][0]
     try:
@@ -64,6 +67,8 @@ def empty_llm(config, embeddings, dtype, device):
 
 def tower_config(folder):
     """The CLIPVisionConfig in the folder of a CLIP."""
+    import transformers
+
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise BadInput(
@@ -78,16 +83,19 @@ def tower_config(folder):
 
 def read_tokenizer(folder):
     """The fast tokenizer in a folder."""
+    import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except Exception as error:  # each kind of tokenizer file fails in its own way
-        slow = (folder / "tokenizer.model").exists()
-        if slow and not (folder / "tokenizer.json").exists():
+        sentencepiece = (folder / "tokenizer.model").exists()
+        if sentencepiece and not (folder / "tokenizer.json").exists():
             raise BadInput(
                 f"{folder}: reading tokenizer.model needs the packages sentencepiece and protobuf; "
                 "tokenizer.json of another copy of the same LLM is accepted in its place."
             ) from None
         raise BadInput(f"{folder}: no usable tokenizer ({one_line(error)}).") from None
+
     if not tokenizer.is_fast:
         raise BadInput(
             f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; "
@@ -146,6 +154,8 @@ def read_config(raw, path):
 
     A setting that `MLLM` does not compute is refused.
     """
+    import transformers
+
     classes = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}
     kind = raw.get("model_type")
     if kind not in classes:
@@ -209,6 +219,8 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
 
     The caller's random state (that of the CPU) is left unchanged.
     """
+    import transformers
+
     # 1. find the parts, read the config
     folder = find(name)
     path = folder / "config.json"
@@ -294,6 +306,8 @@ def compose(
 
     The caller's random state (that of the CPU) is left unchanged.
     """
+    import transformers
+
     # 1. find the parts, read the configs
     clip_folder = find(vision)
     llm_folder = find(llm)
@@ -340,6 +354,8 @@ def merged(model, dtype):
 
 def hub_config(model, processor, dtype):
     """config.json as transformers 5 writes it. The keys that 4.x looks for are added."""
+    import transformers
+
     name = "Llava"
     tiling = {}
     if model.anyres:
@@ -379,6 +395,7 @@ def chat_template(name):
     lead, tail = template.answer.split("{}")
     quote = json.dumps
     end = "eos_token" if template.end == "eos" else quote(template.end)
+
     return (
         "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}"
         "{% for part in content if part.type == 'image' %}{{ '<image>\\n' }}{% endfor %}"
@@ -464,6 +481,8 @@ def save(model, processor, folder, dtype=None):
     transformers 4.46 to 5.23 read it, with AutoProcessor. `folder` must not exist; it appears when
     it is complete.
     """
+    import huggingface_hub
+
     dtype = dtype or model.dtype
     with whole_folder(new_folder(folder)) as aside:
         tensors = dict(merged(model, dtype))

@@ -1,4 +1,4 @@
-"""Whole data sets: files in any layout -> records -> examples; every row that is not used is reported.
+"""Whole data sets: files in any layout -> records -> examples. Every unused row is reported.
 
 rows = dataset.read(args.data, args.images, answers=2, skip_bad_rows=args.skip_bad_rows)
 model, processor = ...                 # large, so the files are read before it is loaded

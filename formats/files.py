@@ -132,6 +132,7 @@ def _batches(path, file, columns, size):
 def _parquet_rows(path):
     file = _parquet(path)
     column, leaves = _columns(file)
+
     number = 0
     for batch in _batches(path, file, leaves, 1024):
         for row in batch.to_pylist():

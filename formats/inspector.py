@@ -38,7 +38,7 @@ def parse():
 
 
 def main():
-    """Show a data file: layout, counts, refused rows and why, samples; with --model token lengths."""
+    """Show a data file: layout, counts, refused rows, samples; with --model also token lengths."""
     args = parse()
     file = layouts.read(args.file, args.images)
     records, refused, tokens = file.records, file.refused, {}

@@ -19,7 +19,7 @@
     llava_rlhf      conversations + output_1          the output that `preference` (1 or 2) names
                     + output_2 + preference           > the other
     llava_instruct  conversations                     none: instruction data for sft.py
-    helpsteer       prompt + response + helpfulness   one a prompt: best > a worse one
+    helpsteer       prompt + response + helpfulness   one per prompt: best > a worse one
                                                       (`pairs_by_quality`)
     helpsteer2      prompt + response_1 + response_2  the first > the second where the strength is
                     + preference_strength             negative, else the second > the first
@@ -196,7 +196,7 @@ def pair_of(chosen, rejected, what):
     return chosen[:-1], (chosen[-1], rejected[-1])
 
 
-# ---- rows to records: one small function a layout, (row, where, images, notes) -> records.
+# ---- rows to records: one small function per layout, (row, where, images, notes) -> records.
 # What a function leaves out on purpose, it counts in notes.
 
 
@@ -481,7 +481,7 @@ def _trl(row, where, images, notes):
 
 
 def pairs_by_quality(rated, notes):
-    """Records of one rated answer each -> at most one pair a prompt.
+    """Records of one rated answer each -> at most one pair per prompt.
 
     The pair: the best answer > a random one of those whose quality is at least 2 lower. Quality is
     helpfulness + correctness + coherence. This is the rule of the code of Li et al. 2024, who used

@@ -1,8 +1,10 @@
-"""Checkpoints that LLaVA's own code wrote (haotian-liu/LLaVA), translated into the hub's terms."""
+"""Checkpoints that LLaVA's own code wrote (haotian-liu/LLaVA), translated into the hub's terms.
+
+transformers is imported where needed: at the top it would slow every `--help`.
+"""
 
 import json
 
-import transformers  # gives its classes when first used, so `--help` does not pay for them
 
 from common import BadInput, read_json
 from formats.weights import HUB_FILES, find, tower_weights, weights
@@ -113,6 +115,8 @@ def original_parts(folder, raw):
 
 def add_image_token(tokenizer):
     """Add `<image>`, and `<pad>` if there is no padding token. A token that is there stays."""
+    import transformers
+
     for token in ("<image>",) if tokenizer.pad_token else ("<image>", "<pad>"):
         added = transformers.AddedToken(token, special=True, normalized=False)
         tokenizer.add_tokens(added, special_tokens=True)

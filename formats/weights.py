@@ -18,12 +18,13 @@ written, because every version reads it.
 If transformers does not find a weight, it leaves it at its random start and goes on (4.x and
 5.0-5.5 do so with the whole tower of a file written as `vision_tower.X`). Here, a missing or an
 unexpected tensor is an error.
+
+huggingface_hub is imported where needed: at the top it would slow every `--help`.
 """
 
 import re
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from safetensors import safe_open
 
@@ -73,6 +74,8 @@ def find(name, files=HUB_FILES):
 
     files: which files of the repository are downloaded.
     """
+    import huggingface_hub
+
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):

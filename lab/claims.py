@@ -104,7 +104,7 @@ log-probs, equal to transformers'). None of the large public files was at hand.
 
 On tiny random weights, logits are within 1e-5 of transformers' own classes for Llama, Mistral, Qwen2 and Qwen3 (LLaVA-NeXT with
 nine image shapes). Greedy answers equal theirs token for token. Adapters load in PEFT, merged checkpoints with `AutoProcessor`:
-`tests/test_checkpoints.py`, `tests/test_next.py`. Images inside a parquet file are unpacked once, to `.cache/`. Memory follows the row
+`tests/test_checkpoints.py`, `tests/test_llava_next.py`. Images inside a parquet file are unpacked once, to `.cache/`. Memory follows the row
 group, not the file: 160 MB of images in groups of 10 MB stay below 100 MB (`tests/test_layouts.py`)."""
 
 

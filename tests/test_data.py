@@ -25,7 +25,6 @@ from tokenizers import (
     processors,
 )
 
-import data
 import facts
 import sft
 from common import BadInput
