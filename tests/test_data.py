@@ -997,3 +997,30 @@ def test_an_answer_rated_twice_gives_no_pair(images, tmp_path):
     file = layouts.read(write(tmp_path / "v.jsonl", [row]), images)
     assert pairs(file) == [(("A lamp?",), "Yes.", "No.")] * 2
     assert file.notes == {"pairs left out: the same answer, rated twice": 1}
+
+
+def test_the_history_belongs_to_a_rated_prompt(tmp_path):
+    """Two dialogues that end in the same question are two prompts: no pair is made across them."""
+    first, second = (
+        "Hi.\n<extra_id_1>Assistant\n{}\n<extra_id_1>User\nWhy?".format(t) for t in "AB"
+    )
+    ratings = ((first, "best", 4), (first, "worst", 0), (second, "other", 1))
+    rows = [
+        {"prompt": p, "response": r, "helpfulness": q, "correctness": 0, "coherence": 0}
+        for p, r, q in ratings
+    ]
+    file = layouts.read(write(tmp_path / "h.jsonl", rows))
+    assert pairs(file) == [(("Hi.", "A", "Why?"), "best", "worst")]
+    assert file.notes == {"prompts left out: one answer only": 1}
+
+
+def test_what_is_no_number_and_no_text():
+    for value in (True, False, "inf", "-inf", "nan", "two", None, [1]):
+        with pytest.raises(BadInput, match="`strength` is .* a number is needed"):
+            layouts.number(value, "strength")
+    assert layouts.number(" -1.5", "strength") == -1.5
+    for half in ("\ud800", "\udbff", "\udc00", "\udfff"):
+        with pytest.raises(BadInput, match="`answer` holds half of a surrogate pair"):
+            layouts.text_field(f"A {half}.", "answer")
+    for whole in ("\ud7ff", "\ue000", "\U0001f600"):
+        assert layouts.text_field(f" A {whole}. ", "answer") == f"A {whole}."
