@@ -538,6 +538,33 @@ def test_pauses_grow_and_heed_the_server(server, record):
     assert times[1] - times[0] >= 1
 
 
+def test_no_pause_is_longer_than_a_minute(server, record, monkeypatch):
+    """Whatever the server says, and however often it has failed."""
+    waits = []
+
+    class Stop:
+        def wait(self, seconds):
+            waits.append(seconds)
+
+        set = clear = lambda self: None
+
+    monkeypatch.setattr(judge, "threading", SimpleNamespace(Event=Stop))
+    busy = [(429, b"", ("Retry-After", "3600")), (503, b""), (503, b"", ("Retry-After", "7"))]
+    url, _ = server(lambda n, body: (busy + [(503, b"")] * 2)[n] if n < 5 else (200, "Better: 1"))
+    assert judge.endpoint(url, "m", pause=10)([(record, "?")]) == ["Better: 1"]
+    assert waits == [60, 20, 40, 60, 60]
+
+
+def test_after_a_failure_one_may_ask_again(server, record):
+    """With all its tries: the failure before does not cut them short."""
+    replies = [(401, b"no"), (503, b""), (200, "Better: 1")]
+    url, _ = server(lambda n, body: replies[n])
+    ask = judge.endpoint(url, "m", pause=0.01)
+    with pytest.raises(judge.NoAnswer, match="status 401"):
+        ask([(record, "?")])
+    assert ask([(record, "?")]) == ["Better: 1"]
+
+
 @pytest.mark.parametrize(
     "respond, words, count",
     [
