@@ -1001,9 +1001,7 @@ def test_an_answer_rated_twice_gives_no_pair(images, tmp_path):
 
 def test_the_history_belongs_to_a_rated_prompt(tmp_path):
     """Two dialogues that end in the same question are two prompts: no pair is made across them."""
-    first, second = (
-        "Hi.\n<extra_id_1>Assistant\n{}\n<extra_id_1>User\nWhy?".format(t) for t in "AB"
-    )
+    first, second = (f"Hi.\n<extra_id_1>Assistant\n{t}\n<extra_id_1>User\nWhy?" for t in "AB")
     ratings = ((first, "best", 4), (first, "worst", 0), (second, "other", 1))
     rows = [
         {"prompt": p, "response": r, "helpfulness": q, "correctness": 0, "coherence": 0}
@@ -1024,3 +1022,41 @@ def test_what_is_no_number_and_no_text():
             layouts.text_field(f"A {half}.", "answer")
     for whole in ("\ud7ff", "\ue000", "\U0001f600"):
         assert layouts.text_field(f" A {whole}. ", "answer") == f"A {whole}."
+
+
+def test_whole_dialogues_of_a_pair_must_be_one(images, tmp_path):
+    """mllm_dpo may write whole dialogues; two different questions make no pair, whatever `question` says."""
+    turn = lambda role, text: {"from": role, "value": text}
+    chosen = [turn("human", "<image>\nWhat is it?"), turn("gpt", "A lamp.")]
+    rejected = [turn("human", "<image>\nWhat else?"), turn("gpt", "A cup.")]
+    row = {"question": "What is it?", "image": "lamp.jpg", "ref_win_logp": 0.5}
+    rows = [
+        row | {"chosen": chosen, "rejected": rejected},
+        row | {"chosen": chosen, "rejected": chosen[:1] + rejected[1:]},
+    ]
+    file = layouts.read(write(tmp_path / "m.jsonl", rows), images)
+    assert [r["row"] for r in file.refused] == [0]
+    assert "differ before their last turn" in file.refused[0]["why"]
+    assert pairs(file) == [(("What is it?",), "A lamp.", "A cup.")]
+
+
+def test_an_image_in_a_later_turn_is_refused(images, tmp_path):
+    """trl: also where the turn stands in `chosen` behind a prompt, and the row has an image."""
+    turn = lambda role, *blocks: {"role": role, "content": list(blocks)}
+    text = lambda words: {"type": "text", "text": words}
+    prompt = [turn("user", text("Hi.")), turn("assistant", text("Hello."))]
+    late = [turn("user", {"type": "image"}, text("And this?")), turn("assistant", text("A lamp."))]
+    plain = [turn("user", text("And this?")), turn("assistant", text("A cup."))]
+    row = {"prompt": prompt, "images": ["lamp.jpg"]}
+    for chosen, rejected, key in ((late, plain, "chosen"), (plain, late, "rejected")):
+        rows = [row | {"chosen": chosen, "rejected": rejected}]
+        (refused,) = layouts.read(write(tmp_path / "t.jsonl", rows), images).refused
+        assert refused["why"] == f"`{key}` shows a picture; only the first user turn may."
+
+
+def test_which_turn_is_bad():
+    """Counted from the first turn of the file, those that are dropped included."""
+    turns = [("gpt", "Hi."), ("human", "What?"), ("gpt", " ")]
+    rows = [{"from": role, "value": text} for role, text in turns]
+    with pytest.raises(BadInput, match=r"`said\[2\].value` is ' '; a non-empty string is needed"):
+        layouts.dialogue(rows, "said")
