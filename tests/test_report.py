@@ -63,6 +63,13 @@ def test_the_start_is_evaluated_once(asked, llava):
     assert asked[2::2] == ["c/pope", "d/pope", "e/pope"]
 
 
+def test_a_resumed_run_keeps_the_start_that_it_has(asked, llava):
+    """Although the cache has it too."""
+    first = report.evaluate_start(*llava, run(), Path("a/before"))
+    assert Path(".cache").is_dir()
+    assert report.evaluate_start(*llava, run(), Path("a/before")) == first and len(asked) == 2
+
+
 def test_after_training_nothing_comes_from_the_cache(asked, llava):
     """A resumed run alone takes what it had written before."""
     report.evaluate_start(*llava, run(), Path("a/before"))
