@@ -55,3 +55,57 @@ def test_flags_that_were_given():
     assert given == {"save_every", "quiet", "n"}, "a flag counts although it repeats its default"
     with pytest.raises(BadInput, match="--sav"):
         parser().parse_args(["--sav", "3"])
+
+
+# ---- files and folders, progress
+
+
+def test_of_two_that_fill_a_folder_the_first_wins(tmp_path):
+    """The second throws its own away, and stops nobody."""
+    folder = tmp_path / "made"
+    with common.whole_folder(folder) as late:
+        (late / "by").write_text("late")
+        with common.whole_folder(tmp_path / "other") as early:
+            (early / "by").write_text("early")
+        (tmp_path / "other").rename(folder)
+    assert (folder / "by").read_text() == "early"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_folder_that_fails_is_absent(tmp_path):
+    with pytest.raises(ZeroDivisionError), common.whole_folder(tmp_path / "made") as aside:
+        (aside / "half").write_text("")
+        assert not (tmp_path / "made").exists()
+        1 / 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_an_object_is_read(tmp_path):
+    path = tmp_path / "a.json"
+    assert common.read_json(path, {}) == {}
+    with pytest.raises(BadInput, match="a.json: not readable as JSON"):
+        common.read_json(path)
+    for text, kind in (("[1]", "list"), ("null", "NoneType"), ('"x"', "str")):
+        path.write_text(text)
+        with pytest.raises(BadInput, match=f"a.json: holds a {kind}; an object is accepted"):
+            common.read_json(path, {})
+    path.write_text('{"a": 1}')
+    assert common.read_json(path) == common.read_json(path, {}) == {"a": 1}
+
+
+def test_progress_of_a_run_that_goes_on(monkeypatch, capsys):
+    """Rate and rest are those of this process; every 10 seconds a line, and one at the end."""
+    clock = [1000.0]
+    monkeypatch.setattr(common.time, "time", lambda: clock[0])
+    show = common.Progress("step", 100, 50)
+    said = []
+    for passed, done in ((10, 60), (20, 70), (25, 75), (50, 100)):
+        clock[0] = 1000.0 + passed
+        show(done, "loss 1  ")
+        said.append(capsys.readouterr().err)
+    assert said == [
+        "",
+        "step 70/100  loss 1  1.00/s  30 s left\n",
+        "",
+        "step 100/100  loss 1  1.00/s  50 s\n",
+    ]

@@ -883,3 +883,179 @@ def test_another_view_of_the_images(tmp_path):
     assert seen == [(40, 40)] and torch.equal(plain.input_ids, other.input_ids)
     want = processor.pixels(Image.new("RGB", (30, 60), (10, 10, 200)))
     assert torch.equal(other.pixel_values[0], want) and not torch.equal(plain.pixel_values[0], want)
+
+
+# ---- whole data sets
+
+
+def instruct(*turns):
+    """A text-only row of LLaVA-Instruct."""
+    roles = ("human", "gpt") * (len(turns) // 2)
+    return {"conversations": [{"from": r, "value": t} for r, t in zip(roles, turns)]}
+
+
+def test_what_is_left_out_at_each_stage_is_listed(tmp_path, capsys):
+    """At reading, at encoding, and for want of room; of how many rows is told each time."""
+    rows = [
+        instruct("ab", "e"),
+        instruct("cd", ""),
+        instruct("ef", "x" * 99),
+        instruct("abcdefgh", "e"),
+        instruct("gh", "e"),
+    ]
+    path = write(tmp_path / "a.json", rows)
+    processor = processor_of(byte_level(merged=False), "plain", max_length=20)
+    found = dataset.read([path], answers=1, skip_bad_rows=True)
+    examples = found.encode(processor, room=15)
+    assert [e.record.turns for e in examples] == [("ab",), ("gh",)]
+    assert [(r["file"], r["row"]) for r in found.skipped] == [
+        ("a.json", 1),
+        ("a.json", 2),
+        ("a.json", 3),
+    ]
+    err = capsys.readouterr().err
+    for told in ("1 of 5 rows", "1 of 4 rows", "1 of 3 rows"):
+        assert told in err
+    with pytest.raises(BadInput, match=r"a.json, row 1: .* \(1 of 5 rows are refused"):
+        dataset.read([path], answers=1)
+
+
+def test_of_the_answers_only_the_record_knows(tmp_path):
+    """prompts_only: not even an answer that is too long matters, and the record keeps it."""
+    path = write(tmp_path / "a.json", [instruct("ab", "e" * 99)])
+    processor = processor_of(byte_level(merged=False), "plain", max_length=20)
+    (example,) = dataset.read([path], answers=1).encode(processor, prompts_only=True)
+    assert example.answers == [] and example.record.answers == ("e" * 99,)
+    with pytest.raises(BadInput, match="a.json, row 0: prompt of"):
+        dataset.read([path], answers=1).encode(processor)
+
+
+def test_every_turn_of_a_data_set(tmp_path):
+    path = write(tmp_path / "a.json", [instruct("ab", "ef", "cd", "gh")])
+    processor = processor_of(byte_level(merged=False))
+    found = {
+        every_turn: dataset.read([path], answers=1).encode(processor, every_turn=every_turn)
+        for every_turn in (False, True)
+    }
+    said = {}
+    for every_turn, (example,) in found.items():
+        said[every_turn] = processor.tokenizer.decode(example.answers[0][example.scored[0]])
+    assert "gh" in said[False] and "ef" not in said[False]
+    assert "gh" in said[True] and "ef" in said[True]
+
+
+def test_of_equal_records_the_first_is_kept(tmp_path, capsys):
+    rows = [instruct("ab", "first"), instruct("cd", "other"), instruct("ab", "second")]
+    files = [write(tmp_path / "a.json", rows), write(tmp_path / "b.json", [instruct("cd", "last")])]
+    found = dataset.read(files, answers=1, unique=lambda record: record.turns)
+    assert [r.answers for r in found.records] == [("first",), ("other",)]
+    assert "2 rows repeat another row" in capsys.readouterr().err
+
+
+def test_rows_without_an_image_where_one_is_needed(images, tmp_path):
+    with_image = instruct("<image>\nab", "e") | {"image": "lamp.jpg"}
+    path = write(tmp_path / "a.json", [instruct("ab", "e"), with_image])
+    with pytest.raises(BadInput, match="a.json, row 0: no image, which this would hide"):
+        dataset.read([path], images, 1, needs_image="this would hide")
+    found = dataset.read([path], images, 1, skip_bad_rows=True, needs_image="this would hide")
+    assert [r.image for r in found.records] == [images / "lamp.jpg"]
+    assert [r["row"] for r in found.skipped] == [0]
+    assert len(dataset.read([path], images, 1).records) == 2
+
+
+def test_instruction_data_is_no_preference_data(tmp_path):
+    path = write(tmp_path / "a.json", [instruct("ab", "e")])
+    with pytest.raises(BadInput, match="layout llava_instruct is instruction data"):
+        dataset.read([path])
+
+
+def test_the_pair_of_a_row_is_named():
+    """A row of several pairs: which of them cannot be used is part of why."""
+    where = "v.jsonl, row 12, completions 2 > 1"
+    assert dataset.located(where, "too long") == {
+        "file": "v.jsonl",
+        "row": 12,
+        "why": "completions 2 > 1: too long",
+    }
+    assert dataset.located("b.json, row 4", "x") == {"file": "b.json", "row": 4, "why": "x"}
+
+
+def test_the_folder_of_the_images():
+    """Of several files without --images it is that of the first."""
+    assert dataset.images_folder(["one/a.json", "two/b.json"]) == Path("one")
+    assert dataset.images_folder(["one/a.json"], "images") == Path("images")
+
+
+def test_an_answer_rated_twice_gives_no_pair(images, tmp_path):
+    rated = [("Yes.", "4"), ("Yes.", "2"), ("No.", "1")]
+    completions = [
+        {"response": text, "annotations": {"Helpfulness": {"Rating": rating}}}
+        for text, rating in rated
+    ]
+    row = {"id": "lamp", "prompt": "A lamp?", "models": [], "completions": completions}
+    file = layouts.read(write(tmp_path / "v.jsonl", [row]), images)
+    assert pairs(file) == [(("A lamp?",), "Yes.", "No.")] * 2
+    assert file.notes == {"pairs left out: the same answer, rated twice": 1}
+
+
+def test_the_history_belongs_to_a_rated_prompt(tmp_path):
+    """Two dialogues that end in the same question are two prompts: no pair is made across them."""
+    first, second = (f"Hi.\n<extra_id_1>Assistant\n{t}\n<extra_id_1>User\nWhy?" for t in "AB")
+    ratings = ((first, "best", 4), (first, "worst", 0), (second, "other", 1))
+    rows = [
+        {"prompt": p, "response": r, "helpfulness": q, "correctness": 0, "coherence": 0}
+        for p, r, q in ratings
+    ]
+    file = layouts.read(write(tmp_path / "h.jsonl", rows))
+    assert pairs(file) == [(("Hi.", "A", "Why?"), "best", "worst")]
+    assert file.notes == {"prompts left out: one answer only": 1}
+
+
+def test_what_is_no_number_and_no_text():
+    for value in (True, False, "inf", "-inf", "nan", "two", None, [1]):
+        with pytest.raises(BadInput, match="`strength` is .* a number is needed"):
+            layouts.number(value, "strength")
+    assert layouts.number(" -1.5", "strength") == -1.5
+    for half in ("\ud800", "\udbff", "\udc00", "\udfff"):
+        with pytest.raises(BadInput, match="`answer` holds half of a surrogate pair"):
+            layouts.text_field(f"A {half}.", "answer")
+    for whole in ("\ud7ff", "\ue000", "\U0001f600"):
+        assert layouts.text_field(f" A {whole}. ", "answer") == f"A {whole}."
+
+
+def test_whole_dialogues_of_a_pair_must_be_one(images, tmp_path):
+    """mllm_dpo may write whole dialogues; two different questions make no pair, whatever `question` says."""
+    turn = lambda role, text: {"from": role, "value": text}
+    chosen = [turn("human", "<image>\nWhat is it?"), turn("gpt", "A lamp.")]
+    rejected = [turn("human", "<image>\nWhat else?"), turn("gpt", "A cup.")]
+    row = {"question": "What is it?", "image": "lamp.jpg", "ref_win_logp": 0.5}
+    rows = [
+        row | {"chosen": chosen, "rejected": rejected},
+        row | {"chosen": chosen, "rejected": chosen[:1] + rejected[1:]},
+    ]
+    file = layouts.read(write(tmp_path / "m.jsonl", rows), images)
+    assert [r["row"] for r in file.refused] == [0]
+    assert "differ before their last turn" in file.refused[0]["why"]
+    assert pairs(file) == [(("What is it?",), "A lamp.", "A cup.")]
+
+
+def test_an_image_in_a_later_turn_is_refused(images, tmp_path):
+    """trl: also where the turn stands in `chosen` behind a prompt, and the row has an image."""
+    turn = lambda role, *blocks: {"role": role, "content": list(blocks)}
+    text = lambda words: {"type": "text", "text": words}
+    prompt = [turn("user", text("Hi.")), turn("assistant", text("Hello."))]
+    late = [turn("user", {"type": "image"}, text("And this?")), turn("assistant", text("A lamp."))]
+    plain = [turn("user", text("And this?")), turn("assistant", text("A cup."))]
+    row = {"prompt": prompt, "images": ["lamp.jpg"]}
+    for chosen, rejected, key in ((late, plain, "chosen"), (plain, late, "rejected")):
+        rows = [row | {"chosen": chosen, "rejected": rejected}]
+        (refused,) = layouts.read(write(tmp_path / "t.jsonl", rows), images).refused
+        assert refused["why"] == f"`{key}` shows a picture; only the first user turn may."
+
+
+def test_which_turn_is_bad():
+    """Counted from the first turn of the file, those that are dropped included."""
+    turns = [("gpt", "Hi."), ("human", "What?"), ("gpt", " ")]
+    rows = [{"from": role, "value": text} for role, text in turns]
+    with pytest.raises(BadInput, match=r"`said\[2\].value` is ' '; a non-empty string is needed"):
+        layouts.dialogue(rows, "said")

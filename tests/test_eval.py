@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import eval_chair
 import eval_pope
+import evaluation
 import sampling
 from common import BadInput
 from data import Record
@@ -219,6 +221,7 @@ def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
     asked = []
 
     def generate(model, processor, records, max_new_tokens, batch_size, label):
+        assert (max_new_tokens, batch_size) == (16, 5)
         asked.append([(r.image.name, r.turns) for r in records])
         return [["No, none."] if "cat" in r.turns[0] else ["Yes"] for r in records]
 
@@ -233,7 +236,7 @@ def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
         write_lines(tmp_path / "own.json", second),
     ]
     out = tmp_path / "deep" / "out"
-    metrics = eval_pope.evaluate(None, None, files, tmp_path, out, suffix=" Short.")
+    metrics = eval_pope.evaluate(None, None, files, tmp_path, out, suffix=" Short.", batch_size=5)
     prompt = lambda thing: (f"Is there a {thing} in the image? Short.",)
     assert asked == [
         [("a.png", prompt("dog")), ("b.png", prompt("cat")), ("b.png", prompt("dog"))],
@@ -482,6 +485,18 @@ def test_chair_brute_force(vocabulary):
             "n": 10,
         }
         assert eval_chair.score(captions, truth, vocabulary) == pytest.approx(expected)
+
+
+def test_a_compound_of_toilet_is_no_toilet(tmp_path):
+    """Only beside a toilet is a seat no chair."""
+    (tmp_path / "synonyms.txt").write_text("toilet\nchair, seat\nbrush, toilet brush\n")
+    vocabulary = eval_chair.read_synonyms(tmp_path / "synonyms.txt")
+    for text, nodes in (
+        ("A toilet with a seat.", ["toilet"]),
+        ("A toilet seat.", ["toilet"]),
+        ("A toilet brush on a seat.", ["brush", "chair"]),
+    ):
+        assert eval_chair.mentions(text, vocabulary) == nodes
 
 
 @official
@@ -768,3 +783,16 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
         t for (t,) in sampling.generate(model, processor, records, 8)
     ]
     assert said["plain"] != said["adapted"]
+
+
+def test_the_model_that_is_evaluated(tmp_path, monkeypatch):
+    """All flags about it reach it: template and aspect of the image too."""
+    loaded, adapted = [], []
+    monkeypatch.setattr(checkpoints, "load", lambda *args: loaded.append(args) or ("model", "p"))
+    monkeypatch.setattr(adapters, "load_adapter", lambda *args: adapted.append(args))
+    given = {"model": "m", "dtype": "bfloat16", "device": "cpu", "template": "plain"}
+    given |= {"image_aspect": "checkpoint", "adapter": None}
+    assert evaluation.load(SimpleNamespace(**given)) == ("model", "p") and not adapted
+    evaluation.load(SimpleNamespace(**given | {"adapter": "run/adapter"}))
+    want = ("m", torch.bfloat16, torch.device("cpu"), "plain", "checkpoint")
+    assert loaded == [want, want] and adapted == [("model", "run/adapter")]

@@ -89,6 +89,15 @@ def test_oracle_of_a_question(scene):
     assert scores == pytest.approx([0.01, 0.01, -1, -1])
 
 
+def test_oracle_of_a_dialogue(scene):
+    """What counts is the last question."""
+    turns = ("Describe the image.", "A kitchen.", "Is there a cup in the image?")
+    (scores,) = judge.make(flags(annotator="oracle"))(
+        [replace(scene, turns=turns)], [["Yes", "No"]]
+    )
+    assert scores == pytest.approx([0.01, -1])
+
+
 def test_oracle_knows_toy_pictures_only(record):
     score = judge.make(flags(annotator="oracle"))
     with pytest.raises(BadInput, match="row 0: the oracle knows pictures of a toy world"):
@@ -271,11 +280,123 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
         judge.make(flags(annotator=str(tmp_path / "old")))
 
 
+def test_checkpoint_leaves_room_for_a_verdict(record, checkpoint, monkeypatch):
+    """A question that leaves less than 16 tokens of the context has no reply; the others keep theirs."""
+    model, processor = checkpoints.load(checkpoint)
+    texts = ["x" * 200, "short"]
+    queries = [replace(record, turns=(text,)) for text in texts]
+    lengths = [len(processor.encode(query).prompt) for query in queries]
+    monkeypatch.setattr(checkpoints, "load", lambda *args: (model, processor))
+    monkeypatch.setattr(
+        judge, "generate", lambda m, p, records, *a, **k: [[r.turns[0]] for r in records]
+    )
+    for room, replies in ((16, texts), (15, [None, "short"])):
+        processor.max_length = lengths[0] + room
+        ask = judge.checkpoint("name")
+        assert ask([(record, text) for text in texts]) == replies
+
+
+def reward_run(folder, checkpoint, **changed):
+    """The run folder of a reward model that reads facts, of random weights."""
+    base, processor = checkpoints.load(checkpoint)
+    base.prepare(llm=False, projector=False)
+    add_adapter(base.llm, "reward", 2)
+    base.add_head("reward")
+    settings = {
+        "held_out": {},
+        "question": "Good?{facts}",
+        "facts": " Seen:",
+        "max_facts": None,
+        "template": processor.template,
+        "image_aspect": processor.image_aspect,
+    }
+    adapters.save_reward(base, folder, checkpoint, settings | changed)
+    return str(folder)
+
+
+def test_a_reward_model_reads_what_it_was_trained_on(record, checkpoint, tmp_path, monkeypatch):
+    """Its own template and image aspect, and as many facts as it saw; the same ones at every call."""
+    run = reward_run(
+        tmp_path / "run", checkpoint, template="plain", image_aspect="checkpoint", max_facts=2
+    )
+    known = [f"fact {i}" for i in range(20)]
+    (tmp_path / "facts.json").write_text(json.dumps({"0.png": known}))
+    seen, load, turn = [], checkpoints.load, judge.evaluation_turn
+
+    def loaded(*args):
+        model, processor = load(*args)
+        seen.append((processor.template, processor.image_aspect, model.dtype))
+        return model, processor
+
+    turns = []
+    monkeypatch.setattr(checkpoints, "load", loaded)
+    monkeypatch.setattr(
+        judge, "evaluation_turn", lambda *args: turns.append(turn(*args)) or turns[-1]
+    )
+    given = flags(annotator=run, facts=str(tmp_path / "facts.json"))
+    score = judge.make(given, dtype=torch.bfloat16, records=[record])
+    assert seen == [("plain", "checkpoint", torch.bfloat16)]
+    first, second = (score([record], [["a cat", "a dog"]]) for _ in range(2))
+    assert first == second and turns[0] == turns[1] and turns[0].count("- fact") == 2
+    score([replace(record, turns=("What is it?",))], [["a cat"]])
+    assert turns[2] != turns[0], "another prompt draws its own"
+
+
+def test_whose_facts(record, checkpoint, tmp_path, monkeypatch):
+    """Those of --facts; without it, in the toy world, the world's."""
+    run = reward_run(tmp_path / "run", checkpoint)
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "image_to_caption.json").write_text('{"0.png": ["of the world"]}')
+    (tmp_path / "own.json").write_text('{"0.png": ["our own"]}')
+    turns, turn = [], judge.evaluation_turn
+    monkeypatch.setattr(
+        judge, "evaluation_turn", lambda *args: turns.append(turn(*args)) or turns[-1]
+    )
+    for own, said in ((str(tmp_path / "own.json"), "our own"), (None, "of the world")):
+        given = flags(annotator=run, facts=own, toy_world=str(tmp_path / "world"))
+        judge.make(given, records=[record])([record], [["a cat"]])
+        assert turns.pop().endswith(f"- {said}")
+        assert given.facts == (own or str(tmp_path / "world" / "image_to_caption.json"))
+    strange = replace(record, image=record.image.with_name("1.png"))
+    given = flags(annotator=run, facts=str(tmp_path / "own.json"), missing_facts="count")
+    judge.make(given, records=[strange])  # told, and no error
+
+
+def test_how_the_annotator_is_made(record, checkpoint, tmp_path, monkeypatch):
+    """dtype reaches a checkpoint and a reward model without facts; flags reach the endpoint."""
+    plain = reward_run(tmp_path / "plain", checkpoint, question="Good?", facts=None)
+    seen, load = [], checkpoints.load
+
+    def loaded(*args):
+        model, processor = load(*args)
+        seen.append(model.dtype)
+        return model, processor
+
+    monkeypatch.setattr(checkpoints, "load", loaded)
+    for annotator in (str(checkpoint), plain):
+        for dtype in (torch.bfloat16, torch.float32):
+            judge.make(flags(annotator=annotator), dtype=dtype)
+            assert seen.pop() is dtype
+    made = []
+    monkeypatch.setattr(judge, "endpoint", lambda *args: made.append(args))
+    (tmp_path / "key").write_text(KEY + "\n")
+    url = "http://localhost/v1"
+    given = flags(
+        judge_url=url, judge_model="m", judge_key_file=str(tmp_path / "key"), judge_workers=3
+    )
+    judge.make(given)
+    assert made == [(url, "m", KEY, 3)]
+
+
 def test_flags_of_another_annotator():
     with pytest.raises(
         BadInput, match="--judge-url is for --annotator endpoint; the annotator is oracle"
     ):
         judge.make(flags(annotator="oracle", judge_url="http://localhost/v1"))
+    for name in ("judge_model", "judge_key_file"):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(BadInput, match=f"{flag} is for --annotator endpoint"):
+            judge.make(flags(annotator="oracle", **{name: "x"}))
     with pytest.raises(BadInput, match="nowhere: no such folder"):
         judge.make(flags(annotator="nowhere"))
 
@@ -415,6 +536,33 @@ def test_pauses_grow_and_heed_the_server(server, record):
     )
     judge.ask_endpoint(url, "m", pause=0.01)([(record, "?")])
     assert times[1] - times[0] >= 1
+
+
+def test_no_pause_is_longer_than_a_minute(server, record, monkeypatch):
+    """Whatever the server says, and however often it has failed."""
+    waits = []
+
+    class Stop:
+        def wait(self, seconds):
+            waits.append(seconds)
+
+        set = clear = lambda self: None
+
+    monkeypatch.setattr(judge, "threading", SimpleNamespace(Event=Stop))
+    busy = [(429, b"", ("Retry-After", "3600")), (503, b""), (503, b"", ("Retry-After", "7"))]
+    url, _ = server(lambda n, body: (busy + [(503, b"")] * 2)[n] if n < 5 else (200, "Better: 1"))
+    assert judge.endpoint(url, "m", pause=10)([(record, "?")]) == ["Better: 1"]
+    assert waits == [60, 20, 40, 60, 60]
+
+
+def test_after_a_failure_one_may_ask_again(server, record):
+    """With all its tries: the failure before does not cut them short."""
+    replies = [(401, b"no"), (503, b""), (200, "Better: 1")]
+    url, _ = server(lambda n, body: replies[n])
+    ask = judge.endpoint(url, "m", pause=0.01)
+    with pytest.raises(judge.NoAnswer, match="status 401"):
+        ask([(record, "?")])
+    assert ask([(record, "?")]) == ["Better: 1"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""When a run in the toy world is evaluated, and when the figures come from the cache."""
+"""When a run in the toy world is evaluated, when the figures come from the cache, and what is shown of them."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 from lab import report
 
@@ -62,9 +63,142 @@ def test_the_start_is_evaluated_once(asked, llava):
     assert asked[2::2] == ["c/pope", "d/pope", "e/pope"]
 
 
+def test_a_resumed_run_keeps_the_start_that_it_has(asked, llava):
+    """Although the cache has it too."""
+    first = report.evaluate_start(*llava, run(), Path("a/before"))
+    assert Path(".cache").is_dir()
+    assert report.evaluate_start(*llava, run(), Path("a/before")) == first and len(asked) == 2
+
+
 def test_after_training_nothing_comes_from_the_cache(asked, llava):
     """A resumed run alone takes what it had written before."""
     report.evaluate_start(*llava, run(), Path("a/before"))
     after = report.evaluate(*llava, run(), Path("a/after"))
     assert len(asked) == 4
     assert report.evaluate(*llava, run(), Path("a/after")) == after and len(asked) == 4
+
+
+def test_what_is_asked(monkeypatch, llava):
+    """All three question files and the truth of the run's own world, about its images."""
+    seen = []
+    monkeypatch.setattr(report.eval_pope, "evaluate", lambda *args: seen.append(args))
+    monkeypatch.setattr(report.eval_chair, "evaluate", lambda *args: seen.append(args))
+    report.evaluate(*llava, run(), Path("out"))
+    world = Path("world-1")
+    questions = [world / f"pope_{split}.json" for split in ("random", "popular", "adversarial")]
+    assert seen[0] == (*llava, questions, world / "images", Path("out/pope"))
+    truth = [world / "instances.json"], [world / "captions.json"], world / "synonyms.txt"
+    assert seen[1] == (*llava, *truth, world / "images", Path("out/chair"))
+
+
+def test_half_of_an_evaluation_is_none(asked, llava):
+    """A run that was stopped between POPE and CHAIR evaluates both again."""
+    folder = Path("a/after/pope")
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(FileExistsError):  # of the fixture: POPE is asked again
+        report.evaluate(*llava, run(), Path("a/after"))
+    assert asked == ["a/after/pope"]
+
+
+# ---- what is shown
+
+
+def figures(first):
+    """POPE and CHAIR with figures that all differ: first, first + .01, ..."""
+    names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    split = lambda n: {name: first + 0.1 * n + 0.01 * i for i, name in enumerate(names)}
+    pope = {name: split(n) for n, name in enumerate((*report.SPLITS, "mean"))}
+    names = ("chair_i", "chair_s", "recall", "length")
+    return {"pope": pope, "chair": {name: first + 0.5 + 0.01 * i for i, name in enumerate(names)}}
+
+
+def test_table_by_hand():
+    head, before, after = report.table({"before": figures(0.1), "after": figures(0.2)}).split("\n")
+    assert head.split("  ")[-1] == "words" and head.index("CHAIR_s") < head.index("CHAIR_i")
+    # accuracy of the three splits, yes ratio of the last, CHAIR_s, CHAIR_i, recall, words
+    want = ["0.100", "0.200", "0.300", "0.340", "0.610", "0.600", "0.620", "0.6"]
+    assert before.split() == ["before", *want]
+    want = ["0.200", "0.300", "0.400", "0.440", "0.710", "0.700", "0.720", "0.7"]
+    assert after.split() == ["after", *want]
+
+
+def test_the_summary(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(report, "picture", lambda *args: drawn.append(args))
+    args = SimpleNamespace(toy_world="world-1", seed=7)
+    before, after = figures(0.1), figures(0.2)
+    report.finish(tmp_path, before, after, {"train": 12.345, "eval": 2.0}, args)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "before": before,
+        "after": after,
+        "seconds": {"train": 12.3, "eval": 2.0},
+        "seed": 7,
+    }
+    assert drawn == [(tmp_path, Path("world-1"))]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "before",
+        "after",
+    ]
+    report.finish(tmp_path, None, after, {"train": 1.0}, args)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["after"]
+    report.finish(tmp_path, None, None, {"train": 1.0}, args)
+    assert capsys.readouterr().out == "" and len(drawn) == 2
+
+
+@pytest.fixture
+def drawing(monkeypatch):
+    """What is drawn: ([(text, colour)], [points of a line])."""
+    texts, lines, real = [], [], ImageDraw.Draw
+
+    def draw_on(image):
+        draw = real(image)
+        text, line = draw.text, draw.line
+
+        def note_text(at, said, colour, font):
+            texts.append((said, colour))
+            text(at, said, colour, font)
+
+        def note_line(points, colour, width):
+            lines.append(points)
+            line(points, colour, width)
+
+        draw.text, draw.line = note_text, note_line
+        return draw
+
+    monkeypatch.setattr(report.ImageDraw, "Draw", draw_on)
+    return texts, lines
+
+
+def test_the_picture_of_a_run(tmp_path, drawing):
+    """Of an image the first question about something absent; a wrong answer and an absent object are red."""
+    world, out = tmp_path / "world", tmp_path / "run-1"
+    (world / "images").mkdir(parents=True)
+    Image.new("RGB", (28, 28), "blue").save(world / "images" / "a.png")
+    (world / "synonyms.txt").write_text("dog, puppy\ncup, mug\n")
+    questions = [("cup", "yes"), ("dog", "no"), ("cat", "no")]
+    rows = [{"image": "a.png", "text": f"A {x}?", "label": label} for x, label in questions]
+    lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
+    (world / "pope_adversarial.json").write_text(lines(rows))
+    said = {"before": ("A mug and a puppy.", ["dog"], "Yes"), "after": ("A mug.", [], "No")}
+    for side, (caption, absent, answer) in said.items():
+        for name in ("pope", "chair"):
+            (out / side / name).mkdir(parents=True)
+        answers = [{"answer": text} for text in ("Yes", answer, "Maybe")]
+        (out / side / "pope" / "answers_adversarial.jsonl").write_text(lines(answers))
+        row = {"image": "a.png", "caption": caption, "hallucinated": absent}
+        (out / side / "chair" / "captions.jsonl").write_text(lines([row]))
+    losses = [{"step": i, "loss": loss} for i, loss in enumerate((4.0, 2.0, 3.0))]
+    (out / "metrics.jsonl").write_text(lines(losses))
+    report.picture(out, world)
+
+    texts, curves = drawing
+    colour = dict(texts)
+    assert colour["puppy."] == report.RED and colour["mug"] == report.BLACK
+    assert colour["A dog?"] == report.BLUE and not {"A cup?", "A cat?"} & set(colour)
+    assert colour["before: Yes  "] == report.RED and colour["after: No  "] == report.GREEN
+    (curve,) = curves
+    assert [y for _, y in curve] == [30, 164, 97]  # highest, lowest, between
+    assert [x for x, _ in curve] == [60, 800, 1540]
+    with Image.open(out / "report.png") as sheet:
+        assert sheet.width == 3 * 520

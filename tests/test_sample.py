@@ -78,6 +78,32 @@ def test_without_and_with_an_adapter(ask, checkpoint, tmp_path):
     assert out.count("a.png") == 2 and out == ask("--k", 3, "--image", "a.png").out
 
 
+def test_what_reaches_the_model(ask, monkeypatch):
+    """One answer is greedy, more are drawn; prompt, image, template, aspect, length and seed are those of the flags."""
+    calls = []
+
+    def generate(model, processor, records, *args):
+        calls.append((processor.template, processor.image_aspect, args))
+        (record,) = records
+        assert (record.image, record.turns) == (Path("a.png"), ("What?",))
+        return [["x"] * args[2]]
+
+    monkeypatch.setattr(sample, "generate", generate)
+    # most tokens, temperature, answers, at a time, seed
+    for flags, want in (
+        ([], ("vicuna_v1", "pad", (6, 0.0, 1, 8, 0))),
+        (["--k", 3, "--seed", 5], ("vicuna_v1", "pad", (6, 1.0, 3, 8, 5))),
+        (["--k", 3, "--temperature", 0], ("vicuna_v1", "pad", (6, 0.0, 3, 8, 0))),
+        (["--temperature", 0.5], ("vicuna_v1", "pad", (6, 0.5, 1, 8, 0))),
+        (
+            ["--template", "plain", "--image-aspect", "checkpoint"],
+            ("plain", "checkpoint", (6, 0.0, 1, 8, 0)),
+        ),
+    ):
+        ask(*flags)
+        assert calls.pop() == want and not calls
+
+
 def test_bad_flags(ask):
     for flags, words in (
         (["--k", 0], "argument --k: '0' was given; a whole number, 1 or more, is needed"),

@@ -740,6 +740,20 @@ def test_device_and_dtype():
         parse("nowhere", "auto")
 
 
+def test_auto_where_there_is_a_gpu(monkeypatch):
+    """auto takes it, and bfloat16 on it; what is given wins."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    for device, dtype, want in (
+        ("auto", "auto", ("cuda", torch.bfloat16)),
+        ("auto", "float32", ("cuda", torch.float32)),
+        ("cuda:1", "auto", ("cuda:1", torch.bfloat16)),
+        ("cpu", "auto", ("cpu", torch.float32)),
+    ):
+        found = training.device_and_dtype(argparse.Namespace(device=device, dtype=dtype))
+        assert found == (torch.device(want[0]), want[1])
+
+
 @pytest.mark.parametrize(
     "lora_rank, lr, merge, want",
     [

@@ -1,0 +1,139 @@
+"""lab/toy.py: which flags a toy run gets, and what is built, cached, and built anew when something that made it changes."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common import run
+from lab import oracle, toy
+
+SOURCES = "sft model attention data lab/parts lab/oracle sampling reward_model facts lora".split()
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """What is built, in order: (script or function, arguments). Nothing takes long; the world is a folder's name."""
+    monkeypatch.chdir(tmp_path)
+    home, calls = tmp_path / "home", []
+    for name in SOURCES:
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / f"{name}.py").write_text(f'"""{name}"""\nx = 1\n')
+    monkeypatch.setattr(toy, "HOME", home)
+    monkeypatch.setattr(toy, "world", lambda seed: Path(f"world-{seed}"))
+
+    def script(name, *arguments):
+        calls.append((name, *arguments[:3]))
+        model = arguments[3] / "model"
+        model.mkdir(parents=True)
+        (model / "model.safetensors").write_text(f"{name} {arguments[1]}")
+
+    def answers_of(model, world, out, seed):
+        calls.append(("answers", str(model), str(world), seed))
+        for name in toy.OWN_ANSWERS if Path(out).is_dir() else ():
+            (out / name).write_text("[]")
+        return {"pairs": 3}
+
+    monkeypatch.setattr(toy, "script", script)
+    monkeypatch.setattr(oracle, "answers_of", answers_of)
+    return calls
+
+
+def edit(name, text):
+    """Change a source file of the project."""
+    (toy.HOME / f"{name}.py").write_text(text)
+
+
+def test_the_base_of_seed_0_is_shipped_and_the_others_are_built_once(built):
+    assert toy.base(0) == Path(toy.__file__).parent / "base" and not built
+    one = toy.base(1)
+    assert toy.base(1) == one and one.parts[0] == ".cache" and (one / "model.safetensors").is_file()
+    assert toy.base(2) != one
+    assert built == [("sft.py", "--seed", seed, "--out") for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("name", ["sft", "model", "attention", "data", "lab/parts"])
+def test_another_code_is_another_base(built, name):
+    """Of all files that make it; words about the code change nothing."""
+    one = toy.base(1)
+    edit(name, '"""Other words."""\nx = 1  # a comment\n')
+    assert toy.base(1) == one
+    edit(name, "x = 2\n")
+    assert toy.base(1) != one and len(built) == 2
+
+
+def test_the_base_s_own_answers(built):
+    """Two files are its own answers, built once together; the others are the world's."""
+    assert toy.data_file(1, "povid.json") == Path("world-1/povid.json") and not built
+    two = [toy.data_file(1, name) for name in toy.OWN_ANSWERS]
+    assert [path.name for path in two] == list(toy.OWN_ANSWERS) and two[0].parent == two[1].parent
+    assert all(path.is_file() for path in two)
+    base = ("sft.py", "--seed", 1, "--out")
+    assert built == [base, ("answers", str(toy.base(1)), "world-1", 1)]
+    for name in ("lab/oracle", "sampling"):
+        edit(name, "x = 3\n")
+        assert toy.data_file(1, toy.OWN_ANSWERS[0]) not in two
+    (toy.base(1) / "model.safetensors").write_text("other weights")
+    toy.data_file(1, toy.OWN_ANSWERS[0])
+    assert [call[0] for call in built] == ["sft.py"] + 4 * ["answers"]
+
+
+def test_the_reward_model(built):
+    first = toy.reward_model(1)
+    assert toy.reward_model(1) == first and first.name == "run"
+    assert built[1:] == [("reward_model.py", "--seed", 1, "--out")]
+    seen = {first}
+    for name in ("reward_model", "facts", "lora"):
+        edit(name, "x = 3\n")
+        seen.add(toy.reward_model(1))
+    (toy.base(1) / "model.safetensors").write_text("other weights")
+    assert len(seen | {toy.reward_model(1)}) == 5
+
+
+def test_answers_of_a_model_on_the_command_line(built, monkeypatch, capsys):
+    """About the world of --seed, which seeds the sampling too."""
+    words = ["x", "--answers-of", "runs/sft-0/model", "--seed", "4", "--out", "answers"]
+    monkeypatch.setattr(sys, "argv", words)
+    run(toy.main)
+    assert built == [("answers", "runs/sft-0/model", "world-4", 4)]
+    assert capsys.readouterr().out == "pairs: 3\n"
+
+
+def flags(**changed):
+    """A script's resolved flags."""
+    given = {"model": None, "data": None, "images": None, "seed": 4, "steps": None, "lr": 1.0}
+    return SimpleNamespace(**given | changed, given=set(changed), toy_world=None)
+
+
+def test_a_new_model_is_made_of_the_world_s_parts(built, monkeypatch):
+    monkeypatch.setattr(toy, "parts", lambda seed: Path(f"parts-{seed}"))
+    settings = {"data": ["a.json", "b.json"], "vision": "clip", "llm": "llm", "steps": 9}
+    args = flags(vision=None, llm=None)
+    args.given = set()
+    toy.fill(args, settings)
+    assert (args.vision, args.llm) == ("parts-4/clip", "parts-4/llm") and args.model is None
+    assert args.data == ["world-4/a.json", "world-4/b.json"] and args.steps == 9
+    assert (args.images, args.toy_world, args.lr) == ("world-4/images", "world-4", 1.0)
+
+    given = flags(vision="CLIP", llm="LLM", data=["mine.json"])
+    toy.fill(given, settings)
+    assert (given.vision, given.data, given.steps, given.toy_world) == (
+        "CLIP",
+        ["mine.json"],
+        None,
+        None,
+    )
+
+
+def test_what_is_given_stays(built):
+    settings = {"data": ["a.json"], "steps": 9, "lr": 2.0}
+    args = flags(images="mine")
+    toy.fill(args, settings)
+    assert (args.images, args.data, args.lr) == ("mine", ["world-4/a.json"], 2.0)
+    args = flags(epochs=3, lr=5.0)
+    toy.fill(args, settings)
+    assert (args.steps, args.lr, args.model) == (None, 5.0, str(toy.base(4)))
+    args = flags(data=["mine.json"])
+    toy.fill(args, settings)
+    assert (args.data, args.images, args.toy_world) == (["mine.json"], None, "world-4")
