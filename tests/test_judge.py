@@ -292,7 +292,7 @@ def test_checkpoint_leaves_room_for_a_verdict(record, checkpoint, monkeypatch):
     )
     for room, replies in ((16, texts), (15, [None, "short"])):
         processor.max_length = lengths[0] + room
-        ask = judge.checkpoint("name")
+        ask = judge.ask_checkpoint("name")
         assert ask([(record, text) for text in texts]) == replies
 
 
@@ -378,7 +378,7 @@ def test_how_the_annotator_is_made(record, checkpoint, tmp_path, monkeypatch):
             judge.make(flags(annotator=annotator), dtype=dtype)
             assert seen.pop() is dtype
     made = []
-    monkeypatch.setattr(judge, "endpoint", lambda *args: made.append(args))
+    monkeypatch.setattr(judge, "ask_endpoint", lambda *args: made.append(args))
     (tmp_path / "key").write_text(KEY + "\n")
     url = "http://localhost/v1"
     given = flags(
@@ -551,7 +551,7 @@ def test_no_pause_is_longer_than_a_minute(server, record, monkeypatch):
     monkeypatch.setattr(judge, "threading", SimpleNamespace(Event=Stop))
     busy = [(429, b"", ("Retry-After", "3600")), (503, b""), (503, b"", ("Retry-After", "7"))]
     url, _ = server(lambda n, body: (busy + [(503, b"")] * 2)[n] if n < 5 else (200, "Better: 1"))
-    assert judge.endpoint(url, "m", pause=10)([(record, "?")]) == ["Better: 1"]
+    assert judge.ask_endpoint(url, "m", pause=10)([(record, "?")]) == ["Better: 1"]
     assert waits == [60, 20, 40, 60, 60]
 
 
@@ -559,7 +559,7 @@ def test_after_a_failure_one_may_ask_again(server, record):
     """With all its tries: the failure before does not cut them short."""
     replies = [(401, b"no"), (503, b""), (200, "Better: 1")]
     url, _ = server(lambda n, body: replies[n])
-    ask = judge.endpoint(url, "m", pause=0.01)
+    ask = judge.ask_endpoint(url, "m", pause=0.01)
     with pytest.raises(judge.NoAnswer, match="status 401"):
         ask([(record, "?")])
     assert ask([(record, "?")]) == ["Better: 1"]

@@ -82,14 +82,14 @@ def test_what_reaches_the_model(ask, monkeypatch):
     """One answer is greedy, more are drawn; prompt, image, template, aspect, length and seed are those of the flags."""
     calls = []
 
-    def generate(model, processor, records, *args):
+    def generate(model, processor, records, most, temperature, k, batch_size, seed):
+        args = most, temperature, k, batch_size, seed
         calls.append((processor.template, processor.image_aspect, args))
         (record,) = records
         assert (record.image, record.turns) == (Path("a.png"), ("What?",))
-        return [["x"] * args[2]]
+        return [["x"] * k]
 
     monkeypatch.setattr(sample, "generate", generate)
-    # most tokens, temperature, answers, at a time, seed
     for flags, want in (
         ([], ("vicuna_v1", "pad", (6, 0.0, 1, 8, 0))),
         (["--k", 3, "--seed", 5], ("vicuna_v1", "pad", (6, 1.0, 3, 8, 5))),
