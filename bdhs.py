@@ -120,6 +120,8 @@ def parse():
         action="store_true",
         help="train, with negatives of the current policy at every step",
     )
+
+    # what the model sees
     flag(
         "--rho",
         type=fraction,
@@ -137,6 +139,8 @@ def parse():
         metavar="N",
         help="diffuse the pixels N of 1000 steps (default %(default)s)",
     )
+
+    # how often, and what is too similar
     flag(
         "--tries",
         type=positive_int,
@@ -156,6 +160,8 @@ def parse():
         help="sentence model for the similarity (paper: sentence-transformers/all-mpnet-base-v2; "
         "default: cosine of word counts)",
     )
+
+    # sampling
     flag("--temperature", type=not_negative, default=1.0, help="of drawing (default %(default)s)")
     flag(
         "--max-new-tokens",
@@ -164,6 +170,8 @@ def parse():
         metavar="N",
         help="longest completion (default %(default)s)",
     )
+
+    # the online loss
     flag(
         "--gamma",
         type=ranged(float, "0 to less than 1", lambda g: 0 <= g < 1),

@@ -29,8 +29,7 @@ Choices where the paper is silent, and deviations:
 2. Cosine schedule with warm-up .03, AdamW without weight decay, clipping at 1: Li et al. 2024.
 3. A pair is one row with one encoding of the image: the same loss and gradients as two rows.
 4. IPO takes sums over tokens, as its paper does; TRL divides by their number.
-5. Toy data, lr and beta were chosen on test scenes of another world, seed 100; the number of steps
-   by running time.
+5. Toy settings were chosen on test scenes of another world (seed 100), steps by running time.
 
 Metrics: `rewards/chosen` = beta (log pi - log pi_ref) of y+, `rewards/rejected` of y-;
 `rewards/margins` is their difference, `rewards/accuracies` the share of pairs in which it is
@@ -96,6 +95,7 @@ def reference_log_probs(model, processor, examples, batch_size):
 
     @torch.no_grad()
     def score():
+        """All pairs, in order."""
         log_probs = torch.empty(len(examples), 2)
         progress = Progress("reference", len(examples))
         for i in range(0, len(examples), batch_size):

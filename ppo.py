@@ -142,6 +142,8 @@ def parse():
         choices=("refuse", "count"),
         help="an image without captions stops the run, or is counted (default %(default)s)",
     )
+
+    # how an iteration is made
     flag(
         "--advantage",
         default="gae",
@@ -168,6 +170,8 @@ def parse():
         metavar="N",
         help="over the answers of an iteration (default %(default)s)",
     )
+
+    # sampling
     flag(
         "--max-new-tokens",
         type=positive_int,
@@ -181,6 +185,8 @@ def parse():
         default=1.0,
         help="of sampling; only 1 samples the policy (default %(default)s)",
     )
+
+    # KL, advantages and clipping
     flag("--kl-coef", type=not_negative, default=0.1, help="beta (default %(default)s)")
     flag(
         "--kl",
@@ -199,6 +205,8 @@ def parse():
         default=0.1,
         help="of the value loss (default %(default)s)",
     )
+
+    # the terms of r
     flag(
         "--correct-weight",
         type=finite,

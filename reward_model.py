@@ -142,6 +142,8 @@ def parse():
         metavar="N",
         help="captions read at a time, drawn anew each time (default: all)",
     )
+
+    # which pairs are held out
     flag(
         "--held-out",
         type=positive_int,
@@ -157,6 +159,8 @@ def parse():
         metavar="FILE",
         help="pairs to report on, those whose images are not trained on; may be repeated",
     )
+
+    # the loss
     flag(
         "--centre",
         type=not_negative,

@@ -175,6 +175,7 @@ class Bench:
         return rows, torch.randn(n * tiles, 3, side, side), sizes
 
     def answers(self, n, k):
+        """k random answers to each of n prompts."""
         high, length = self.shape["llm"]["vocab_size"] - 1, self.shape["answer"]
         return [[torch.randint(3, high, (length,)) for _ in range(k)] for _ in range(n)]
 
@@ -184,6 +185,7 @@ class Bench:
         return pack(rows, self.answers(n, 2), None, pixels, image_sizes=sizes)
 
     def optimizer(self, model):
+        """AdamW as the scripts use it."""
         return training.optimizer_for(model, LR, LR)
 
     # ---- cells: each sets up what is not timed, and measures
@@ -194,6 +196,7 @@ class Bench:
         optimizer, reference = self.optimizer(model), torch.zeros(2, n, device=self.device)
 
         def run():
+            """What is timed."""
             chosen, rejected = model.answer_log_probs(batch.to(self.device)).view(-1, 2).T
             losses, *_ = dpo.dpo_loss(chosen, rejected, *reference, BETA)
             loss = losses.sum() / n
@@ -211,6 +214,7 @@ class Bench:
 
         @torch.no_grad()
         def run():
+            """What is timed."""
             model.answer_log_probs(batch.to(self.device)).cpu()
 
         return {"tokens": batch.input_ids.numel()} | self.measure(run)
@@ -238,6 +242,7 @@ class Bench:
             return (log_p * scored).sum(-1).view(2, n).T
 
         def run():
+            """What is timed."""
             with torch.no_grad(), model.reference():
                 reference = log_probs()
             losses, *_ = dpo.dpo_loss(*log_probs().T, *reference.T, BETA)
@@ -259,11 +264,13 @@ class Bench:
         new = self.shape["new"]
 
         def ours():
+            """Our sampling."""
             temperature = 0.0 if how == "t0" else 1.0
             sample(model, rows, pixels, 1, new, temperature, image_sizes=sizes)
 
         @torch.no_grad()
         def generate():
+            """transformers' own sampling."""
             x = model.embed(torch.stack(rows).to(self.device), pixels.to(self.device), sizes)
             model.llm.generate(
                 inputs_embeds=x.to(model.dtype),
@@ -292,6 +299,7 @@ class Bench:
         mask = bdhs.image_mask(rows, model.image_token_id, rho, generator)
 
         def run():
+            """What is timed."""
             draw = {"masked": mask, "given": given, "image_sizes": sizes}
             sample(model, rows, pixels, 1, new, 1.0, **draw)
 
@@ -309,6 +317,7 @@ class Bench:
         h, targets = h[rows].clone().requires_grad_(), targets[rows]
 
         def run():
+            """What is timed."""
             h.grad = None
             if how == "fused":
                 log_p, _ = fused_log_probs(h, weight, targets)
@@ -333,6 +342,7 @@ class Bench:
     # ---- measuring
 
     def synchronize(self):
+        """Wait until the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -363,6 +373,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def card_name(self):
+        """The name of the device."""
         return torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
 
 
