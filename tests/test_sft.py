@@ -124,6 +124,20 @@ def test_each_part_has_its_rate(call, monkeypatch, checkpoint, lr, projector_lr,
     assert seen == [([rate > 0 for rate in rates], rates)]
 
 
+def test_random_weights_are_not_evaluated(call, monkeypatch, parts):
+    """A composed model has no figures before its training."""
+    seen = []
+
+    def stop(*args):
+        raise Stop
+
+    monkeypatch.setattr(sft.report, "evaluate_start", lambda *args: seen.append(args))
+    monkeypatch.setattr(training, "optimizer_for", stop)
+    with pytest.raises(Stop):
+        call("--vision", parts / "vision", "--llm", parts / "llm", "--data", "rows.json")
+    assert not seen
+
+
 def test_rows_that_are_skipped(call, monkeypatch, checkpoint):
     rows = json.loads(Path("rows.json").read_text())
     rows[1]["conversations"][1]["value"] = ""
