@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -824,3 +824,52 @@ def test_no_weight_is_read_on_meta(checkpoint):
         "max_length",
     )
     assert all(getattr(processor, name) == getattr(whole, name) for name in same)
+
+
+@pytest.mark.parametrize("given, limit", [(0, 512), (99, 99), (512, 512), (9999, 512)])
+def test_the_limit_of_length(checkpoint, parts, given, limit):
+    """--max-length, or the context of the LLM, and never more than that."""
+    _, processor = checkpoints.load(checkpoint, device="meta", max_length=given)
+    _, other = checkpoints.compose(parts / "vision", parts / "llm", max_length=given)
+    assert processor.max_length == other.max_length == limit
+
+
+def test_the_projector_is_drawn_from_the_seed(parts):
+    """The same seed draws the same, whatever was drawn before; the caller's random state is left alone."""
+    drawn = []
+    for state, seed in ((1, 5), (2, 5), (2, 6)):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        model, _ = checkpoints.compose(parts / "vision", parts / "llm", seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        drawn.append(model.projector.linear_1.weight)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+def test_reading_draws_nothing(checkpoint):
+    before = torch.get_rng_state()
+    checkpoints.load(checkpoint)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_keeps_its_dtype(checkpoint, tmp_path):
+    """Saved without another word, weights and config have the model's own."""
+    model, processor = checkpoints.load(checkpoint, torch.bfloat16)
+    for dtype, want in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        folder = tmp_path / str(want)
+        checkpoints.save(model, processor, folder, dtype)
+        assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {want}
+        config = json.loads((folder / "config.json").read_text())
+        assert config["dtype"] == config["torch_dtype"] == str(want).removeprefix("torch.")
+
+
+def test_stop_tokens_of_the_template_are_saved(checkpoint, tmp_path):
+    """All of them: another program's generate ends where ours does."""
+    model, processor = checkpoints.load(checkpoint)
+    processor.tokenizer.add_tokens("<|im_end|>", special_tokens=True)
+    processor.tokenizer.add_tokens("<|im_start|>", special_tokens=True)
+    processor = replace(processor, template="chatml")
+    checkpoints.save(model, processor, tmp_path / "m")
+    saved = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert saved["eos_token_id"] == [2, end]
