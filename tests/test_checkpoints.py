@@ -15,8 +15,9 @@ import sampling
 from common import BadInput
 from data import TEMPLATES, Processor, Record
 from formats import checkpoints
-from formats.adapters import load_adapter, save_adapter
+from formats.adapters import load_adapter, save_adapter, save_reward
 from formats.checkpoints import compose, load, save
+from formats.llava_original import translated
 from lora import LoRALinear, add_adapter
 from model import pack
 
@@ -873,3 +874,57 @@ def test_stop_tokens_of_the_template_are_saved(checkpoint, tmp_path):
     saved = json.loads((tmp_path / "m" / "generation_config.json").read_text())
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert saved["eos_token_id"] == [2, end]
+
+
+def test_an_adapter_of_fewer_layers_beside_another(checkpoint, tmp_path):
+    """The layers that it leaves out keep the adapter that they have."""
+    model, _ = checkpoints.load(checkpoint)
+    model.prepare(lora_rank=2, projector=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, layer in checkpoints.adapters(model):
+            layer.lora_B.normal_()
+    save_adapter(model, tmp_path / "whole", checkpoint)
+    some = tmp_path / "some"
+    some.mkdir()
+    config = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    (some / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    tensors = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if ".q_proj." in k}, some / "adapter_model.safetensors"
+    )
+
+    ids = torch.tensor([[1, 5, 9, 13]])
+    with torch.no_grad():
+        before = model.llm(ids).logits
+        load_adapter(model, some, "other")
+        assert torch.equal(model.llm(ids).logits, before)
+    names = lambda adapter: {
+        name.split(".")[-1] for name, _ in checkpoints.adapters(model, adapter)
+    }
+    assert names("other") == {"q_proj"} and len(names("policy")) == 7
+
+
+def test_a_head_is_saved_by_its_name(checkpoint, tmp_path):
+    model, _ = checkpoints.load(checkpoint)
+    model.prepare(llm=False, projector=False)
+    for name in ("value", "reward"):
+        add_adapter(model.llm, name, 2)
+        model.add_head(name)
+    with torch.no_grad():
+        for i, head in enumerate(model.heads.values()):
+            for p in head.parameters():
+                p.fill_(i + 1.0)
+    save_reward(model, tmp_path / "run", checkpoint, {"question": "Good?"})
+    for tensor in load_file(tmp_path / "run" / "head.safetensors").values():
+        assert (tensor == 2).all()
+
+
+@pytest.mark.parametrize("tied", [None, False, True])
+def test_an_original_config_says_whether_the_head_is_tied(tied):
+    raw = {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu"}
+    if tied is not None:
+        raw["tie_word_embeddings"] = tied
+    config = translated(raw, "config.json", {})
+    assert config["tie_word_embeddings"] is bool(tied)
+    assert config["text_config"]["model_type"] == "llama"
