@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import sampling
 from common import BadInput
 from data import TEMPLATES, Processor, Record
-from formats import checkpoints
+from formats import checkpoints, llava_original
 from formats.adapters import load_adapter, save_adapter, save_reward
 from formats.checkpoints import compose, load, save
 from formats.llava_original import translated
@@ -928,3 +928,20 @@ def test_an_original_config_says_whether_the_head_is_tied(tied):
     config = translated(raw, "config.json", {})
     assert config["tie_word_embeddings"] is bool(tied)
     assert config["text_config"]["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_whose_tokenizer_an_original_has(tmp_path, monkeypatch, own):
+    """A projector beside an LLM: its own where one lies beside it, else the LLM's."""
+    for name in ("llm", "tower"):
+        (tmp_path / name).mkdir()
+    folder = tmp_path / "projector"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_name_or_path": str(tmp_path / "llm")}))
+    if own:
+        (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(llava_original, "weights", lambda *_: {"vision_tower.x": None})
+    raw = {"mm_vision_tower": str(tmp_path / "tower")}
+    _, words, tower, lora = llava_original.original_parts(folder, raw)
+    assert words == (folder if own else tmp_path / "llm")
+    assert (tower, lora) == (tmp_path / "tower", None)
