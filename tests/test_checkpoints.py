@@ -19,7 +19,7 @@ from formats.adapters import load_adapter, save_adapter, save_reward
 from formats.checkpoints import compose, load, save
 from formats.llava_original import translated
 from lora import LoRALinear, add_adapter
-from model import pack
+from model import Projector, pack
 
 MISTRAL = {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 SLIDING = {
@@ -945,3 +945,15 @@ def test_whose_tokenizer_an_original_has(tmp_path, monkeypatch, own):
     _, words, tower, lora = llava_original.original_parts(folder, raw)
     assert words == (folder if own else tmp_path / "llm")
     assert (tower, lora) == (tmp_path / "tower", None)
+
+
+def test_a_projector_without_bias(checkpoint, tmp_path):
+    """It is saved, and found again, as what it is."""
+    model, processor = checkpoints.load(checkpoint)
+    first, second = model.projector.linear_1, model.projector.linear_2
+    model.projector = Projector(first.in_features, second.out_features, False)
+    checkpoints.save(model, processor, tmp_path / "m")
+    again, _ = checkpoints.load(tmp_path / "m")
+    found, want = again.projector.state_dict(), model.projector.state_dict()
+    assert found.keys() == want.keys() == {"linear_1.weight", "linear_2.weight"}
+    assert all(torch.equal(found[name], want[name]) for name in want)
