@@ -1,6 +1,7 @@
 """checkpoints.py against transformers and PEFT: same logits, same tokens, every naming, every refusal."""
 
 import json
+import shutil
 import warnings
 from dataclasses import fields, replace
 
@@ -956,4 +957,14 @@ def test_a_projector_without_bias(checkpoint, tmp_path):
     again, _ = checkpoints.load(tmp_path / "m")
     found, want = again.projector.state_dict(), model.projector.state_dict()
     assert found.keys() == want.keys() == {"linear_1.weight", "linear_2.weight"}
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_a_whole_file_beside_an_old_index(checkpoint, tmp_path):
+    """model.safetensors is what counts; an index that another version left names files that are gone."""
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint, folder)
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found, want = (checkpoints.load(f)[0].state_dict() for f in (folder, checkpoint))
     assert all(torch.equal(found[name], want[name]) for name in want)
