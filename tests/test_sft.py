@@ -48,7 +48,10 @@ def call(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--lora-rank", 4, "--vision-lr", 1e-5], "--vision-lr trains the tower"),
+        (
+            ["--model", "M", "--data", "rows.json", "--lora-rank", 4, "--vision-lr", 1e-5],
+            "--vision-lr trains the tower",
+        ),
         (["--vision", "CLIP", "--data", "rows.json"], "--vision and --llm go together"),
         (["--llm", "LLM", "--data", "rows.json"], "--vision and --llm go together"),
         (["--vision", "CLIP", "--llm", "LLM"], "--vision and --llm need --data"),
