@@ -1,8 +1,9 @@
 """checkpoints.py against transformers and PEFT: same logits, same tokens, every naming, every refusal."""
 
 import json
+import shutil
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import sampling
 from common import BadInput
 from data import TEMPLATES, Processor, Record
-from formats import checkpoints
-from formats.adapters import load_adapter, save_adapter
+from formats import checkpoints, llava_original
+from formats.adapters import load_adapter, save_adapter, save_reward
 from formats.checkpoints import compose, load, save
+from formats.llava_original import translated
 from lora import LoRALinear, add_adapter
-from model import pack
+from model import Projector, pack
 
 MISTRAL = {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 SLIDING = {
@@ -824,3 +826,145 @@ def test_no_weight_is_read_on_meta(checkpoint):
         "max_length",
     )
     assert all(getattr(processor, name) == getattr(whole, name) for name in same)
+
+
+@pytest.mark.parametrize("given, limit", [(0, 512), (99, 99), (512, 512), (9999, 512)])
+def test_the_limit_of_length(checkpoint, parts, given, limit):
+    """--max-length, or the context of the LLM, and never more than that."""
+    _, processor = checkpoints.load(checkpoint, device="meta", max_length=given)
+    _, other = checkpoints.compose(parts / "vision", parts / "llm", max_length=given)
+    assert processor.max_length == other.max_length == limit
+
+
+def test_the_projector_is_drawn_from_the_seed(parts):
+    """The same seed draws the same, whatever was drawn before; the caller's random state is left alone."""
+    drawn = []
+    for state, seed in ((1, 5), (2, 5), (2, 6)):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        model, _ = checkpoints.compose(parts / "vision", parts / "llm", seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        drawn.append(model.projector.linear_1.weight)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+def test_reading_draws_nothing(checkpoint):
+    before = torch.get_rng_state()
+    checkpoints.load(checkpoint)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_keeps_its_dtype(checkpoint, tmp_path):
+    """Saved without another word, weights and config have the model's own."""
+    model, processor = checkpoints.load(checkpoint, torch.bfloat16)
+    for dtype, want in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        folder = tmp_path / str(want)
+        checkpoints.save(model, processor, folder, dtype)
+        assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {want}
+        config = json.loads((folder / "config.json").read_text())
+        assert config["dtype"] == config["torch_dtype"] == str(want).removeprefix("torch.")
+
+
+def test_stop_tokens_of_the_template_are_saved(checkpoint, tmp_path):
+    """All of them: another program's generate ends where ours does."""
+    model, processor = checkpoints.load(checkpoint)
+    processor.tokenizer.add_tokens("<|im_end|>", special_tokens=True)
+    processor.tokenizer.add_tokens("<|im_start|>", special_tokens=True)
+    processor = replace(processor, template="chatml")
+    checkpoints.save(model, processor, tmp_path / "m")
+    saved = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert saved["eos_token_id"] == [2, end]
+
+
+def test_an_adapter_of_fewer_layers_beside_another(checkpoint, tmp_path):
+    """The layers that it leaves out keep the adapter that they have."""
+    model, _ = checkpoints.load(checkpoint)
+    model.prepare(lora_rank=2, projector=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, layer in checkpoints.adapters(model):
+            layer.lora_B.normal_()
+    save_adapter(model, tmp_path / "whole", checkpoint)
+    some = tmp_path / "some"
+    some.mkdir()
+    config = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    (some / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    tensors = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if ".q_proj." in k}, some / "adapter_model.safetensors"
+    )
+
+    ids = torch.tensor([[1, 5, 9, 13]])
+    with torch.no_grad():
+        before = model.llm(ids).logits
+        load_adapter(model, some, "other")
+        assert torch.equal(model.llm(ids).logits, before)
+    names = lambda adapter: {
+        name.split(".")[-1] for name, _ in checkpoints.adapters(model, adapter)
+    }
+    assert names("other") == {"q_proj"} and len(names("policy")) == 7
+
+
+def test_a_head_is_saved_by_its_name(checkpoint, tmp_path):
+    model, _ = checkpoints.load(checkpoint)
+    model.prepare(llm=False, projector=False)
+    for name in ("value", "reward"):
+        add_adapter(model.llm, name, 2)
+        model.add_head(name)
+    with torch.no_grad():
+        for i, head in enumerate(model.heads.values()):
+            for p in head.parameters():
+                p.fill_(i + 1.0)
+    save_reward(model, tmp_path / "run", checkpoint, {"question": "Good?"})
+    for tensor in load_file(tmp_path / "run" / "head.safetensors").values():
+        assert (tensor == 2).all()
+
+
+@pytest.mark.parametrize("tied", [None, False, True])
+def test_an_original_config_says_whether_the_head_is_tied(tied):
+    raw = {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu"}
+    if tied is not None:
+        raw["tie_word_embeddings"] = tied
+    config = translated(raw, "config.json", {})
+    assert config["tie_word_embeddings"] is bool(tied)
+    assert config["text_config"]["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_whose_tokenizer_an_original_has(tmp_path, monkeypatch, own):
+    """A projector beside an LLM: its own where one lies beside it, else the LLM's."""
+    for name in ("llm", "tower"):
+        (tmp_path / name).mkdir()
+    folder = tmp_path / "projector"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_name_or_path": str(tmp_path / "llm")}))
+    if own:
+        (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(llava_original, "weights", lambda *_: {"vision_tower.x": None})
+    raw = {"mm_vision_tower": str(tmp_path / "tower")}
+    _, words, tower, lora = llava_original.original_parts(folder, raw)
+    assert words == (folder if own else tmp_path / "llm")
+    assert (tower, lora) == (tmp_path / "tower", None)
+
+
+def test_a_projector_without_bias(checkpoint, tmp_path):
+    """It is saved, and found again, as what it is."""
+    model, processor = checkpoints.load(checkpoint)
+    first, second = model.projector.linear_1, model.projector.linear_2
+    model.projector = Projector(first.in_features, second.out_features, False)
+    checkpoints.save(model, processor, tmp_path / "m")
+    again, _ = checkpoints.load(tmp_path / "m")
+    found, want = again.projector.state_dict(), model.projector.state_dict()
+    assert found.keys() == want.keys() == {"linear_1.weight", "linear_2.weight"}
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_a_whole_file_beside_an_old_index(checkpoint, tmp_path):
+    """model.safetensors is what counts; an index that another version left names files that are gone."""
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint, folder)
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found, want = (checkpoints.load(f)[0].state_dict() for f in (folder, checkpoint))
+    assert all(torch.equal(found[name], want[name]) for name in want)

@@ -1059,3 +1059,13 @@ def test_which_turn_is_bad():
     rows = [{"from": role, "value": text} for role, text in turns]
     with pytest.raises(BadInput, match=r"`said\[2\].value` is ' '; a non-empty string is needed"):
         layouts.dialogue(rows, "said")
+
+
+def test_numbers_of_rows_and_lines(tmp_path):
+    """Blank lines are no rows, but lines; a bare CR ends no line: between JSON's tokens it is white space."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\n{"a": 1,\r"b": 2}\n\n \r\n{"a": 3}\r\n{"a": 4}')
+    assert list(files.rows(path)) == [(0, {"a": 1, "b": 2}), (1, {"a": 3}), (2, {"a": 4})]
+    path.write_bytes(b'{"a": 1}\n\n{"a": }\n')
+    with pytest.raises(BadInput, match="a.jsonl, line 3: not valid JSON"):
+        list(files.rows(path))

@@ -48,7 +48,10 @@ def call(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--lora-rank", 4, "--vision-lr", 1e-5], "--vision-lr trains the tower"),
+        (
+            ["--model", "M", "--data", "rows.json", "--lora-rank", 4, "--vision-lr", 1e-5],
+            "--vision-lr trains the tower",
+        ),
         (["--vision", "CLIP", "--data", "rows.json"], "--vision and --llm go together"),
         (["--llm", "LLM", "--data", "rows.json"], "--vision and --llm go together"),
         (["--vision", "CLIP", "--llm", "LLM"], "--vision and --llm need --data"),
@@ -122,6 +125,20 @@ def test_each_part_has_its_rate(call, monkeypatch, checkpoint, lr, projector_lr,
              "--projector-lr", projector_lr, "--vision-lr", vision_lr)  # fmt: skip
     rates = (lr, projector_lr, vision_lr)
     assert seen == [([rate > 0 for rate in rates], rates)]
+
+
+def test_random_weights_are_not_evaluated(call, monkeypatch, parts):
+    """A composed model has no figures before its training."""
+    seen = []
+
+    def stop(*args):
+        raise Stop
+
+    monkeypatch.setattr(sft.report, "evaluate_start", lambda *args: seen.append(args))
+    monkeypatch.setattr(training, "optimizer_for", stop)
+    with pytest.raises(Stop):
+        call("--vision", parts / "vision", "--llm", parts / "llm", "--data", "rows.json")
+    assert not seen
 
 
 def test_rows_that_are_skipped(call, monkeypatch, checkpoint):
