@@ -161,7 +161,9 @@ def main():
             losses, reward_chosen, reward_rejected = dpo_loss(
                 chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss
             )
-            (losses.sum() / n_pairs).backward()
+            loss = losses.sum() / n_pairs
+            if loss.requires_grad:  # not so for text alone, where only the projector trains
+                loss.backward()
 
             for name, values in (
                 ("loss", losses),

@@ -46,7 +46,6 @@ class FusedLogProb(torch.autograd.Function):
         log_p = h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32))
         entropy = torch.empty_like(log_p)
         slope = torch.empty_like(h, dtype=log_p.dtype) if need_h else None  # d log p / d h
-
         for i in range(0, len(h), chunk):
             s = slice(i, i + chunk)
             minus_p, log_p[s], entropy[s] = FusedLogProb.minus_softmax(h[s], weight, targets[s])
@@ -68,7 +67,6 @@ class FusedLogProb(torch.autograd.Function):
         grad_h = (slope * grad[:, None]).to(ctx.dtype) if slope is not None else None
         if not saved:
             return grad_h, None, None, None
-
         h, weight, targets = saved
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for i in range(0, len(h), ctx.chunk):

@@ -276,7 +276,9 @@ def main():
             losses, reward_chosen, reward_rejected = dpo_loss(
                 chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss
             )
-            (losses.sum() / prompts).backward()
+            loss = losses.sum() / prompts
+            if loss.requires_grad:  # not so for text alone, where only the projector trains
+                loss.backward()
 
             where += [pair.record.where for pair in pairs]
             for name, values in (

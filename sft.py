@@ -141,8 +141,6 @@ def main():
     out = training.start(args, "sft", rows.skipped)
     report.show_start(processor, examples)
     clock.lap("setup")
-    before = report.evaluate_start(model, processor, args, out / "before") if args.model else None
-    clock.lap("eval")
 
     # ---- choose what trains
     model.prepare(
@@ -175,7 +173,8 @@ def main():
 
             # 3. loss: the mean over all answer tokens of the step
             loss = -log_p.sum() / metrics["tokens"]
-            loss.backward()
+            if loss.requires_grad:  # not so for text alone, where only the projector trains
+                loss.backward()
             metrics["loss"] += loss.item()
 
         # 4. step
@@ -198,7 +197,7 @@ def main():
     training.save_result(out, model, processor, args)
     after = report.evaluate(model, processor, args, out / "after")
     clock.lap("eval")
-    report.finish(out, before, after, clock.seconds, args)
+    report.finish(out, None, after, clock.seconds, args)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     toy.world(0), toy.base(0), toy.data_file(0, "povid.json"), toy.reward_model(0)
 
 Everything is built on first use, below `.cache/` in the working folder, under a hash of what made
-it: the code, the seed, and what it was built from. The files that only read data sets are not part
-of the hash. If a change there changes a result, raise VERSION.
+it: the code, the seed, and what it was built from. training.py and the files that only read data
+sets are not part of the hash. If a change there changes a result, raise VERSION.
 """
 
 import ast

@@ -156,3 +156,13 @@ def test_rows_that_are_skipped(call, monkeypatch, checkpoint):
     with pytest.raises(Stop):
         call(*flags, "--skip-bad-rows")
     assert [row["row"] for row in json.loads(Path("run/skipped.json").read_text())] == [1]
+
+
+def test_text_alone_where_the_projector_alone_trains(call, checkpoint):
+    """LLaVA's first stage with a text-only row in a micro-batch of its own: it adds no gradient, and no error."""
+    call(
+        *("--model", checkpoint, "--data", "rows.json", "--images", ".", "--out", "run"),
+        *("--lr", 0, "--projector-lr", 1e-3, "--batch-size", 1, "--grad-accum", 2, "--epochs", 1),
+    )
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 1 and lines[0]["grad_norm"] > 0 and lines[0]["loss"] > 0

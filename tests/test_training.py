@@ -774,3 +774,17 @@ def test_what_training_leaves(llava, parts, tmp_path, lora_rank, lr, merge, want
     args.resume = True
     training.save_result(tmp_path, model, processor, args)
     assert sorted(p.name for p in tmp_path.iterdir()) == want
+
+
+@SCRIPTS
+def test_pairs_of_text_alone_where_the_projector_alone_trains(train, tmp_path, script):
+    """A pair without an image in a micro-batch of its own counts in the mean and adds no gradient."""
+    rows = json.loads((tmp_path / "povid.json").read_text())
+    for key in ("conversations", "rejected_conversations"):
+        turn = rows[0][key][0]
+        turn["value"] = turn["value"].replace("<image>\n", "")
+    del rows[0]["image"]
+    (tmp_path / "povid.json").write_text(json.dumps(rows))
+    flags = ("--lr", 0, "--projector-lr", 1e-3, "--epochs", 1, "--batch-size", 1, "--grad-accum", 5)
+    (line,) = lines_of(train(script, "run", *flags))
+    assert line["loss"] == pytest.approx(math.log(2)) and line["grad_norm"] > 0
