@@ -345,7 +345,7 @@ def clip_gradients(optimizer, max_norm):
 
 
 def check_finite(loss, grad_norm, where):
-    """Stop the run before its optimizer step if a number is not finite. where: names of its rows."""
+    """Stop before the optimizer step if a number is not finite. where: the names of its rows."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFinite(
             f"loss {loss}, gradient norm {grad_norm} at {'; '.join(where)}; no step was taken."

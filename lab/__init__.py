@@ -1,1 +1,1 @@
-"""The laboratory: a small world whose truth is known, and the experiments and measurements made in it."""
+"""The laboratory: a small world whose truth is known, and experiments and measurements in it."""

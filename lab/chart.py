@@ -68,9 +68,11 @@ def place_labels(sizes, points, frame, hard, soft):
                 left = x + dx - w / 2 + (w / 2) * math.copysign(min(1, abs(dx) / 6), dx)
                 box = (left, y + dy - h / 2, left + w, y + dy + h / 2)
                 inside = (
-                    box[0] > frame[0] + 3 and box[1] > frame[1] + 3
-                    and box[2] < frame[2] - 3 and box[3] < frame[3] - 3
-                )  # fmt: skip
+                    box[0] > frame[0] + 3
+                    and box[1] > frame[1] + 3
+                    and box[2] < frame[2] - 3
+                    and box[3] < frame[3] - 3
+                )
                 if not inside or any(overlap(box, b) for b in [*hard, *placed.values()]):
                     continue
                 others = [p for name, p in points.items() if name != row]

@@ -132,9 +132,15 @@ def bench_table(bench):
         )
         ratio = lambda key: "1" if name == "ours" else shown(key, 1)
         lines.append(
-            [BENCH[name], shown("seconds", 1), ratio("seconds_ratio"),
-             shown("seconds_3_epochs", 1), ratio("seconds_3_epochs_ratio"), shown("peak_mib", 0)]
-        )  # fmt: skip
+            [
+                BENCH[name],
+                shown("seconds", 1),
+                ratio("seconds_ratio"),
+                shown("seconds_3_epochs", 1),
+                ratio("seconds_3_epochs_ratio"),
+                shown("peak_mib", 0),
+            ]
+        )
     head = ["", "CPU s a step, one epoch", "ratio", "CPU s a step, three epochs", "ratio"]
     return markdown([*head, "peak MiB beside the weights"], lines)
 
@@ -148,9 +154,15 @@ def gpu_table(gpu):
         seconds = mine["seconds"][0], theirs["seconds"][0]
         memory = mine["peak_gib"], theirs["peak_gib"]
         lines.append(
-            [what, f"{seconds[0]:.2f}", f"{seconds[1]:.2f}", f"{seconds[1] / seconds[0]:.1f}",
-             f"{memory[0]:.1f}", f"{memory[1]:.1f}"]
-        )  # fmt: skip
+            [
+                what,
+                f"{seconds[0]:.2f}",
+                f"{seconds[1]:.2f}",
+                f"{seconds[1] / seconds[0]:.1f}",
+                f"{memory[0]:.1f}",
+                f"{memory[1]:.1f}",
+            ]
+        )
     head = ["", "s a step", "plain: s a step", "ratio", "peak GiB", "plain: peak GiB"]
     return markdown(head, lines)
 

@@ -57,7 +57,7 @@ def fill(args, settings):
 
 
 def made_of(*things):
-    """A short hash of what made a folder: source files (their code, without comments) and values."""
+    """A short hash of what made a folder: source files (code without comments) and values."""
     parts = [f"version {VERSION}"]
     for thing in things:
         if isinstance(thing, Path):

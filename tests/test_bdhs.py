@@ -951,7 +951,11 @@ def test_offline_files_say_what_was_drawn(run, files, checkpoint, say):
     assert [n["row"] for n in lines] == [0, 1, 2, 3]
     assert [n["tries"] for n in lines] == [1, 2, 2, 1]
     assert [n["text"] for n in lines] == [
-        "A kitchen.", "A red  cup is on the table.", "", "Yes and no"]  # fmt: skip
+        "A kitchen.",
+        "A red  cup is on the table.",
+        "",
+        "Yes and no",
+    ]
     first, second = json.loads((files / "four" / "preferences.json").read_text())
     turn = lambda who, text: {"from": who, "value": text}
     assert first == {
@@ -1057,7 +1061,10 @@ def test_online_loss_by_hand(run, files, checkpoint, llava, watch, say, gamma):
     The reference stays; both score with the whole, clean picture, although the drawing sees noise and a mask.
     """
     _, processor = llava
-    drawn = {q: f"{['A kitchen.', 'A dog', 'The table is red.', 'Maybe'][i]}" for i, (q, *_) in enumerate(PAIRS)}  # fmt: skip
+    drawn = {
+        q: f"{['A kitchen.', 'A dog', 'The table is red.', 'Maybe'][i]}"
+        for i, (q, *_) in enumerate(PAIRS)
+    }
     draws, scores = say(lambda question, begun: drawn[question]), watch(SCORER)
     flags = ("--online", "--model", checkpoint, *write(files, "pairs.json", PAIRS), "--no-guidance",
              "--noise-steps", 500, "--rho", 1, "--gamma", gamma, "--beta", 0.5, "--batch-size", 2, "--grad-accum", 2,

@@ -795,14 +795,19 @@ CHOICE = "Which?\nA. a lamp\nB. a cup"
     [
         ("7.jpg", ("What?",), ["7.jpg", "aok_7.jpg"], "7.jpg"),
         ("COCO_train2014_7.jpg", ("What?",), ["7.jpg", "train2014_7.jpg"], "7.jpg"),
-        ("COCO_train2014_7.jpg", ("What?",), ["7.jpg", "COCO_train2014_7.jpg"], "COCO_train2014_7.jpg"),
+        (
+            "COCO_train2014_7.jpg",
+            ("What?",),
+            ["7.jpg", "COCO_train2014_7.jpg"],
+            "COCO_train2014_7.jpg",
+        ),
         ("COCO_train2014_7.jpg", (CHOICE,), ["7.jpg", "aok_7.jpg"], "aok_7.jpg"),
         ("7.jpg", (CHOICE.replace(".", ")"),), ["7.jpg", "aok_7.jpg"], "aok_7.jpg"),
         ("7.jpg", (CHOICE,), ["7.jpg"], "7.jpg"),
         ("7.jpg", (CHOICE, "A.", "Why?"), ["7.jpg", "aok_7.jpg"], "7.jpg"),
         ("7.jpg", ("What?",), ["aok_7.jpg"], None),
     ],
-)  # fmt: skip
+)
 def test_names_of_facts(image, turns, known, found):
     record = Record("row 0", Path("x") / image, turns, ("A.",))
     assert facts.facts_of(record, {name: [name] for name in known}) == (found and [found])

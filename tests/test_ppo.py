@@ -621,8 +621,16 @@ def worked(given, args):
 )
 def test_an_update_is_the_worked_one(given, advantage, kl, batch_size, grad_accum):
     """Losses and gradients are those over all tokens (RLOO: answers) of the minibatch, however it is cut."""
-    args = settings(batch_size=batch_size, grad_accum=grad_accum, advantage=advantage, kl=kl,
-                    gamma=0.9, lam=0.6, kl_coef=0.8, value_weight=0.3)  # fmt: skip
+    args = settings(
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        advantage=advantage,
+        kl=kl,
+        gamma=0.9,
+        lam=0.6,
+        kl_coef=0.8,
+        value_weight=0.3,
+    )
     metrics, updates = iterate(
         given.model, given.processor, given.optimizer, given.some, two_terms(given), args, step=3
     )
@@ -642,8 +650,16 @@ def test_an_update_is_the_worked_one(given, advantage, kl, batch_size, grad_accu
 
 
 def test_the_factor_of_the_learning_rates(given):
-    iterate(given.model, given.processor, given.optimizer, given.some, two_terms(given), settings(),
-            step=3, factor=0.25)  # fmt: skip
+    iterate(
+        given.model,
+        given.processor,
+        given.optimizer,
+        given.some,
+        two_terms(given),
+        settings(),
+        step=3,
+        factor=0.25,
+    )
     rates = {group["name"]: group["lr"] for group in given.optimizer.param_groups}
     assert rates == {"llm": 2.5e-4, "heads": 2.5e-4}
 
@@ -664,9 +680,14 @@ def test_what_a_stop_would_tell(given, monkeypatch):
 
 def test_value_weight_is_that_of_the_value_network_alone(given):
     run = lambda weight: iterate(
-        given.model, given.processor, given.optimizer, given.some, two_terms(given),
-        settings(value_weight=weight), step=3,
-    )  # fmt: skip
+        given.model,
+        given.processor,
+        given.optimizer,
+        given.some,
+        two_terms(given),
+        settings(value_weight=weight),
+        step=3,
+    )
     (one, (small,)), (other, (large,)) = run(0.01), run(0.03)
     assert one["val/loss"] == pytest.approx(other["val/loss"])
     for name in small:
@@ -701,16 +722,28 @@ def test_passes_and_minibatches(given, monkeypatch):
     given.old = [[o.repeat(4)[:4] for o in pair] for pair in given.old]
     let_say(monkeypatch, given.some, given.answers, given.old, FINISHED)
     run = lambda **changed: iterate(
-        given.model, given.processor, given.optimizer, given.some, two_terms(given),
-        settings(**changed), step=3,
-    )  # fmt: skip
+        given.model,
+        given.processor,
+        given.optimizer,
+        given.some,
+        two_terms(given),
+        settings(**changed),
+        step=3,
+    )
     once, updates = run()
     assert len(updates) == 1
     seen = watch_updates(given.model)
     again, updates = run(batch_size=1, grad_accum=2, passes=6)
     assert len(updates) == 12 and [len(rows) for rows in seen] == [1] * 24
-    for name in ("policy/loss", "policy/clipfrac", "policy/approxkl", "objective/entropy",
-                 "val/loss", "objective/kl", "objective/scores"):  # fmt: skip
+    for name in (
+        "policy/loss",
+        "policy/clipfrac",
+        "policy/approxkl",
+        "objective/entropy",
+        "val/loss",
+        "objective/kl",
+        "objective/scores",
+    ):
         assert again[name] == pytest.approx(once[name], abs=1e-4), name
     order = [rows[0] for rows in seen]
     passes = [tuple(order[4 * i : 4 * i + 4]) for i in range(6)]
@@ -735,8 +768,15 @@ def test_orders_of_the_next_iteration_are_others(given):
     for step in range(6):
         seen.clear()
         free = lambda *_: {"one": torch.arange(8.0)}
-        iterate(given.model, given.processor, given.optimizer, given.some, free,
-                settings(batch_size=1), step)  # fmt: skip
+        iterate(
+            given.model,
+            given.processor,
+            given.optimizer,
+            given.some,
+            free,
+            settings(batch_size=1),
+            step,
+        )
         found.add(tuple(rows[0] for rows in seen))
     assert len(found) > 2
 

@@ -136,12 +136,10 @@ def test_figures_by_hand():
     base = summary(0.8, 0.6)
     f = claims.Figures(
         {
-            "dpo": by_seed(
-                base, summary(0.8, 0.3, 0.88, 20), summary(0.81, 0.1, 0.87, 25)
-            ),
+            "dpo": by_seed(base, summary(0.8, 0.3, 0.88, 20), summary(0.81, 0.1, 0.87, 25)),
             "ipo": by_seed(base, summary(0.7, 0.5), summary(0.8, 0.1)),
         }
-    )  # fmt: skip
+    )
     assert f.chair("dpo") == "0.200" and f.value("dpo", "words") == "22.500"
     assert f.recall("dpo") == "-2.5" and f.loss("dpo") == "2.5"
     assert f.hard("dpo") == "+0.5" and f.seeds("dpo", "POPE adversarial") == "0.0, +1.0"
@@ -211,8 +209,13 @@ def changed(cells, row, place, value):
     [
         ("Online BDHS", "bdhs-online", ("chair", "chair_s"), lambda s, v: 0.01, "Holds in part"),
         # fewer hallucinations on two seeds of three are not enough
-        ("Online BDHS", "bdhs-online", ("chair", "chair_s"),
-         lambda s, v: v if s == "1" else 0.01, "Does not hold here"),
+        (
+            "Online BDHS",
+            "bdhs-online",
+            ("chair", "chair_s"),
+            lambda s, v: v if s == "1" else 0.01,
+            "Does not hold here",
+        ),
         ("BDHS with the", "povid", ("chair", "chair_s"), lambda s, v: 0.5, "Holds here"),
         ("BDHS with the", "bdhs", ("chair", "chair_s"), lambda s, v: 0.5, "Does not hold here"),
         ("Reference guidance", "bdhs", ("chair", "chair_s"), lambda s, v: 0.01, "Holds here"),
@@ -222,7 +225,7 @@ def changed(cells, row, place, value):
         ("A reward model trained", "ppo", ("chair", "chair_s"), lambda s, v: 0.9, "Holds in part"),
         ("Mixing adds", "online", ("chair", "chair_s"), lambda s, v: 0.01, "Holds here"),
     ],
-)  # fmt: skip
+)
 def test_a_verdict_follows_the_figures(cells, begin, row, place, value, verdict):
     found = claims.claims(changed(cells, row, place, value))
     (claim,) = [c for c in found if c.sentence.startswith(begin)]

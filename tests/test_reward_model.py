@@ -395,8 +395,15 @@ def test_evaluation_in_batches_is_that_of_single_pairs(llava, tmp_path):
             one_by_one = [scores(model, processor, [e], facts) for e in some]
         lengths = torch.tensor([[len(a) for a in e.answers] for e in some])
         want = reward_model.figures(*torch.cat(one_by_one, 1), lengths)
-        for name in ("accuracy", "loss", "mean", "std", "length_correlation",
-                     "longer_preferred", "longer_favoured"):  # fmt: skip
+        for name in (
+            "accuracy",
+            "loss",
+            "mean",
+            "std",
+            "length_correlation",
+            "longer_preferred",
+            "longer_favoured",
+        ):
             assert found[path][name] == pytest.approx(want[name], abs=2e-4), name
         assert found[path]["n"] == len(some)
 
@@ -649,8 +656,18 @@ def test_who_is_trained_on_and_who_is_held_out(command, monkeypatch):
     for name, some in (("povid", rows[:10]), ("two", rows[10:]), ("more", rows[::-1])):
         Path(f"{name}.json").write_text(json.dumps(some))
     watch = Watch(monkeypatch)
-    out = command("a", "--data", "two.json", "--test-data", "more.json", "--no-facts",
-                  "--epochs", "2", "--held-out", "2")  # fmt: skip
+    out = command(
+        "a",
+        "--data",
+        "two.json",
+        "--test-data",
+        "more.json",
+        "--no-facts",
+        "--epochs",
+        "2",
+        "--held-out",
+        "2",
+    )
     picture = {f"povid.json, row {i}": i // 2 for i in range(10)}
     picture |= {f"two.json, row {i}": 5 + i // 2 for i in range(10)}
     picture |= {f"more.json, row {i}": (19 - i) // 2 for i in range(20)}
@@ -665,9 +682,14 @@ def test_who_is_trained_on_and_who_is_held_out(command, monkeypatch):
     assert not {picture[w] for w in first} & {picture[w] for w in held}
     found = json.loads((out / "metrics.json").read_text())
     assert {name: f["n"] for name, f in found.items()} == {
-        "povid.json": 2, "two.json": 2, "more.json": 4}  # fmt: skip
+        "povid.json": 2,
+        "two.json": 2,
+        "more.json": 4,
+    }
     assert list(json.loads((out / "reward.json").read_text())["held_out"]) == [
-        "povid.json", "two.json"]  # fmt: skip
+        "povid.json",
+        "two.json",
+    ]
 
 
 def test_the_adapter_learns_and_not_the_head_alone(command):

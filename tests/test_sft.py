@@ -92,8 +92,22 @@ def test_the_model_is_that_of_the_flags(call, monkeypatch):
 
 def test_a_step_by_hand(call, checkpoint):
     """The mean over the answer tokens of all turns, in both micro-batches; a row about the same image shares it."""
-    call("--model", checkpoint, "--data", "rows.json", "--images", ".", "--out", "run",
-         "--steps", 1, "--batch-size", 1, "--grad-accum", 2)  # fmt: skip
+    call(
+        "--model",
+        checkpoint,
+        "--data",
+        "rows.json",
+        "--images",
+        ".",
+        "--out",
+        "run",
+        "--steps",
+        1,
+        "--batch-size",
+        1,
+        "--grad-accum",
+        2,
+    )
     (line,) = [json.loads(text) for text in Path("run/metrics.jsonl").read_text().splitlines()]
 
     model, processor = checkpoints.load(checkpoint)
@@ -114,15 +128,29 @@ def test_each_part_has_its_rate(call, monkeypatch, checkpoint, lr, projector_lr,
     seen = []
 
     def stop(model, *rates):
-        trains = [any(p.requires_grad for p in part.parameters()) for part in
-                  (model.llm, model.projector, model.vision)]  # fmt: skip
+        trains = [
+            any(p.requires_grad for p in part.parameters())
+            for part in (model.llm, model.projector, model.vision)
+        ]
         seen.append((trains, rates))
         raise Stop
 
     monkeypatch.setattr(training, "optimizer_for", stop)
     with pytest.raises(Stop):
-        call("--model", checkpoint, "--data", "rows.json", "--out", "run", "--lr", lr,
-             "--projector-lr", projector_lr, "--vision-lr", vision_lr)  # fmt: skip
+        call(
+            "--model",
+            checkpoint,
+            "--data",
+            "rows.json",
+            "--out",
+            "run",
+            "--lr",
+            lr,
+            "--projector-lr",
+            projector_lr,
+            "--vision-lr",
+            vision_lr,
+        )
     rates = (lr, projector_lr, vision_lr)
     assert seen == [([rate > 0 for rate in rates], rates)]
 

@@ -174,9 +174,21 @@ def test_metrics_of_known_log_probs(train, monkeypatch, checkpoint, script, loss
 
     monkeypatch.setattr(MLLM, "answer_log_probs", known)
     out = train(
-        script, "run", "--loss", loss, "--beta", 0.5, "--epochs", 1, "--batch-size", 3,
-        "--grad-accum", 2, "--lora-rank", 2,
-    )  # fmt: skip
+        script,
+        "run",
+        "--loss",
+        loss,
+        "--beta",
+        0.5,
+        "--epochs",
+        1,
+        "--batch-size",
+        3,
+        "--grad-accum",
+        2,
+        "--lora-rank",
+        2,
+    )
     (line,) = lines_of(out)
     assert line["loss"] == pytest.approx(want, rel=1e-5)
     assert line["rewards/chosen"] == pytest.approx((1 + 0 + 2 - 1.5 + 0) / 5, rel=1e-5)
