@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CLIP
+from conftest import CLIP, scatter
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -829,6 +829,16 @@ def test_features_and_image_tokens_must_agree(build, images, tokens):
         BadInput, match=f"{tokens} image tokens in the text against {images * 4} image features"
     ):
         build().log_probs(pack([prompt], [[ids(2)]], pixel_values=pixels(images)))
+
+
+def test_features_come_from_the_last_layer_but_one(build):
+    """LLaVA's choice, where a caller makes none: the last layer of the tower has no say."""
+    model, images = build(), pixels(1)
+    before = model.image_features(images)[0]
+    scatter(model.vision.encoder.layers[-1])
+    assert torch.equal(model.image_features(images)[0], before)
+    scatter(model.vision.encoder.layers[-2])
+    assert not torch.allclose(model.image_features(images)[0], before, atol=1e-3)
 
 
 def test_image_tokens_without_a_picture(build):
