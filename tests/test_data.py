@@ -8,6 +8,7 @@ import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -488,6 +489,29 @@ def test_every_turn_in_vicunas_words():
     )
 
 
+def test_what_makes_two_prompts_the_same():
+    """Image and all turns; not the file, and not the answers."""
+    record = Record("a.json, row 0", Path("x.png"), ("What?", "A cup.", "Sure?"), ("Yes.",))
+    same = replace(record, where="b.json, row 7", answers=("No.",), quality=1.0)
+    assert same.prompt_key == record.prompt_key
+    for change in (
+        {"image": Path("y.png")},
+        {"image": None},
+        {"turns": ("What?", "A dog.", "Sure?")},
+        {"turns": ("What?", "A cup.", "No?")},
+    ):
+        assert replace(record, **change).prompt_key != record.prompt_key
+
+
+def test_text_of_tokens_is_without_those_that_stop_alone():
+    """Any other special token is shown: the model did say it."""
+    processor = processor_of(byte_level(), "chatml")
+    ids = processor.tokenizer.convert_tokens_to_ids
+    said = [*processor.tokenise("A lamp."), ids("<|im_start|>"), *processor.tokenise("Red.")]
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        assert processor.text(torch.tensor([*said, ids(end)])) == "A lamp.<|im_start|>Red."
+
+
 def test_length_and_equal_answers():
     processor = processor_of(byte_level(merged=False), "plain", max_length=12)
     row = Record("row 5", Path("x.png"), ("ab",), ("ef", "gh"))  # 4 + 4 tokens and 4
@@ -497,6 +521,9 @@ def test_length_and_equal_answers():
         BadInput, match="row 5: prompt of 8 and answer of 4 tokens; the limit is 11"
     ):
         processor.encode(row)
+    for answers in (("ef", "e"), ("e", "ef")):  # the longer one counts, wherever it stands
+        with pytest.raises(BadInput, match="prompt of 8 and answer of 4"):
+            processor.encode(replace(row, answers=answers))
     with pytest.raises(BadInput, match="row 6: chosen and rejected are the same tokens"):
         processor.encode(Record("row 6", None, ("ab",), ("ef", "ef")))
 
@@ -873,6 +900,19 @@ def test_a_rated_answer_is_closed_once():
         facts.with_evaluation(processor, replace(example, answers=answers), "ok")
 
 
+def test_every_token_that_stops_closes_a_rated_answer():
+    """ChatML: sampling stops at the template's end and at the tokenizer's."""
+    processor = processor_of(byte_level(), "chatml")
+    example = processor.encode(Record("row 0", None, ("What?",), ("A lamp.",)))
+    text = example.answers[0][:-1]
+    for name in ("<|im_end|>", "<|endoftext|>"):
+        end = torch.tensor([processor.tokenizer.convert_tokens_to_ids(name)])
+        closed = replace(example, answers=[torch.cat([text, end])])
+        (rated,) = facts.with_evaluation(processor, closed, "Good?").answers
+        turn = processor.tokenizer.decode(rated[len(text) + 1 :])
+        assert rated[len(text)] == end and turn.startswith("<|im_start|>user\nGood?")
+
+
 def test_another_view_of_the_images(tmp_path):
     """`view` sees the image as opened; what it gives is what the model sees."""
     Image.new("RGB", (40, 40), (200, 10, 10)).save(tmp_path / "red.png")
@@ -1074,3 +1114,14 @@ def test_numbers_of_rows_and_lines(tmp_path):
     path.write_bytes(b'{"a": 1}\n\n{"a": }\n')
     with pytest.raises(BadInput, match="a.jsonl, line 3: not valid JSON"):
         list(files.rows(path))
+
+
+def test_sizes_are_those_of_the_view(tmp_path):
+    """LLaVA-NeXT joins the tiles by the size of the image that was cut into them."""
+    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
+    processor = processor_of(byte_level(merged=False), "plain")
+    processor.anyres = SimpleNamespace(tiles=lambda image: [image], tokens=lambda size: 4)
+    example = processor.encode(Record("row 0", tmp_path / "wide.png", ("ab",), ("ef",)))
+    view = lambda image: image.crop((0, 0, 10, 20))
+    assert processor.collate([example]).image_sizes.tolist() == [[20, 40]]
+    assert processor.collate([example], view).image_sizes.tolist() == [[20, 10]]

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from conftest import CLIP
+from conftest import CLIP, scatter
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import sampling
 from attention import LastBlock, attention_mask, mask_and_prefix
 from common import BadInput
+from data import Record
 from lora import LoRALinear, add_adapter
 from model import MLLM, FusedLogProb, fused_log_probs, pack
 
@@ -128,6 +130,14 @@ def test_fused_in_bfloat16_is_as_good_as_autograd(p):
             assert (
                 row_error(ours[i], truth[i]).mean() <= 1.01 * row_error(plain[i], truth[i]).mean()
             )
+
+
+def test_product_of_bfloat16_is_not_rounded_to_bfloat16():
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 300).bfloat16(), torch.randn(300, 16).bfloat16()
+    want = x.double() @ weight.double()
+    got = FusedLogProb.product(x, weight)
+    assert got.dtype == torch.float32 and (got - want).norm() < 1e-5 * want.norm()
 
 
 def test_fused_chunks_agree():
@@ -633,6 +643,80 @@ def test_hidden_pictures(build):
     )
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_leaves_the_mode_as_it_was(build, training):
+    model = build().train(training)
+    sampling.sample(model, [ids(4)], max_new_tokens=2)
+    assert {m.training for m in model.modules()} == {training}
+
+
+def test_ended_answers_are_no_longer_computed(build, monkeypatch):
+    """40 answers of very unequal lengths: the last steps compute a few rows, and never a new one."""
+    model, rows = build(), []
+    run_llm = model.run_llm
+    monkeypatch.setattr(model, "run_llm", lambda x, *rest: rows.append(len(x)) or run_llm(x, *rest))
+    sampling.sample(
+        model,
+        [ids(4)],
+        k=40,
+        max_new_tokens=12,
+        stop_ids=range(5, IMAGE, 4),
+        generator=torch.Generator().manual_seed(0),
+    )
+    prefill, *steps = rows
+    assert prefill == 1 and steps == sorted(steps, reverse=True) and steps[-1] <= 20 < steps[0]
+
+
+def test_log_probs_of_a_bfloat16_model_are_not_rounded_to_bfloat16(build):
+    """Those that sampling notes are those of a second look, which a test above holds to float32."""
+    model, rows = build(dtype=torch.bfloat16), [ids(5), ids(5), ids(5)]
+    samples = sampling.sample(model, rows, k=1, max_new_tokens=1, temperature=0)
+    got = torch.cat([row[0] for row in samples.log_probs])
+    with torch.no_grad():
+        want, _ = model.log_probs(pack(rows, samples.tokens))
+    assert got.dtype == torch.float32 and (got != got.bfloat16().float()).any()
+    assert torch.allclose(got, want, atol=1e-4)
+
+
+def test_generate_gives_each_record_its_own_texts(llava, monkeypatch, tmp_path):
+    """Batches by length, texts in the order of the records; all settings arrive, one generator for all batches."""
+    model, processor = llava
+    questions = ["Is there a dog in the image?", "What?", "What is on the table?", "A cup?"]
+    records, shades = [], (0, 80, 160, None)
+    for question, shade in zip(questions, shades):
+        path = None if shade is None else tmp_path / f"{shade}.png"
+        if path:
+            Image.new("RGB", (28, 28), (shade,) * 3).save(path)
+        # the answers are none of its business: these would be refused
+        records.append(Record(question, path, (question,), ("same " * 600, "same " * 600)))
+    calls = []
+
+    def sample(model, prompts, pixel_values, k, max_new_tokens, temperature, stop_ids, **more):
+        assert set(more) == {"generator", "image_sizes"} and more["image_sizes"] is None
+        generator = more["generator"]
+        first = torch.rand((), generator=generator).item()
+        calls.append((k, max_new_tokens, temperature, set(stop_ids), generator, first))
+        shown = [processor.tokenizer.decode(p) for p in prompts]
+        asked = [next(q for q in questions if q in text) for text in shown]
+        with_image = [records[questions.index(q)] for q in asked]
+        with_image = [r for r in with_image if r.image]
+        assert [processor.image_token_id in p for p in prompts] == [q != "A cup?" for q in asked]
+        for record, pixels in zip(with_image, pixel_values, strict=True):
+            assert torch.equal(pixels, processor.pixels(record.image))
+        said = [
+            [processor.tokenise(f" {q} {i}") + [processor.end_id] for i in (1, 2)] for q in asked
+        ]
+        return sampling.Samples([[torch.tensor(ids) for ids in row] for row in said], None, None)
+
+    monkeypatch.setattr(type(processor), "stop_ids", [processor.end_id, 5])
+    monkeypatch.setattr(sampling, "sample", sample)
+    got = sampling.generate(model, processor, records, 9, 0.7, k=2, batch_size=3, seed=5)
+    assert got == [[f"{q} 1", f"{q} 2"] for q in questions]
+    assert [c[:4] for c in calls] == [(2, 9, 0.7, {processor.end_id, 5})] * 2
+    assert calls[0][4].initial_seed() == 5
+    assert calls[0][5] != calls[1][5], "every batch draws the same"
+
+
 @pytest.mark.parametrize("kind, more", [LLMS[0], LLMS[2], LLMS[5]])
 def test_image_mask_against_transformers(build, kind, more):
     """Half of the picture hidden, and all that is drawn after it: transformers' LLM with a 4-D mask, no cache."""
@@ -747,6 +831,16 @@ def test_features_and_image_tokens_must_agree(build, images, tokens):
         build().log_probs(pack([prompt], [[ids(2)]], pixel_values=pixels(images)))
 
 
+def test_features_come_from_the_last_layer_but_one(build):
+    """LLaVA's choice, where a caller makes none: the last layer of the tower has no say."""
+    model, images = build(), pixels(1)
+    before = model.image_features(images)[0]
+    scatter(model.vision.encoder.layers[-1])
+    assert torch.equal(model.image_features(images)[0], before)
+    scatter(model.vision.encoder.layers[-2])
+    assert not torch.allclose(model.image_features(images)[0], before, atol=1e-3)
+
+
 def test_image_tokens_without_a_picture(build):
     with pytest.raises(BadInput, match="4 image tokens in the text against 0"):
         build().log_probs(pack(prompts(1), [[ids(2)]]))
@@ -806,6 +900,7 @@ def test_use_gives_back_what_was_in_use(build, outer):
 def test_lengths_of_the_answers_of_a_batch():
     """Counted over all rows, scored tokens alone; an answer without one has length 0."""
     ids = lambda n: torch.arange(5, 5 + n)
-    scored = [[torch.tensor([False, True, True]), torch.tensor([False])], [torch.ones(4).bool()]]
-    batch = pack([ids(2), ids(3)], [[ids(3), ids(1)], [ids(4)]], scored)
-    assert batch.lengths.tolist() == [2, 0, 4]
+    none = torch.tensor([False])
+    scored = [[torch.tensor([False, True, True]), none], [torch.ones(4).bool(), none]]
+    batch = pack([ids(2), ids(3)], [[ids(3), ids(1)], [ids(4), ids(1)]], scored)
+    assert batch.lengths.tolist() == [2, 0, 4, 0]

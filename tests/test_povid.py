@@ -138,18 +138,78 @@ def test_loss_by_hand(run, files, checkpoint, llava, watch, gamma):
     assert all(0.2 < noise_of(p, example, processor) < 0.5 for p in noisy)  # 500 steps
     assert len({str(p.tolist()) for p in noisy}) == 12
     for step, line in enumerate(told(files, f"povid {gamma}")):
-        mine, given, gains = [], [], []
+        mine, given, gains, logps = [], [], [], []
         for reference, policy in zip(*(scores[4 * step + i : 4 * step + 4 : 2] for i in (0, 1))):
             assert len(policy.result) == (3 if gamma else 2)
             gain = (0.5 * (policy.result - reference.result)).tolist()  # of y+, distorted, given
-            gains += gain[0]
+            gains += zip(*gain[:2])
+            logps += zip(*policy.result[:2].tolist())
             mine += [math.log1p(math.exp(m - y)) for y, m in zip(gain[0], gain[1])]
             given += [math.log1p(math.exp(m - y)) for y, m in zip(gain[0], gain[-1])]
         if step and gamma:
             assert abs(sum(mine) - sum(given)) > 4e-3
         want = gamma * sum(given) / 4 + (1 - gamma) * sum(mine) / 4
         assert line["loss"] == pytest.approx(want, abs=1e-4)
-        assert line["rewards/chosen"] == pytest.approx(sum(gains) / 4, abs=1e-4)
+        mean = lambda values: pytest.approx(sum(values) / 4, abs=1e-4)
+        for name, pairs in (("rewards", gains), ("logps", logps)):
+            for answer, values in zip(("chosen", "rejected"), zip(*pairs)):
+                assert line[f"{name}/{answer}"] == mean(values)
+        assert line["rewards/margins"] == mean([a - b for a, b in gains])
+        assert line["rewards/accuracies"] == mean([a > b for a, b in gains])
+
+
+def test_the_policy_chooses_and_both_score(run, files, checkpoint, watch):
+    """Which adapter acts while y- is chosen, and while the reference and the policy score."""
+    active = lambda model: {layer.active for layer in model.lora_layers()}
+    choose, score, seen = povid.distorted, povid.distorted_log_probs, []
+    watch((povid, "distorted"), lambda c: seen.append(active(c.model)) or choose(**called(c)))
+    watch(SCORER, lambda c: seen.append(active(c.model)) or score(**called(c)))
+    flags = ("--model", checkpoint, "--data", "povid.json", "--images", "images",
+             "--batch-size", 2, "--steps", 2)  # fmt: skip
+    run(*flags, "--out", "who", cwd=files)
+    assert seen == [{"policy"}, {None}, {"policy"}] * 2
+
+
+def called(seen):
+    """The arguments of a call that was noted."""
+    return {name: value for name, value in vars(seen).items() if name != "training"}
+
+
+def test_one_micro_batch_or_two(run, files, checkpoint):
+    """The gradient is that of the mean over all pairs of the step, however they are split."""
+    flags = ("--model", checkpoint, *data_flags(files, "four.json", PAIRS), "--noise-steps", 0,
+             "--steps", 1)  # fmt: skip
+    norms = []
+    for size, parts in ((4, 1), (2, 2)):
+        name = f"parts {parts}"
+        run(*flags, "--batch-size", size, "--grad-accum", parts, "--out", name, cwd=files)
+        norms.append(told(files, name)[0]["grad_norm"])
+    assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_flags_reach_what_they_are_for(run, files, checkpoint, watch):
+    """Loading, what trains, the rates and their schedule, clipping, bad rows."""
+    loads, prepares = watch((povid.checkpoints, "load")), watch((MLLM, "prepare"))
+    rates, clips = (watch((povid.training, n)) for n in ("optimizer_for", "clip_gradients"))
+    scores = watch(SCORER)
+    rows = json.loads((files / "povid.json").read_text())
+    (files / "one bad.json").write_text(json.dumps([*rows, {"id": "bad"}]))
+    run("--model", checkpoint, "--data", "one bad.json", "--images", "images", "--skip-bad-rows",
+        "--max-length", 333, "--gradient-checkpointing", "--lora-rank", 3, "--lr", "1e-3",
+        "--projector-lr", "1e-4", "--batch-size", 2, "--steps", 6, "--out", "flags",
+        cwd=files)  # fmt: skip
+    assert loads[0].result[1].max_length == 333
+    assert prepares[0].gradient_checkpointing and prepares[0].lora_rank == 3
+    assert all(call.training for call in scores), "blocks are only recomputed in training mode"
+    groups = {group["name"]: group["base_lr"] for group in rates[0].result.param_groups}
+    assert groups == {"llm": 1e-3, "projector": 1e-4}
+    assert [call.max_norm for call in clips] == [1.0] * 6
+    # one step of warm-up, then a cosine from 1 at step 1 towards 0 at step 6
+    want = [1, 1, *(0.5 + 0.5 * math.cos(math.pi * i / 5) for i in range(1, 5))]
+    got = [line["lr"] for line in told(files, "flags")]
+    assert got == pytest.approx([1e-3 * factor for factor in want])
+    (skipped,) = json.loads((files / "flags" / "skipped.json").read_text())
+    assert skipped["row"] == len(rows)
 
 
 def test_noise_follows_flags(run, files, checkpoint, llava, watch):
