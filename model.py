@@ -337,10 +337,10 @@ class MLLM(nn.Module):
         at_image = input_ids == self.image_token_id  # (B, L)
         x = self.llm.get_input_embeddings()(input_ids.masked_fill(at_image, 0))
         features = [] if pixel_values is None else self.image_features(pixel_values, image_sizes)
-        tokens, found = [n for n in at_image.sum(1).tolist() if n], [len(f) for f in features]
-        if tokens != found:
-            what = f"{sum(tokens)} image tokens in the text against {sum(found)} image features"
-            raise BadInput(f"{what} (of rows with an image: {tokens}, of images: {found}).")
+        tokens, lengths = [n for n in at_image.sum(1).tolist() if n], [len(f) for f in features]
+        if tokens != lengths:
+            what = f"{sum(tokens)} image tokens in the text against {sum(lengths)} image features"
+            raise BadInput(f"{what} (of rows with an image: {tokens}, of images: {lengths}).")
         if not features:
             return x
         return x.masked_scatter(at_image[:, :, None], torch.cat(features).to(x.dtype))

@@ -170,6 +170,9 @@ def parse():
     args = training.parse(parser)
     if args.facts and args.no_facts:
         raise BadInput("--facts and --no-facts exclude each other.")
+    twice = set(args.test_data) & set(args.data or ())
+    if twice:
+        raise BadInput(f"--test-data {min(twice)} is --data too; its held-out pairs are reported.")
     if args.model and not (args.facts or args.no_facts):
         raise BadInput(
             "--facts FILE (captions of the images, as in image_to_caption.json) "

@@ -82,12 +82,12 @@ def lengths(examples):
     columns = {"prompt": [len(e.prompt) for e in examples]}
     for i, name in enumerate(("chosen", "rejected")):
         columns[name] = [len(e.answers[i]) for e in examples if i < len(e.answers)]
-    found = {}
+    spreads = {}
     for name, values in columns.items():
         if values:
             spread = np.percentile(values, (0, 50, 95, 100), method="nearest").tolist()
-            found[name] = dict(zip(("min", "median", "p95", "max"), spread))
-    return found
+            spreads[name] = dict(zip(("min", "median", "p95", "max"), spread))
+    return spreads
 
 
 def sample_of(record):

@@ -280,8 +280,8 @@ class Bench:
                 ),
             )
 
-        found = self.measure(generate if how == "generate" else ours, warm=1, timed=2)
-        return found | {"tokens_a_second": n * new / found["seconds"][0]}
+        figures = self.measure(generate if how == "generate" else ours, warm=1, timed=2)
+        return figures | {"tokens_a_second": n * new / figures["seconds"][0]}
 
     def negative(self, kind, n, how=None):
         """Guided completions; cut in the middle of each of five sentences."""
@@ -303,8 +303,8 @@ class Bench:
             draw = {"masked": mask, "given": given, "image_sizes": sizes}
             sample(model, rows, pixels, 1, new, 1.0, **draw)
 
-        found = self.measure(run, warm=1, timed=2)
-        return found | {"seconds_an_answer": found["seconds"][0] / n}
+        figures = self.measure(run, warm=1, timed=2)
+        return figures | {"seconds_an_answer": figures["seconds"][0] / n}
 
     def head(self, how):
         """Forward and backward to the hidden states."""
@@ -332,12 +332,12 @@ class Bench:
         if what == "matmul":
             n = self.shape["matrix"]
             a, b = (torch.randn(n, n, device=self.device, dtype=torch.bfloat16) for _ in range(2))
-            found = self.measure(lambda: a @ b, 5, 20)
-            return found | {"tflop_a_second": 2 * n**3 / found["seconds"][0] / 1e12}
+            figures = self.measure(lambda: a @ b, 5, 20)
+            return figures | {"tflop_a_second": 2 * n**3 / figures["seconds"][0] / 1e12}
         source = torch.randn(self.shape["copy"], device=self.device, dtype=torch.bfloat16)
         target = torch.empty_like(source)
-        found = self.measure(lambda: target.copy_(source), 5, 20)
-        return found | {"gb_a_second": 2 * source.nbytes / found["seconds"][0] / 1e9}
+        figures = self.measure(lambda: target.copy_(source), 5, 20)
+        return figures | {"gb_a_second": 2 * source.nbytes / figures["seconds"][0] / 1e9}
 
     # ---- measuring
 

@@ -147,10 +147,10 @@ def bench_table(bench):
 
 def gpu_table(gpu):
     """Seconds and peak memory of a DPO step on the GPU: `dpo.py`'s loop and the plain way."""
-    found = {row["cell"]: row for row in gpu}
+    by_cell = {row["cell"]: row for row in gpu}
     lines = []
     for what, ours, plain in GPU:
-        mine, theirs = found[ours], found[plain]
+        mine, theirs = by_cell[ours], by_cell[plain]
         seconds = mine["seconds"][0], theirs["seconds"][0]
         memory = mine["peak_gib"], theirs["peak_gib"]
         lines.append(

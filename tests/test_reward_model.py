@@ -558,6 +558,8 @@ def test_learns_resumes_and_reports(command, checkpoint, monkeypatch, capsys):
         command("c", "--facts", "facts.json", "--max-facts", "0")
     with pytest.raises(BadInput, match="--facts FILE .* or --no-facts is needed"):
         command("c", "--steps", "1")
+    with pytest.raises(BadInput, match="--test-data povid.json is --data too"):
+        command("c", "--no-facts", "--test-data", "povid.json")
 
     save = training.save_checkpoint
     monkeypatch.setattr(
