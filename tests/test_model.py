@@ -13,7 +13,7 @@ import sampling
 from attention import LastBlock, attention_mask, mask_and_prefix
 from common import BadInput
 from data import Record
-from lora import LoRALinear, add_adapter
+from lora import LoRA, LoRALinear, add_adapter
 from model import MLLM, FusedLogProb, fused_log_probs, pack
 
 SLIDING = {
@@ -769,6 +769,47 @@ def test_lora_is_a_product_added_to_the_weight():
         x @ (layer.base.weight + 1.5 * lora.lora_B @ lora.lora_A).t() + layer.base.bias
     )  # 3 / 2 = 1.5
     assert torch.allclose(layer(x), want, atol=1e-5)
+
+
+def test_an_adapter_that_is_not_the_policys_acts_on_request_alone(build):
+    model = build()
+    base = some_log_probs(model)
+    add_adapter(model.llm, "reward", 2)
+    with torch.no_grad():
+        for layer in model.lora_layers():
+            layer.adapters["reward"].lora_B.normal_()
+    assert torch.equal(some_log_probs(model), base)
+    with model.use("reward"):
+        assert not torch.allclose(some_log_probs(model), base, atol=1e-2)
+
+
+def test_lora_a_starts_as_in_peft():
+    """Uniform between -1 and 1 over the square root of the inputs."""
+    torch.manual_seed(0)
+    start = LoRA(torch.nn.Linear(400, 5), rank=8, alpha=16).lora_A
+    assert 0.99 / 20 < start.abs().max() <= 1 / 20 and abs(start.std() - 0.05 / 3**0.5) < 1e-3
+
+
+def test_each_adapter_has_its_rank_and_alpha(build):
+    model = build()
+    for name, rank, alpha in (("policy", 4, 6), ("reward", 2, 7), ("value", 3, None)):
+        add_adapter(model.llm, name, rank, alpha)
+    assert len(model.lora_layers()) == 2 * 7
+    for layer in model.lora_layers():
+        found = {n: (len(lora.lora_A), lora.scale) for n, lora in layer.adapters.items()}
+        assert found == {"policy": (4, 1.5), "reward": (2, 3.5), "value": (3, 2.0)}
+        assert layer.active == "policy"
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_sampling_while_a_bfloat16_model_trains(build, lora_rank):
+    """What trains is float32; the sampled log-probs are those that training sees."""
+    model = build(dtype=torch.bfloat16).prepare(lora_rank)
+    rows = [ids(6), ids(6)]
+    samples = sampling.sample(model, rows, max_new_tokens=1, temperature=0)
+    got = torch.cat([row[0] for row in samples.log_probs])
+    with torch.no_grad():
+        assert torch.allclose(got, model.log_probs(pack(rows, samples.tokens))[0], atol=1e-4)
 
 
 def test_reference_is_the_start(build):
