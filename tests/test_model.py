@@ -357,6 +357,14 @@ def test_four_answers_and_gradient_checkpointing(build, kind, more):
     assert len(calls) == 2, "nothing was computed again"
 
 
+@pytest.mark.parametrize("asked, times", [(False, 1), (True, 2)])
+def test_blocks_are_computed_again_where_that_is_asked_for(build, asked, times):
+    model, calls = build().prepare(lora_rank=2, gradient_checkpointing=asked).train(), []
+    model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.answer_log_probs(pack([ids(4)], [[ids(3)]])).sum().backward()
+    assert len(calls) == times
+
+
 @pytest.mark.parametrize("kind, more", LLMS)
 @pytest.mark.parametrize("known", [True, False])
 def test_last_block_computes_wanted_rows_alone(build, monkeypatch, kind, more, known):
@@ -812,10 +820,11 @@ def test_sampling_while_a_bfloat16_model_trains(build, lora_rank):
         assert torch.allclose(got, model.log_probs(pack(rows, samples.tokens))[0], atol=1e-4)
 
 
-def test_reference_is_the_start(build):
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_reference_is_the_start(build, lora_rank):
     model = build()
     start = some_log_probs(model)
-    model.prepare(lora_rank=4)
+    model.prepare(lora_rank, keep_reference=True)
     perturb(model)
     trained, weights = some_log_probs(model), {n: p.clone() for n, p in model.named_parameters()}
     assert (trained - start).abs().max() > 1e-2
@@ -887,9 +896,22 @@ def test_image_tokens_without_a_picture(build):
         build().log_probs(pack(prompts(1), [[ids(2)]]))
 
 
-def test_heads_that_are_not_a_plain_product_are_refused(build):
-    with pytest.raises(BadInput, match="Gemma2ForCausalLM"):
-        build("gemma2", final_logit_softcapping=30.0, head_dim=16)
+@pytest.mark.parametrize(
+    "kind, more, why",
+    [
+        (
+            "gemma2",
+            {"final_logit_softcapping": 30.0, "head_dim": 16},
+            "Gemma2ForCausalLM.*soft cap",
+        ),
+        ("phi", {}, "PhiForCausalLM: an LM head with a bias"),
+        ("granite", {"logits_scaling": 2.0}, "GraniteForCausalLM.*logits_scaling"),
+        ("cohere", {"logit_scale": 0.5}, "CohereForCausalLM.*logit_scale"),
+    ],
+)
+def test_heads_that_are_not_a_plain_product_are_refused(build, kind, more, why):
+    with pytest.raises(BadInput, match=why):
+        build(kind, **more)
 
 
 # ---- dropout, and which adapter is in use
