@@ -967,3 +967,32 @@ def test_lengths_of_the_answers_of_a_batch():
     scored = [[torch.tensor([False, True, True]), none], [torch.ones(4).bool(), none]]
     batch = pack([ids(2), ids(3)], [[ids(3), ids(1)], [ids(4), ids(1)]], scored)
     assert batch.lengths.tolist() == [2, 0, 4, 0]
+
+
+def test_each_head_reads_the_hidden_state_in_float32(build):
+    """A new head has bias 0; of two heads the named one is read, at the positions that are asked for."""
+    model = build(dtype=torch.bfloat16)
+    for name, place in (("reward", 3), ("value", 7)):
+        model.add_head(name)
+        assert model.heads[name].bias.item() == 0
+        with torch.no_grad():
+            model.heads[name].weight.zero_()[0, place] = 1
+    batch = pack([ids(3), ids(5)], [[ids(2)], [ids(4)]])
+    wanted = torch.tensor([4, 17, 0])
+    with torch.no_grad():
+        states = model.hidden_states(batch).flatten(0, 1)[wanted].float()
+        for name, place in (("reward", 3), ("value", 7)):
+            got = model.values(batch, wanted, name)
+            assert got.dtype == torch.float32
+            assert torch.allclose(got, states[:, place], atol=0.02 * states.abs().max().item())
+
+
+def test_parameters_of_a_name_are_those_of_its_adapter_and_head(build):
+    model = build()
+    for name in ("reward", "reward2"):
+        add_adapter(model.llm, name, 2)
+        model.add_head(name)
+    found = {n: {id(p) for p in model.parameters_of(n)} for n in ("reward", "reward2", "policy")}
+    assert len(found["reward"]) == len(found["reward2"]) == 2 * 7 * 2 + 2
+    assert not found["reward"] & found["reward2"] and not found["policy"]
+    assert {id(p) for p in model.heads["reward"].parameters()} <= found["reward"]
