@@ -195,8 +195,8 @@ def test_flags_reach_what_they_are_for(run, files, checkpoint, watch):
     rows = json.loads((files / "povid.json").read_text())
     (files / "one bad.json").write_text(json.dumps([*rows, {"id": "bad"}]))
     run("--model", checkpoint, "--data", "one bad.json", "--images", "images", "--skip-bad-rows",
-        "--max-length", 333, "--template", "plain", "--gradient-checkpointing", "--lora-rank", 3, "--lr", "1e-3",
-        "--projector-lr", "1e-4", "--batch-size", 2, "--steps", 6, "--out", "flags",
+        "--max-length", 333, "--template", "plain", "--gradient-checkpointing",
+        "--lora-rank", 3, "--lr", "1e-3", "--projector-lr", "1e-4", "--batch-size", 2, "--steps", 6, "--out", "flags",
         cwd=files)  # fmt: skip
     _, processor = loads[0].result
     assert (processor.max_length, processor.template) == (333, "plain")
