@@ -13,7 +13,7 @@ import sampling
 from attention import LastBlock, attention_mask, mask_and_prefix
 from common import BadInput
 from data import Record
-from lora import LoRALinear, add_adapter
+from lora import LoRA, LoRALinear, add_adapter
 from model import MLLM, FusedLogProb, fused_log_probs, pack
 
 SLIDING = {
@@ -355,6 +355,14 @@ def test_four_answers_and_gradient_checkpointing(build, kind, more):
     model.llm.activation_checkpointing_enable({"use_reentrant": False})
     assert_same(gradients(model, model.answer_log_probs(batch)), got, 1e-12)
     assert len(calls) == 2, "nothing was computed again"
+
+
+@pytest.mark.parametrize("asked, times", [(False, 1), (True, 2)])
+def test_blocks_are_computed_again_where_that_is_asked_for(build, asked, times):
+    model, calls = build().prepare(lora_rank=2, gradient_checkpointing=asked).train(), []
+    model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.answer_log_probs(pack([ids(4)], [[ids(3)]])).sum().backward()
+    assert len(calls) == times
 
 
 @pytest.mark.parametrize("kind, more", LLMS)
@@ -771,10 +779,52 @@ def test_lora_is_a_product_added_to_the_weight():
     assert torch.allclose(layer(x), want, atol=1e-5)
 
 
-def test_reference_is_the_start(build):
+def test_an_adapter_that_is_not_the_policys_acts_on_request_alone(build):
+    model = build()
+    base = some_log_probs(model)
+    add_adapter(model.llm, "reward", 2)
+    with torch.no_grad():
+        for layer in model.lora_layers():
+            layer.adapters["reward"].lora_B.normal_()
+    assert torch.equal(some_log_probs(model), base)
+    with model.use("reward"):
+        assert not torch.allclose(some_log_probs(model), base, atol=1e-2)
+
+
+def test_lora_a_starts_as_in_peft():
+    """Uniform between -1 and 1 over the square root of the inputs."""
+    torch.manual_seed(0)
+    start = LoRA(torch.nn.Linear(400, 5), rank=8, alpha=16).lora_A
+    assert 0.99 / 20 < start.abs().max() <= 1 / 20 and abs(start.std() - 0.05 / 3**0.5) < 1e-3
+
+
+def test_each_adapter_has_its_rank_and_alpha(build):
+    model = build()
+    for name, rank, alpha in (("policy", 4, 6), ("reward", 2, 7), ("value", 3, None)):
+        add_adapter(model.llm, name, rank, alpha)
+    assert len(model.lora_layers()) == 2 * 7
+    for layer in model.lora_layers():
+        found = {n: (len(lora.lora_A), lora.scale) for n, lora in layer.adapters.items()}
+        assert found == {"policy": (4, 1.5), "reward": (2, 3.5), "value": (3, 2.0)}
+        assert layer.active == "policy"
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_sampling_while_a_bfloat16_model_trains(build, lora_rank):
+    """What trains is float32; the sampled log-probs are those that training sees."""
+    model = build(dtype=torch.bfloat16).prepare(lora_rank)
+    rows = [ids(6), ids(6)]
+    samples = sampling.sample(model, rows, max_new_tokens=1, temperature=0)
+    got = torch.cat([row[0] for row in samples.log_probs])
+    with torch.no_grad():
+        assert torch.allclose(got, model.log_probs(pack(rows, samples.tokens))[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_reference_is_the_start(build, lora_rank):
     model = build()
     start = some_log_probs(model)
-    model.prepare(lora_rank=4)
+    model.prepare(lora_rank, keep_reference=True)
     perturb(model)
     trained, weights = some_log_probs(model), {n: p.clone() for n, p in model.named_parameters()}
     assert (trained - start).abs().max() > 1e-2
@@ -846,9 +896,22 @@ def test_image_tokens_without_a_picture(build):
         build().log_probs(pack(prompts(1), [[ids(2)]]))
 
 
-def test_heads_that_are_not_a_plain_product_are_refused(build):
-    with pytest.raises(BadInput, match="Gemma2ForCausalLM"):
-        build("gemma2", final_logit_softcapping=30.0, head_dim=16)
+@pytest.mark.parametrize(
+    "kind, more, why",
+    [
+        (
+            "gemma2",
+            {"final_logit_softcapping": 30.0, "head_dim": 16},
+            "Gemma2ForCausalLM.*soft cap",
+        ),
+        ("phi", {}, "PhiForCausalLM: an LM head with a bias"),
+        ("granite", {"logits_scaling": 2.0}, "GraniteForCausalLM.*logits_scaling"),
+        ("cohere", {"logit_scale": 0.5}, "CohereForCausalLM.*logit_scale"),
+    ],
+)
+def test_heads_that_are_not_a_plain_product_are_refused(build, kind, more, why):
+    with pytest.raises(BadInput, match=why):
+        build(kind, **more)
 
 
 # ---- dropout, and which adapter is in use
@@ -904,3 +967,32 @@ def test_lengths_of_the_answers_of_a_batch():
     scored = [[torch.tensor([False, True, True]), none], [torch.ones(4).bool(), none]]
     batch = pack([ids(2), ids(3)], [[ids(3), ids(1)], [ids(4), ids(1)]], scored)
     assert batch.lengths.tolist() == [2, 0, 4, 0]
+
+
+def test_each_head_reads_the_hidden_state_in_float32(build):
+    """A new head has bias 0; of two heads the named one is read, at the positions that are asked for."""
+    model = build(dtype=torch.bfloat16)
+    for name, place in (("reward", 3), ("value", 7)):
+        model.add_head(name)
+        assert model.heads[name].bias.item() == 0
+        with torch.no_grad():
+            model.heads[name].weight.zero_()[0, place] = 1
+    batch = pack([ids(3), ids(5)], [[ids(2)], [ids(4)]])
+    wanted = torch.tensor([4, 17, 0])
+    with torch.no_grad():
+        states = model.hidden_states(batch).flatten(0, 1)[wanted].float()
+        for name, place in (("reward", 3), ("value", 7)):
+            got = model.values(batch, wanted, name)
+            assert got.dtype == torch.float32
+            assert torch.allclose(got, states[:, place], atol=0.02 * states.abs().max().item())
+
+
+def test_parameters_of_a_name_are_those_of_its_adapter_and_head(build):
+    model = build()
+    for name in ("reward", "reward2"):
+        add_adapter(model.llm, name, 2)
+        model.add_head(name)
+    found = {n: {id(p) for p in model.parameters_of(n)} for n in ("reward", "reward2", "policy")}
+    assert len(found["reward"]) == len(found["reward2"]) == 2 * 7 * 2 + 2
+    assert not found["reward"] & found["reward2"] and not found["policy"]
+    assert {id(p) for p in model.heads["reward"].parameters()} <= found["reward"]

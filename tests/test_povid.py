@@ -195,10 +195,11 @@ def test_flags_reach_what_they_are_for(run, files, checkpoint, watch):
     rows = json.loads((files / "povid.json").read_text())
     (files / "one bad.json").write_text(json.dumps([*rows, {"id": "bad"}]))
     run("--model", checkpoint, "--data", "one bad.json", "--images", "images", "--skip-bad-rows",
-        "--max-length", 333, "--gradient-checkpointing", "--lora-rank", 3, "--lr", "1e-3",
-        "--projector-lr", "1e-4", "--batch-size", 2, "--steps", 6, "--out", "flags",
+        "--max-length", 333, "--template", "plain", "--gradient-checkpointing",
+        "--lora-rank", 3, "--lr", "1e-3", "--projector-lr", "1e-4", "--batch-size", 2, "--steps", 6, "--out", "flags",
         cwd=files)  # fmt: skip
-    assert loads[0].result[1].max_length == 333
+    _, processor = loads[0].result
+    assert (processor.max_length, processor.template) == (333, "plain")
     assert prepares[0].gradient_checkpointing and prepares[0].lora_rank == 3
     assert all(call.training for call in scores), "blocks are only recomputed in training mode"
     groups = {group["name"]: group["base_lr"] for group in rates[0].result.param_groups}
