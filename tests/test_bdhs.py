@@ -20,6 +20,7 @@ from attention import attention_mask
 from common import BadInput
 from data import Record
 from formats import checkpoints, layouts
+from formats.anyres import AnyRes
 from model import MLLM, pack
 from sampling import Samples
 
@@ -428,7 +429,7 @@ def test_an_unguided_answer_is_taken_as_it_is(llava, examples, say):
 def test_a_guided_completion_stops_at_every_token_with_a_mark(llava, examples, say):
     model, processor = llava
     calls = say(lambda question, begun: " dog.")
-    bdhs.Drawer(model, processor, settings(tries=1)).hallucinate(examples, 0)
+    bdhs.Drawer(model, processor, settings(tries=1, rho=None)).hallucinate(examples, 0)
     for i in range(len(processor.tokenizer)):
         text = processor.tokenizer.decode([i])
         marked = any(mark in text for mark in ".!?\n")
@@ -585,7 +586,7 @@ def test_one_prefill_a_try(llava, examples, monkeypatch):
         model, "image_features", lambda pixels, sizes: images.append(len(pixels)) or encode(pixels)
     )
     monkeypatch.setattr(model, "run_llm", lambda x, *rest: rows.append(x.shape) or decode(x, *rest))
-    bdhs.Drawer(model, processor, settings(tries=1)).hallucinate(examples, 0)
+    bdhs.Drawer(model, processor, settings(tries=1, rho=None)).hallucinate(examples, 0)
     assert images == [3]
     assert rows[0][0] == 3 and all(shape[1] == 1 for shape in rows[1:])
 
@@ -1308,3 +1309,58 @@ def test_row_without_a_picture(run, files, checkpoint):
         row["file"] for row in json.loads((files / "skipped" / "skipped.json").read_text())
     ] == ["text.json"]
     assert json.loads((files / "skipped" / "statistics.json").read_text())["answers"] == 5
+
+
+# ---- what offline writes of images, and images of unequal sizes
+
+
+def test_the_names_of_the_images_that_are_written(tmp_path):
+    """Below --images: the path with its folders. Inside a file: written out, one file for each row."""
+    args = SimpleNamespace(images=str(tmp_path / "images"), data=[str(tmp_path / "a.json")])
+    inside = tmp_path / "images" / "kitchen" / "a.png"
+    assert bdhs.image_name(inside, args, tmp_path) == "kitchen/a.png"
+    args.images = None  # the folder of the data file
+    assert bdhs.image_name(tmp_path / "b" / "a.png", args, tmp_path) == "b/a.png"
+    with pytest.raises(BadInput, match="is not below"):
+        bdhs.image_name(tmp_path.parent / "a.png", args, tmp_path)
+
+    class Packed:
+        """An image in row `row` of a parquet file."""
+
+        file = "rows.parquet"
+
+        def __init__(self, row):
+            self.row = row
+
+        def read(self):
+            return f"image {self.row}".encode()
+
+    names = [bdhs.image_name(Packed(row), args, tmp_path) for row in (3, 8)]
+    assert len(set(names)) == 2
+    texts = [(tmp_path / "images" / name).read_text() for name in names]
+    assert texts == ["image 3", "image 8"]
+
+
+def test_images_of_unequal_sizes(parts, tmp_path, watch):
+    """LLaVA-NeXT: the sampler gets the size of every image, and rho is that of the largest."""
+    model, processor = checkpoints.compose(parts / "vision", parts / "llm")
+    tiling = AnyRes(((28, 56), (56, 28), (56, 56)), 28, 2)
+    newline = model.llm.get_input_embeddings().weight[0].detach() * 0
+    model.anyres = processor.anyres = tiling
+    model.image_newline = torch.nn.Parameter(newline)
+    sizes, examples = [(28, 56), (56, 56)], []
+    for height, width in sizes:
+        path = tmp_path / f"{height}.png"
+        Image.effect_noise((width, height), 80).convert("RGB").save(path)
+        record = Record(f"row {height}", path, ("What?",), ("A red cup is here. A dog.",))
+        examples.append(processor.encode(record))
+    tokens = [int((e.prompt == processor.image_token_id).sum()) for e in examples]
+    assert tokens[0] < tokens[1]
+
+    seen, rho = watch(SAMPLER), []
+    bdhs_rho = bdhs.default_rho
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bdhs, "default_rho", lambda n: rho.append(n) or bdhs_rho(n))
+        bdhs.Drawer(model, processor, settings(tries=1, rho=None)).hallucinate(examples, 0)
+    assert rho == [tokens[1]]
+    assert seen[0].image_sizes.tolist() == [list(size) for size in sizes]
