@@ -1364,3 +1364,33 @@ def test_images_of_unequal_sizes(parts, tmp_path, watch):
         bdhs.Drawer(model, processor, settings(tries=1, rho=None)).hallucinate(examples, 0)
     assert rho == [tokens[1]]
     assert seen[0].image_sizes.tolist() == [list(size) for size in sizes]
+
+
+def test_words_are_counted():
+    """(2, 1) and (1, 1): 3 / sqrt(5 * 2), which as sets would be 1."""
+    assert bdhs.word_cosine("a cup, a dog", "a cup dog") == pytest.approx(4 / math.sqrt(6 * 3))
+    assert bdhs.word_cosine("a a b", "a b") == pytest.approx(3 / math.sqrt(10))
+
+
+def test_no_white_space_is_left_at_the_ends():
+    sentence = bdhs.Sentence("A cup.", 0, 1, False, torch.tensor([1]), 1, " dog  ")
+    assert bdhs.join([sentence], "A cup.") == "A dog"
+
+
+def test_the_flags_of_the_model_reach_it(monkeypatch, tmp_path, files):
+    """Prompt template, image aspect and longest row, as dpo.py."""
+    monkeypatch.chdir(files)
+    flags = ["--model", "M", "--data", "povid.json", "--images", "images", "--device", "cpu"]
+    flags += ["--dtype", "bfloat16", "--template", "plain", "--image-aspect", "checkpoint"]
+    monkeypatch.setattr(sys, "argv", ["bdhs.py", *flags, "--max-length", "99"])
+    seen = []
+
+    def stop(*args):
+        seen.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "load", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bdhs.main()
+    kind = (torch.bfloat16, torch.device("cpu"))
+    assert seen == [("M", *kind, "plain", "checkpoint", 99)]
