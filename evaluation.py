@@ -8,7 +8,7 @@ from common import BadInput, positive_int
 
 def add_flags(parser):
     """Flags that all evaluation scripts have."""
-    flag = training.add_model_flags(parser).add_argument
+    flag = training.add_model_flags(parser, "give --answers").add_argument
     flag("--adapter", metavar="DIR", help="PEFT adapter to put on it, such as a run's adapter/")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--images", metavar="DIR", help="folder of the images")

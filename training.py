@@ -35,7 +35,7 @@ from formats.files import image_hash
 # ---- the command line
 
 
-def add_model_flags(parser, without="needed"):
+def add_model_flags(parser, without):
     """Where the model comes from and how it runs. without: what happens without --model."""
     group = parser.add_argument_group("model")
     flag = group.add_argument
