@@ -33,6 +33,36 @@ def read_records(paths, images=None, answers=2):
     return dataset.read(paths, images, answers).records
 
 
+def pytest_addoption(parser):
+    """`--device cuda`: the tests that use the fixture `device` run there, and no others."""
+    parser.addoption("--device", default="cpu", help="where the device-dependent tests run")
+
+
+def pytest_configure(config):
+    """Refuse a device that is not there."""
+    name = config.getoption("--device")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise pytest.UsageError(f"--device {name} cannot be used: {reason}") from None
+
+
+def pytest_collection_modifyitems(config, items):
+    """On another device the other tests would say the same as on the CPU, and take minutes."""
+    if config.getoption("--device") == "cpu":
+        return
+    others = [item for item in items if "device" not in item.fixturenames]
+    items[:] = [item for item in items if item not in others]
+    config.hook.pytest_deselected(items=others)
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    """The name given by --device."""
+    return pytestconfig.getoption("--device")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """On the CI a missing test dependency is a failure, not a skip."""

@@ -1,12 +1,16 @@
 """Another device gives the CPU's numbers: log-probs, gradients, samples, checkpoints, whole runs of the scripts.
 
-Without CUDA the same bodies run on the CPU, which shows that they run, not that a GPU agrees. One model is built twice, on the CPU and on the device, in float32 without TensorFloat-32; what differs is rounding.
+`python -m pytest -q tests --device cuda` runs these tests there, and no others. Without the flag the same bodies run on the
+CPU, which shows that they run, not that a GPU agrees. One model is built twice, on the CPU and on the device, in float32
+without TensorFloat-32; what differs is rounding.
 """
 
 import json
-import os
+import math
 import shutil
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from test_dpo import metrics
@@ -36,7 +40,6 @@ import training
 from formats.anyres import AnyRes
 from model import MLLM, fused_log_probs, pack
 
-DEVICE = os.environ.get("TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 ANYRES = AnyRes(((28, 56), (56, 28), (56, 56)), 28, 2)  # the tower of `build`: 2 patches a side
 
 
@@ -51,22 +54,30 @@ def sample(model, *args, **how):
     return sampling.sample(model, *args, **how)
 
 
-def twice(build, kind="llama", dtype=torch.float32, prepare=None, tiles=False, **more):
-    """The same model on the CPU and on the device; prepare: what to train, moved away from where it starts."""
-    models = []
-    for device in ("cpu", DEVICE):
-        model = build(kind, dtype, **more)
-        if tiles:
-            model = MLLM(model.vision, model.projector, model.llm, IMAGE, anyres=ANYRES)
-            model.image_newline.data.normal_(generator=torch.Generator().manual_seed(0))
-        models.append(model.to(device))
+@pytest.fixture
+def twice(build, device):
+    """A function that makes the same model on the CPU and on the device.
+
+    prepare: what to train, moved away from where it starts.
+    """
+
+    def make(kind="llama", dtype=torch.float32, prepare=None, tiles=False, **more):
+        models = []
+        for where in ("cpu", device):
+            model = build(kind, dtype, **more)
+            if tiles:
+                model = MLLM(model.vision, model.projector, model.llm, IMAGE, anyres=ANYRES)
+                model.image_newline.data.normal_(generator=torch.Generator().manual_seed(0))
+            models.append(model.to(where))
+            if prepare is not None:
+                model.prepare(**prepare)
+        torch.manual_seed(0)
         if prepare is not None:
-            model.prepare(**prepare)
-    torch.manual_seed(0)
-    if prepare is not None:
-        perturb(models[0])
-        models[1].load_state_dict(models[0].state_dict())
-    return models
+            perturb(models[0])
+            models[1].load_state_dict(models[0].state_dict())
+        return models
+
+    return make
 
 
 def pairs(k=2, high=9):
@@ -98,24 +109,41 @@ def assert_same_samples(got, want):
             assert (a - b).abs().max() <= 1e-4
 
 
+def test_another_device_runs_only_what_depends_on_it():
+    items = [SimpleNamespace(fixturenames=names) for names in (["build"], ["build", "device"])]
+    left_out = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    for name, want in (("cpu", 2), ("cuda", 1)):
+        config = SimpleNamespace(getoption=lambda flag: name, hook=hook)
+        kept = items.copy()
+        conftest.pytest_collection_modifyitems(config, kept)
+        assert kept == items[-want:]
+    assert left_out == items[:1]
+    missing = SimpleNamespace(getoption=lambda flag: "cuda:99")
+    with pytest.raises(pytest.UsageError, match="--device cuda:99 cannot be used: "):
+        conftest.pytest_configure(missing)
+
+
 # ---- log-probs and gradients
 
 
 @pytest.mark.parametrize("kind, more", LLMS)
 @torch.no_grad()
-def test_log_probs_of_shared_prompts(build, kind, more):
-    here, there = twice(build, kind, **more)
+def test_log_probs_of_shared_prompts(twice, device, kind, more):
+    here, there = twice(kind, **more)
     batch = pairs(4)
-    for got, want in zip(there.log_probs(batch.to(DEVICE)), here.log_probs(batch)):
-        assert got.device.type == DEVICE and (got.cpu() - want).abs().max() <= 1e-4
-    answers = there.answer_log_probs(batch.to(DEVICE)).cpu()
+    for got, want in zip(there.log_probs(batch.to(device)), here.log_probs(batch)):
+        assert (
+            got.device.type == torch.device(device).type and (got.cpu() - want).abs().max() <= 1e-4
+        )
+    answers = there.answer_log_probs(batch.to(device)).cpu()
     assert torch.allclose(answers, here.answer_log_probs(batch), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind, more", [LLMS[0], LLMS[2], ("qwen2", SLIDING)])
 @pytest.mark.parametrize("rank", [3, 0])
-def test_gradients_of_dpo(build, kind, more, rank):
-    here, there = twice(build, kind, prepare={"lora_rank": rank}, **more)
+def test_gradients_of_dpo(twice, kind, more, rank):
+    here, there = twice(kind, prepare={"lora_rank": rank}, **more)
     batch = pairs()
     want, got = dpo_gradients(here, batch), dpo_gradients(there, batch)
     assert_same(got, want, 2e-4)
@@ -130,9 +158,9 @@ def test_gradients_of_dpo(build, kind, more, rank):
 
 
 @torch.no_grad()
-def test_tiles(build):
+def test_tiles(twice, device):
     """LLaVA-NeXT: pictures of different numbers of tiles, in training's rows and when sampling."""
-    here, there = twice(build, tiles=True)
+    here, there = twice(tiles=True)
     sizes = torch.tensor([[28, 50], [60, 20], [40, 40]])
     tokens = [ANYRES.tokens(size) for size in sizes.tolist()]
     tiles = [1 + rows * columns for rows, columns in map(ANYRES.grid, sizes.tolist())]
@@ -140,21 +168,21 @@ def test_tiles(build):
     rows = [torch.cat([ids(3), torch.full((n,), IMAGE), ids(4)]) for n in tokens]
     images = torch.randn(sum(tiles), 3, 28, 28)
     batch = pack(rows, [[ids(4), ids(2)]] * 3, None, images, image_sizes=sizes)
-    got = there.image_features(images.to(DEVICE), sizes)
+    got = there.image_features(images.to(device), sizes)
     for a, b in zip(got, here.image_features(images, sizes), strict=True):
         assert (a.cpu() - b).abs().max() <= 1e-4
-    got, want = there.log_probs(batch.to(DEVICE))[0], here.log_probs(batch)[0]
+    got, want = there.log_probs(batch.to(device))[0], here.log_probs(batch)[0]
     assert (got.cpu() - want).abs().max() <= 1e-4
     how = {"max_new_tokens": 8, "temperature": 0, "image_sizes": sizes}
     assert_same_samples(sample(there, rows, images, **how), sample(here, rows, images, **how))
 
 
 @pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
-def test_fused_log_probs_in_float32(p):
+def test_fused_log_probs_in_float32(device, p):
     h, weight, targets = head(p, torch.float32)
     incoming = torch.ones(len(h), dtype=torch.float64)
     truth = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
-    given = [t.to(DEVICE) for t in (h, weight, targets, incoming)]
+    given = [t.to(device) for t in (h, weight, targets, incoming)]
     ours = [t.cpu() for t in with_gradients(fused_log_probs, *given)]
     assert ((ours[0] - truth[0]).abs() / truth[0].abs().clamp(min=1)).max() <= 3e-6
     assert (ours[1] - truth[1]).abs().max() <= 1e-5
@@ -163,12 +191,12 @@ def test_fused_log_probs_in_float32(p):
 
 
 @pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
-def test_fused_log_probs_in_bfloat16(p):
+def test_fused_log_probs_in_bfloat16(device, p):
     """On CUDA a product of bfloat16 with a float32 sum. As on the CPU: as near to float64 as autograd, but for chance."""
     h, weight, targets = head(p, torch.bfloat16)
     for incoming in (torch.ones(len(h)).double(), torch.randn(len(h)).double()):
         truth = with_gradients(plain_log_probs, h.double(), weight.double(), targets, incoming)
-        given = [t.to(DEVICE) for t in (h, weight, targets, incoming)]
+        given = [t.to(device) for t in (h, weight, targets, incoming)]
         ours = [t.cpu() for t in with_gradients(fused_log_probs, *given)]
         plain = [t.cpu() for t in with_gradients(plain_log_probs, *given)]
         for i in (0, 1):
@@ -188,12 +216,12 @@ def far(model, batch, truth):
 
 
 @torch.no_grad()
-def test_prefix_attention_in_bfloat16(build, monkeypatch):
+def test_prefix_attention_in_bfloat16(twice, device, build, monkeypatch):
     """No farther from float32 than with one dense mask, and than on the CPU."""
     batch = pack(prompts(), [[ids(40), ids(30)]] * 3, pixel_values=pixels())
     truth = build().log_probs(batch)[0]
-    here, there = twice(build, dtype=torch.bfloat16)
-    moved, plain = batch.to(DEVICE), modelling.mask_and_prefix
+    here, there = twice(dtype=torch.bfloat16)
+    moved, plain = batch.to(device), modelling.mask_and_prefix
     assert plain(moved, there.llm.config, moved.index)[1] == 3
     ours, cpu = far(there, batch, truth), far(here, batch, truth)
     monkeypatch.setattr(modelling, "mask_and_prefix", lambda *args: (plain(*args)[0], 0))
@@ -201,10 +229,10 @@ def test_prefix_attention_in_bfloat16(build, monkeypatch):
     assert 0 < ours <= 1.25 * min(dense, cpu), (ours, dense, cpu)
 
 
-def test_training_in_bfloat16_points_where_float32_does(build):
+def test_training_in_bfloat16_points_where_float32_does(twice):
     """The step that a GPU takes by default: frozen weights bfloat16, gradients float32."""
-    here, _ = twice(build, prepare={"lora_rank": 3})
-    _, there = twice(build, dtype=torch.bfloat16, prepare={"lora_rank": 3})
+    here, _ = twice(prepare={"lora_rank": 3})
+    _, there = twice(dtype=torch.bfloat16, prepare={"lora_rank": 3})
     trains = training.trainable(here)
     there.load_state_dict({n: p.detach() for n, p in trains.items()}, strict=False)
     batch = pairs()
@@ -217,9 +245,9 @@ def test_training_in_bfloat16_points_where_float32_does(build):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_reference_is_the_base(build, dtype):
-    _, there = twice(build, dtype=dtype)
-    batch = pairs().to(DEVICE)
+def test_reference_is_the_base(twice, device, dtype):
+    _, there = twice(dtype=dtype)
+    batch = pairs().to(device)
     start = there.log_probs(batch)[0]
     there.prepare(lora_rank=4)
     # a GPU adds up in another order where LoRA flattens a layer's input
@@ -231,13 +259,48 @@ def test_reference_is_the_base(build, dtype):
         assert (reference.log_probs(batch)[0] - start).abs().max() <= rounding < moved / 2
 
 
+def root_mean_square(x):
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_log_probs_depend_on_the_rest_of_the_batch_by_rounding(build, device, dtype):
+    """dpo.py's reference was scored beside other rows, so its step 0 is ln 2 up to rounding.
+
+    Two bfloat16 passes over the same answer differ like two independent errors of bfloat16.
+    """
+    n = 16
+    picture = torch.full((4,), IMAGE)
+    rows = [torch.cat([ids(2 + i % 5), picture, ids(3)]) for i in range(n)]
+    answers = [[ids(1 + (7 * i + 3 * k) % 23) for k in (0, 1)] for i in range(n)]
+    images = pixels(n)
+
+    def score(model, size):
+        parts = [slice(i, i + size) for i in range(0, n, size)]
+        batches = [pack(rows[s], answers[s], pixel_values=images[s]) for s in parts]
+        moved = [batch.to(model.device) for batch in batches]
+        return torch.cat([model.answer_log_probs(b).view(-1, 2) for b in moved]).double().cpu()
+
+    truth, model = score(build(dtype=torch.float64), n), build(dtype=dtype).to(device)
+    reference, policy = score(model, 4), score(model, 1)
+    error, moved = root_mean_square(reference - truth), root_mean_square(policy - reference)
+    assert error <= (1e-4 if dtype == torch.float32 else 0.2)
+    assert 0 < moved <= math.sqrt(2) * error
+
+    beta = 0.1
+    losses, *_ = dpo.dpo_loss(*policy.T, *reference.T, beta)
+    assert abs(losses.mean().item() - math.log(2)) <= beta * error  # as dpo.py says
+    assert (losses - math.log(2)).abs().max() <= 4 * beta * error
+
+
 # ---- sampling
 
 
 @pytest.mark.parametrize("kind, more", LLMS)
-def test_greedy_answers(build, kind, more):
+def test_greedy_answers(twice, kind, more):
     """Answers that end at different lengths, of unequal prompts with pictures and without."""
-    here, there = twice(build, kind, **more)
+    here, there = twice(kind, **more)
     rows, images = [*prompts(), *prompts()], pixels(4)
     for stop in (STOP, ()):
         how = {"max_new_tokens": 16, "temperature": 0, "stop_ids": stop}
@@ -246,9 +309,9 @@ def test_greedy_answers(build, kind, more):
     assert len({t for row in want.tokens for t in row[0].tolist()}) > 5, "it repeats itself"
 
 
-def test_given_texts_and_hidden_pictures(build):
+def test_given_texts_and_hidden_pictures(twice):
     """BDHS: continued from several cuts, behind a picture of which half is hidden, then all of it."""
-    here, there = twice(build)
+    here, there = twice()
     rows, images = prompts(), pixels()
     given = [[(ids(6), [0, 2, 5]), (ids(3), [3])], [(ids(4), [1, 4])], [(ids(5), [2])]]
     mask = torch.zeros(3, 14, dtype=torch.bool)
@@ -265,19 +328,19 @@ def test_given_texts_and_hidden_pictures(build):
     assert not torch.allclose(shown.log_probs[0][0][:1], one.log_probs[0][0][:1], atol=1e-3)
 
 
-def test_drawn_answers(build):
+def test_drawn_answers(twice, device):
     """The device's own generator: a seed repeats itself, and the log-probs are those that training will find."""
-    _, there = twice(build)
+    _, there = twice()
     rows, images = prompts(), pixels()
     how = {"k": 5, "max_new_tokens": 15, "temperature": 0.8, "stop_ids": STOP}
     draw = lambda seed: sample(
-        there, rows, images, **how, generator=torch.Generator(DEVICE).manual_seed(seed)
+        there, rows, images, **how, generator=torch.Generator(device).manual_seed(seed)
     )
     samples, again, other = draw(0), draw(0), draw(1)
     flat = lambda s: [t.tolist() for row in s.tokens for t in row]
     assert flat(samples) == flat(again) != flat(other)
     with torch.no_grad():
-        log_p, _ = there.log_probs(pack(rows, samples.tokens, pixel_values=images).to(DEVICE))
+        log_p, _ = there.log_probs(pack(rows, samples.tokens, pixel_values=images).to(device))
     drawn = torch.cat([t for row in samples.log_probs for t in row])
     assert (log_p.cpu() - drawn).abs().max() <= 1e-4
 
@@ -285,7 +348,7 @@ def test_drawn_answers(build):
 # ---- checkpoints and whole runs
 
 
-def test_checkpoint_goes_on_bit_for_bit(build, tmp_path):
+def test_checkpoint_goes_on_bit_for_bit(device, build, tmp_path):
     """Parameters, the optimizer's state where it was, and the random numbers of the CPU and of the device.
 
     The gradients are given: those of a model vary on a GPU in the last bit, for atomic sums have no order.
@@ -294,18 +357,18 @@ def test_checkpoint_goes_on_bit_for_bit(build, tmp_path):
     def step(model, optimizer, seed):
         generator = torch.Generator().manual_seed(seed)
         for p in training.trainable(model).values():
-            p.grad = torch.randn(p.shape, generator=generator).to(DEVICE)
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
         training.take_step(optimizer, 1.0)
         return {n: p.detach().clone() for n, p in training.trainable(model).items()}
 
     runs = []
     for _ in range(2):
-        model = build().to(DEVICE).prepare(lora_rank=2)
+        model = build().to(device).prepare(lora_rank=2)
         runs.append((model, training.optimizer_for(model, 1e-2, 1e-3)))
     (model, optimizer), (resumed, other) = runs
     step(model, optimizer, 0)
     training.save_checkpoint(tmp_path, 1, model, optimizer)
-    draws = lambda: (torch.rand(4), torch.rand(4, device=DEVICE))
+    draws = lambda: (torch.rand(4), torch.rand(4, device=device))
     state = lambda o: [o.state[p] for g in o.param_groups for p in g["params"]]
     want, places = draws(), [{k: v.device for k, v in s.items()} for s in state(optimizer)]
     want_step = step(model, optimizer, 1)
@@ -318,13 +381,13 @@ def test_checkpoint_goes_on_bit_for_bit(build, tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"], ["--lora-rank", "0"]])
-def test_dpo_takes_the_steps_of_the_cpu(run, files, more):  # noqa: F811
+def test_dpo_takes_the_steps_of_the_cpu(device, run, files, more):  # noqa: F811
     """The command line, reference pass included, and its files."""
     outs = []
-    for device in ("cpu", DEVICE):
+    for where in ("cpu", device):
         shutil.rmtree(files / ".cache", ignore_errors=True)  # the other device's reference
-        outs.append(files / f"dpo-{device}-{len(outs)}{''.join(more)}")
-        flags = ["--dtype", "float32", "--steps", 4, "--device", device, *more]
+        outs.append(files / f"dpo-{len(outs)}{''.join(more)}")
+        flags = ["--dtype", "float32", "--steps", 4, "--device", where, *more]
         run(outs[-1].name, *flags, script=dpo)
     for want, got in zip(*map(metrics, outs), strict=True):
         if want["step"] == 0:
@@ -334,9 +397,9 @@ def test_dpo_takes_the_steps_of_the_cpu(run, files, more):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_online_scripts_start_at_ln_2(run, files, dtype):  # noqa: F811
+def test_online_scripts_start_at_ln_2(device, run, files, dtype):  # noqa: F811
     """Both draw from the policy on the device and take two steps; the policy is the reference at step 0."""
-    where = ["--device", DEVICE, "--dtype", dtype, "--steps", 2]
+    where = ["--device", device, "--dtype", dtype, "--steps", 2]
     lines, _ = run(f"online-{dtype}", *where, annotator=by(len))
     assert len(lines) == 2 and lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     lines, _ = run(f"bdhs-{dtype}", "--online", "--max-new-tokens", 6, *where, script=bdhs)
@@ -344,9 +407,9 @@ def test_online_scripts_start_at_ln_2(run, files, dtype):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ppo_starts_at_the_reference(run_ppo, dtype):  # noqa: F811
+def test_ppo_starts_at_the_reference(device, run_ppo, dtype):  # noqa: F811
     """Policy, reference, values and reward model on the device, two steps."""
-    out = run_ppo("out", "--device", DEVICE, "--dtype", dtype, "--steps", "2")
+    out = run_ppo("out", "--device", device, "--dtype", dtype, "--steps", "2")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and abs(lines[0]["objective/kl"]) <= (
         1e-5 if dtype == "float32" else 0.1
