@@ -644,9 +644,8 @@ def online(args, clock, device, model, processor, examples, out):
         metrics = Counter()
 
         # 1. batch
-        micro_batches = training.batch_of(step, args, len(examples))
-        n_examples = sum(map(len, micro_batches))
-        for number, micro in enumerate(micro_batches):
+        indices, micro_batches = training.batch_of(step, args, len(examples))
+        for number, micro in micro_batches:
             positives = [examples[i] for i in micro]
 
             # 2. draw
@@ -657,8 +656,8 @@ def online(args, clock, device, model, processor, examples, out):
                 ("negatives/tries", [n.tries for n in negatives]),
                 ("negatives/words", [len(n.text.split()) for n in negatives]),
             ):
-                metrics[name] += sum(values) / n_examples
-            metrics["negatives/equal"] += (len(micro) - len(pairs)) / n_examples
+                metrics[name] += sum(values) / len(indices)
+            metrics["negatives/equal"] += (len(micro) - len(pairs)) / len(indices)
             if not pairs:
                 continue
             batch = processor.collate(pairs).to(device)
@@ -676,7 +675,7 @@ def online(args, clock, device, model, processor, examples, out):
             if args.gamma:  # eq. 5
                 given_losses, *_ = dpo_loss(chosen, given[0], ref_chosen, ref_given[0], args.beta)
                 losses = args.gamma * given_losses + (1 - args.gamma) * losses
-            (losses.sum() / n_examples).backward()
+            (losses.sum() / len(indices)).backward()
 
             for name, values in (
                 ("loss", losses),
@@ -687,10 +686,11 @@ def online(args, clock, device, model, processor, examples, out):
                 ("logps/chosen", chosen),
                 ("logps/rejected", drawn),
             ):
-                metrics[name] += values.sum().item() / n_examples
+                metrics[name] += values.detach().sum() / len(indices)
 
         # 5. step
-        where = [examples[i].record.where for micro in micro_batches for i in micro]
+        where = [examples[i].record.where for i in indices]
+        metrics = training.numbers(metrics)
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
         training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)

@@ -150,9 +150,8 @@ def main():
         metrics = Counter()
 
         # 1. batch
-        micro_batches = training.batch_of(step, args, len(examples))
-        n_pairs = sum(map(len, micro_batches))
-        for micro in micro_batches:
+        indices, micro_batches = training.batch_of(step, args, len(examples))
+        for _, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
 
             # 2. score
@@ -163,7 +162,7 @@ def main():
             losses, reward_chosen, reward_rejected = dpo_loss(
                 chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss
             )
-            loss = losses.sum() / n_pairs
+            loss = losses.sum() / len(indices)
             if loss.requires_grad:  # not so for text alone, where only the projector trains
                 loss.backward()
 
@@ -176,10 +175,11 @@ def main():
                 ("logps/chosen", chosen),
                 ("logps/rejected", rejected),
             ):
-                metrics[name] += values.sum().item() / n_pairs
+                metrics[name] += values.detach().sum() / len(indices)
 
         # 4. step
-        where = [examples[i].record.where for micro in micro_batches for i in micro]
+        where = [examples[i].record.where for i in indices]
+        metrics = training.numbers(metrics)
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
         training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)

@@ -50,7 +50,6 @@ the parts of `step_seconds`.
 """
 
 import random
-import statistics
 from collections import Counter
 from dataclasses import replace
 
@@ -88,9 +87,10 @@ METRICS = (  # of every step, also of one without a pair
     "annotator/pairs",
     "annotator/ties",
     "annotator/unreadable",
-    "seconds/sample",
-    "seconds/score",
-    "seconds/train",
+    "annotator/score",
+    "scores",
+    "response_length",
+    "answers",
 )
 
 
@@ -225,13 +225,11 @@ def main():
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
     for step in range(first, steps):
-        metrics = Counter(dict.fromkeys(METRICS, 0.0))
-        where, all_scores, lengths = [], [], []
+        metrics, seconds = Counter(dict.fromkeys(METRICS, 0.0)), Counter()
 
         # 1. batch: eq. 4, pairs[i] is the data's pair, or None where the policy answers
-        micro_batches = training.batch_of(step, args, len(examples))
-        prompts = sum(map(len, micro_batches))
-        for number, micro in enumerate(micro_batches):
+        indices, micro_batches = training.batch_of(step, args, len(examples))
+        for number, micro in micro_batches:
             seed = f"{args.seed}/{step}/{number}"
             rng = random.Random(f"{seed}/alpha")
             pairs = [examples[i] if rng.random() < args.mix else None for i in micro]
@@ -242,8 +240,9 @@ def main():
                 # 2. sample
                 answers = sample(model, processor, online, args, seed)
                 texts = [[processor.text(tokens) for tokens in row] for row in answers]
-                lengths += [len(tokens) for row in answers for tokens in row]
-                metrics["seconds/sample"] += clock.lap("sample")
+                metrics["answers"] += len(online) * args.k
+                metrics["response_length"] += sum(len(tokens) for row in answers for tokens in row)
+                seconds["sample"] += clock.lap("sample")
 
                 # 3. judge
                 try:
@@ -255,14 +254,16 @@ def main():
                 for i, example, row, values in zip(places, online, answers, scores, strict=True):
                     verdict = best_and_worst(values)
                     if isinstance(verdict, str):
-                        metrics[f"annotator/{verdict}"] += 1 / prompts
+                        metrics[f"annotator/{verdict}"] += 1 / len(indices)
                     else:
                         pairs[i] = pair_of(example, [row[place] for place in verdict])
-                all_scores += [value for row in scores for value in row if value is not None]
-                metrics["seconds/score"] += clock.lap("score")
+                read = [value for row in scores for value in row if value is not None]
+                metrics["scores"] += len(read)
+                metrics["annotator/score"] += sum(read)
+                seconds["score"] += clock.lap("score")
 
             pairs = [pair for pair in pairs if pair is not None]
-            metrics["annotator/pairs"] += len(pairs) / prompts
+            metrics["annotator/pairs"] += len(pairs) / len(indices)
             if not pairs:
                 continue
             batch = processor.collate(pairs).to(device)
@@ -276,11 +277,10 @@ def main():
             losses, reward_chosen, reward_rejected = dpo_loss(
                 chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss
             )
-            loss = losses.sum() / prompts
+            loss = losses.sum() / len(indices)
             if loss.requires_grad:  # not so for text alone, where only the projector trains
                 loss.backward()
 
-            where += [pair.record.where for pair in pairs]
             for name, values in (
                 ("loss", losses),
                 ("rewards/chosen", reward_chosen),
@@ -290,10 +290,12 @@ def main():
                 ("logps/chosen", chosen),
                 ("logps/rejected", rejected),
             ):
-                metrics[name] += values.sum().item() / prompts
-            metrics["seconds/train"] += clock.lap("train")
+                metrics[name] += values.detach().sum() / len(indices)
+            seconds["train"] += clock.lap("train")
 
         # 6. step
+        where = [examples[i].record.where for i in indices]
+        metrics = training.numbers(metrics)
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
         training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)
@@ -301,10 +303,11 @@ def main():
 
         # 7. log
         metrics["lr"] = args.lr * factor
-        metrics["annotator/score"] = statistics.fmean(all_scores) if all_scores else 0.0
-        metrics["response_length"] = statistics.fmean(lengths) if lengths else 0.0
-        metrics["seconds/train"] += clock.lap("train")
-        metrics["step_seconds"] = sum(metrics[f"seconds/{n}"] for n in ("sample", "score", "train"))
+        metrics["annotator/score"] /= max(1, metrics.pop("scores"))
+        metrics["response_length"] /= max(1, metrics.pop("answers"))
+        seconds["train"] += clock.lap("train")
+        metrics |= {f"seconds/{part}": seconds[part] for part in ("sample", "score", "train")}
+        metrics["step_seconds"] = sum(seconds.values())
         log(step, ["loss", "rewards/margins", "annotator/pairs", "annotator/score"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
             training.save_checkpoint(out, step + 1, model, optimizer)

@@ -168,9 +168,8 @@ def main():
         metrics = Counter()
 
         # 1. batch
-        micro_batches = training.batch_of(step, args, len(examples))
-        n_pairs = sum(map(len, micro_batches))
-        for number, micro in enumerate(micro_batches):
+        indices, micro_batches = training.batch_of(step, args, len(examples))
+        for number, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
             k = len(examples[micro[0]].answers)
 
@@ -197,7 +196,7 @@ def main():
             if args.gamma:  # eq. 5
                 given_losses, *_ = dpo_loss(chosen, given[0], ref_chosen, ref_given[0], args.beta)
                 losses = args.gamma * given_losses + (1 - args.gamma) * losses
-            (losses.sum() / n_pairs).backward()
+            (losses.sum() / len(indices)).backward()
 
             for name, values in (
                 ("loss", losses),
@@ -208,10 +207,11 @@ def main():
                 ("logps/chosen", chosen),
                 ("logps/rejected", rejected),
             ):
-                metrics[name] += values.sum().item() / n_pairs
+                metrics[name] += values.detach().sum() / len(indices)
 
         # 5. step
-        where = [examples[i].record.where for micro in micro_batches for i in micro]
+        where = [examples[i].record.where for i in indices]
+        metrics = training.numbers(metrics)
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
         training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)

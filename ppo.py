@@ -85,6 +85,7 @@ token; `grad_norm` before clipping. The metrics of an update are means over the 
 import math
 import random
 import re
+import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -345,8 +346,8 @@ def correctness(record, text):
             or f"correct option is {letter}." in text
         )
         return float(right)
-    if re.match(r"no\b", gold, re.I):
-        yes_no = re.match(r"(yes|no)\b", text, re.I)
+    if re.match(r"no\b", gold, re.IGNORECASE):
+        yes_no = re.match(r"(yes|no)\b", text, re.IGNORECASE)
         if yes_no:
             return 0.5 if yes_no[0].lower() == "no" else -0.5
     return 0.0
@@ -554,14 +555,14 @@ def update(model, processor, optimizer, factor, rollout, args, step):
 
     factor: of the learning rates.
     """
-    metrics, updates = Counter(), 0
+    updates = []  # the metrics of each
     for number in range(args.passes):
         order = list(range(len(rollout.examples)))
         random.Random(f"{args.seed}/{step}/{number}").shuffle(order)
         for places in chunks(order, args.batch_size * args.grad_accum):
             minibatch = rollout.take(places)
             M, N = len(minibatch.lengths), sum(minibatch.lengths)
-            total_loss = 0.0
+            metrics = Counter()
             for micro_places in chunks(places, args.batch_size):
                 micro = rollout.take(micro_places)  # m answers, n tokens
                 batch = processor.collate(micro.examples).to(model.device)
@@ -583,15 +584,12 @@ def update(model, processor, optimizer, factor, rollout, args, step):
                     count = M
                 loss = losses.sum() / count
                 loss.backward()
-                total_loss += loss.item()
 
                 log_ratio = (log_p - micro.log_probs).detach()
-                sums = {  # over tokens; divided by N below, they add up to means over the minibatch
-                    "policy/loss": loss * N,
-                    "policy/clipfrac": clipped.float().mean() * len(clipped) * (N / count),
-                    "policy/approxkl": 0.5 * (log_ratio**2).sum(),
-                    "objective/entropy": entropy.sum(),
-                }
+                metrics["policy/loss"] += loss.detach()
+                metrics["policy/clipfrac"] += clipped.float().sum() / count
+                metrics["policy/approxkl"] += 0.5 * (log_ratio**2).sum() / N
+                metrics["objective/entropy"] += entropy.sum() / N
 
                 # the value network: the mean over all tokens of the minibatch
                 if args.advantage == "gae":
@@ -600,19 +598,16 @@ def update(model, processor, optimizer, factor, rollout, args, step):
                         losses = value_loss(values, micro.values, micro.returns, args.clip)  # (n,)
                         loss = losses.sum() / N
                         (args.value_weight * loss).backward()
-                    total_loss += args.value_weight * loss.item()
-                    sums["val/loss"] = loss * N
-
-                for name, value in sums.items():
-                    metrics[name] += value.item() / N
+                    metrics["val/loss"] += loss.detach()
 
             where = [e.record.where for e in minibatch.examples]
-            grad_norm = training.clip_gradients(optimizer, max_norm=1.0)
-            training.check_finite(total_loss, grad_norm, where)
+            metrics = training.numbers(metrics)
+            metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
+            loss = metrics["policy/loss"] + args.value_weight * metrics.get("val/loss", 0)
+            training.check_finite(loss, metrics["grad_norm"], where)
             training.take_step(optimizer, factor)
-            metrics["grad_norm"] += grad_norm
-            updates += 1
-    return {name: value / updates for name, value in metrics.items()}
+            updates.append(metrics)
+    return {name: statistics.fmean(m[name] for m in updates) for name in updates[0]}
 
 
 # ---- 7. log
@@ -727,8 +722,8 @@ def main():
         # the prompts of the next `minibatches` batches, in one list
         prompts = []
         for number in range(step * args.minibatches, (step + 1) * args.minibatches):
-            for micro in training.batch_of(number, args, len(examples)):
-                prompts += [examples[i] for i in micro]
+            indices, _ = training.batch_of(number, args, len(examples))
+            prompts += [examples[i] for i in indices]
         metrics = {}
 
         # 1. sample

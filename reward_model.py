@@ -436,9 +436,8 @@ def main():
         metrics = Counter()
 
         # 1. batch
-        micro_batches = training.batch_of(step, args, len(train))
-        pairs = sum(map(len, micro_batches))
-        for number, micro in enumerate(micro_batches):
+        indices, micro_batches = training.batch_of(step, args, len(train))
+        for number, micro in micro_batches:
             rng = random.Random(f"{args.seed}/{step}/{number}")  # which captions, in which order
             examples = [train[i] for i in micro]
             batch = collate(processor, examples, facts, rng, args.max_facts).to(device)
@@ -449,7 +448,7 @@ def main():
 
                 # 3. loss: the mean over all pairs of the step
                 losses, centring = reward_loss(chosen, rejected, args.centre)  # (B,), ()
-                ((losses.sum() + centring * len(micro)) / pairs).backward()
+                ((losses.sum() + centring * len(micro)) / len(indices)).backward()
 
             for name, values in (
                 ("loss", losses + centring),
@@ -458,10 +457,11 @@ def main():
                 ("rewards/accuracies", (chosen > rejected).float()),
                 ("rewards/margins", chosen - rejected),
             ):
-                metrics[name] += values.sum().item() / pairs
+                metrics[name] += values.detach().sum() / len(indices)
 
         # 4. step
-        where = [train[i].record.where for micro in micro_batches for i in micro]
+        where = [train[i].record.where for i in indices]
+        metrics = training.numbers(metrics)
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
         training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = min(1.0, (step + 1) / math.ceil(0.03 * steps))

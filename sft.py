@@ -162,29 +162,30 @@ def main():
         metrics = Counter()
 
         # 1. batch
-        micro_batches = training.batch_of(step, args, len(examples))
-        step_examples = [examples[i] for micro in micro_batches for i in micro]
-        metrics["tokens"] = sum(int(s.sum()) for e in step_examples for s in e.scored)
-        for micro in micro_batches:
+        indices, micro_batches = training.batch_of(step, args, len(examples))
+        tokens = sum(int(s.sum()) for i in indices for s in examples[i].scored)
+        for _, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
 
             # 2. score
             log_p, _ = model.log_probs(batch)  # (N,)
 
             # 3. loss: the mean over all answer tokens of the step
-            loss = -log_p.sum() / metrics["tokens"]
+            loss = -log_p.sum() / tokens
             if loss.requires_grad:  # not so for text alone, where only the projector trains
                 loss.backward()
-            metrics["loss"] += loss.item()
+            metrics["loss"] += loss.detach()
 
         # 4. step
-        where = [e.record.where for e in step_examples]
+        where = [examples[i].record.where for i in indices]
+        metrics = training.numbers(metrics)
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
         training.check_finite(metrics["loss"], metrics["grad_norm"], where)
         factor = training.schedule(step, steps)
         training.take_step(optimizer, factor)
 
         # 5. log
+        metrics["tokens"] = tokens
         metrics["lr"] = args.lr * factor
         metrics["step_seconds"] = time.time() - step_begin
         log(step, ["loss"], metrics)

@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from common import (
@@ -284,15 +285,17 @@ def total_steps(args, n):
 
 
 def batch_of(step, args, n):
-    """The examples of an optimizer step: indices, as grad_accum lists of micro-batches.
+    """The examples of an optimizer step, as indices -> all of them, and the micro-batches.
 
+    The micro-batches are pairs (number, indices), at most grad_accum of them.
     Every epoch is a new seeded permutation. The result depends on seed and step alone, so a resumed
     run needs no saved position. With --epochs the last step takes what is left.
     """
     size = args.batch_size * args.grad_accum
     end = (step + 1) * size if args.steps else min((step + 1) * size, n * args.epochs)
     chosen = shuffled(step * size, end, n, args.seed)
-    return [chosen[i : i + args.batch_size] for i in range(0, len(chosen), args.batch_size)]
+    starts = range(0, len(chosen), args.batch_size)
+    return chosen, [(j, chosen[i : i + args.batch_size]) for j, i in enumerate(starts)]
 
 
 def shuffled(start, end, n, seed):
@@ -334,6 +337,20 @@ def optimizer_for(model, lr, projector_lr, vision_lr=0.0):
     if not groups:
         raise BadInput("nothing trains: --lr, --projector-lr and the other rates are all 0.")
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+
+
+def numbers(metrics):
+    """{name: number or tensor ()} -> {name: float}, 0 for a name without a number.
+
+    One transfer, and the only place where a step waits for the device: until here it queues work.
+    """
+    import torch
+
+    tensors = {name: x for name, x in metrics.items() if torch.is_tensor(x)}
+    if tensors:
+        values = torch.stack([x.detach().double() for x in tensors.values()]).tolist()
+        metrics = {**metrics, **dict(zip(tensors, values))}
+    return defaultdict(float, metrics)
 
 
 def clip_gradients(optimizer, max_norm):

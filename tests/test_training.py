@@ -345,7 +345,11 @@ def plan(n, **flags):
     """The rows of all steps: a list of steps, each a list of micro-batches of indices."""
     flags = {"steps": None, "epochs": 3, "batch_size": 2, "grad_accum": 1, "seed": 0} | flags
     args = argparse.Namespace(**flags)
-    return [training.batch_of(i, args, n) for i in range(training.total_steps(args, n))]
+    steps = [training.batch_of(i, args, n) for i in range(training.total_steps(args, n))]
+    for indices, micro_batches in steps:
+        assert [number for number, _ in micro_batches] == list(range(len(micro_batches)))
+        assert indices == [i for _, micro in micro_batches for i in micro]
+    return [[micro for _, micro in micro_batches] for _, micro_batches in steps]
 
 
 def flat(steps):
