@@ -2,7 +2,8 @@
 
     h = [log pi(y+|x) - log pi_ref(y+|x)] - [log pi(y-|x) - log pi_ref(y-|x)]    x: image, prompt
     DPO   -log sigmoid(beta h)           Amirloo et al. 2024, eq. 3
-    IPO   (h - 1 / (2 beta))^2           ibid. section 5.7
+    IPO   (h' - 1 / (2 beta))^2          ibid. section 5.7; h' is h with each log-prob divided by
+                                         the number of its answer's tokens
     SLiC  max(0, 1 - beta h)             ibid.
 
     python dpo.py                                                                 # toy world, CPU
@@ -30,7 +31,9 @@ Choices where the paper is silent, and deviations:
    does not say. The defaults are from that grid.
 2. Cosine schedule with warm-up .03, AdamW without weight decay, clipping at 1: Li et al. 2024.
 3. A pair is one row with one encoding of the image: the same loss and gradients as two rows.
-4. IPO takes sums over tokens, as its paper does; TRL divides by their number.
+4. The text of IPO's paper (Azar et al. 2023, eq. 17) has h, which --loss ipo_sum takes. TRL's
+   authors asked the paper's authors, who confirmed that its results are of h', so that beta does
+   not depend on the length (trl/trainer/dpo_trainer.py; TRL's pull request 1265).
 5. Toy settings were chosen on test scenes of another world (seed 100), steps by running time.
 
 Metrics: `rewards/chosen` = beta (log pi - log pi_ref) of y+, `rewards/rejected` of y-;
@@ -50,7 +53,7 @@ from common import Parser, Progress, positive, run
 from formats import checkpoints, dataset
 from lab import report, toy
 
-BETA = {"dpo": 0.1, "ipo": 0.9, "slic": 0.1}
+BETA = {"dpo": 0.1, "ipo": 0.9, "ipo_sum": 0.9, "slic": 0.1}
 TOY_BETA = BETA | {"dpo": 0.5}
 TOY = {
     "data": ["povid.json"],
@@ -75,21 +78,25 @@ def parse():
     return training.parse(parser)
 
 
-def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="dpo"):
+def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="dpo", tokens=None):
     """The loss of each pair from its four summed log-probs, all (B,).
 
+    tokens: (2, B), the lengths of chosen and rejected; "ipo" alone needs them.
     -> losses (B,), rewards of the chosen and of the rejected answers (B,).
     """
-    reward_chosen = beta * (logp_chosen - ref_chosen)
-    reward_rejected = beta * (logp_rejected - ref_rejected)
-    margin = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)  # h
+    moved_chosen = logp_chosen - ref_chosen
+    moved_rejected = logp_rejected - ref_rejected
+    margin = moved_chosen - moved_rejected  # h
     if kind == "dpo":
         losses = -F.logsigmoid(beta * margin)  # eq. 3
     elif kind == "ipo":
+        per_token = moved_chosen / tokens[0] - moved_rejected / tokens[1]
+        losses = (per_token - 1 / (2 * beta)) ** 2
+    elif kind == "ipo_sum":
         losses = (margin - 1 / (2 * beta)) ** 2
     elif kind == "slic":
         losses = (1 - beta * margin).relu()
-    return losses, reward_chosen.detach(), reward_rejected.detach()
+    return losses, beta * moved_chosen.detach(), beta * moved_rejected.detach()
 
 
 def reference_log_probs(model, processor, examples, batch_size):
@@ -159,8 +166,9 @@ def main():
             ref_chosen, ref_rejected = reference[micro].T  # (B,), (B,)
 
             # 3. loss: the mean over all pairs of the step
+            tokens = batch.lengths.view(-1, 2).T  # (2, B)
             losses, reward_chosen, reward_rejected = dpo_loss(
-                chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss
+                chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss, tokens
             )
             loss = losses.sum() / len(indices)
             if loss.requires_grad:  # not so for text alone, where only the projector trains

@@ -63,7 +63,7 @@ from common import Parser, fraction, positive, positive_int, ranged, run
 from formats import checkpoints, dataset
 from lab import report, toy
 
-BETA = {"dpo": 0.1, "ipo": 0.9, "slic": 0.1}
+BETA = {"dpo": 0.1, "ipo": 0.9, "ipo_sum": 0.9, "slic": 0.1}
 TOY_BETA = BETA | {"dpo": 0.5}
 TOY = {
     "data": ["rlhf_v.jsonl"],
@@ -130,21 +130,25 @@ def parse():
     return training.parse(parser)
 
 
-def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="dpo"):
+def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="dpo", tokens=None):
     """The loss of each pair from its four summed log-probs, all (B,).
 
+    tokens: (2, B), the lengths of chosen and rejected; "ipo" alone needs them.
     -> losses (B,), rewards of the chosen and of the rejected answers (B,).
     """
-    reward_chosen = beta * (logp_chosen - ref_chosen)
-    reward_rejected = beta * (logp_rejected - ref_rejected)
-    margin = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)  # h
+    moved_chosen = logp_chosen - ref_chosen
+    moved_rejected = logp_rejected - ref_rejected
+    margin = moved_chosen - moved_rejected  # h
     if kind == "dpo":
         losses = -F.logsigmoid(beta * margin)  # eq. 3
     elif kind == "ipo":
+        per_token = moved_chosen / tokens[0] - moved_rejected / tokens[1]
+        losses = (per_token - 1 / (2 * beta)) ** 2
+    elif kind == "ipo_sum":
         losses = (margin - 1 / (2 * beta)) ** 2
     elif kind == "slic":
         losses = (1 - beta * margin).relu()
-    return losses, reward_chosen.detach(), reward_rejected.detach()
+    return losses, beta * moved_chosen.detach(), beta * moved_rejected.detach()
 
 
 def sample(model, processor, examples, args, seed):
@@ -274,8 +278,9 @@ def main():
             chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T  # (B,), (B,)
 
             # 5. loss: the mean over all prompts of the step
+            tokens = batch.lengths.view(-1, 2).T  # (2, B)
             losses, reward_chosen, reward_rejected = dpo_loss(
-                chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss
+                chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss, tokens
             )
             loss = losses.sum() / len(indices)
             if loss.requires_grad:  # not so for text alone, where only the projector trains

@@ -40,8 +40,11 @@ ROOT = Path(__file__).parents[1]
         # pair 3: nothing moved, h = 0
         ("dpo", 0.1, [0.474077, 0.770960, 0.693147]),  # ln(1 + e^-0.5), ln(1 + e^0.15), ln 2
         ("dpo", 2.0, [0.0000454, 3.048587, 0.693147]),  # ln(1 + e^-10), ln(1 + e^3), ln 2
-        ("ipo", 0.1, [0.0, 42.25, 25.0]),  # 1 / (2 * 0.1) = 5: (5 - 5)^2, (-1.5 - 5)^2, (0 - 5)^2
-        ("ipo", 1.0, [20.25, 4.0, 0.25]),  # 1 / 2 = 0.5: (5 - 0.5)^2, (-1.5 - 0.5)^2, (0 - 0.5)^2
+        # tokens 4 and 12, 2 and 5, 3 and 3: h' = 2/4 + 3/12 = .75, -1/2 - .5/5 = -.6, 0
+        ("ipo", 0.1, [18.0625, 31.36, 25.0]),  # 1 / (2 * 0.1) = 5: -4.25^2, -5.6^2, -5^2
+        ("ipo", 1.0, [0.0625, 1.21, 0.25]),  # 1 / 2 = 0.5: .25^2, -1.1^2, -.5^2
+        ("ipo_sum", 0.1, [0.0, 42.25, 25.0]),  # (5 - 5)^2, (-1.5 - 5)^2, (0 - 5)^2
+        ("ipo_sum", 1.0, [20.25, 4.0, 0.25]),  # (5 - 0.5)^2, (-1.5 - 0.5)^2, (0 - 0.5)^2
         ("slic", 0.1, [0.5, 1.15, 1.0]),  # 1 - 0.5, 1 + 0.15, 1
         ("slic", 2.0, [0.0, 4.0, 1.0]),  # max(0, 1 - 10), 1 + 3, 1
     ],
@@ -54,23 +57,25 @@ def test_losses_by_hand(script, kind, beta, want):
         t([-20.0, -9.0, -40.0], requires_grad=True),
     )
     ref_chosen, ref_rejected = t([-12.0, -7.0, -30.0]), t([-17.0, -9.5, -40.0])
+    tokens = t([[4, 2, 3], [12, 5, 3]])
     losses, reward_chosen, reward_rejected = script.dpo_loss(
-        chosen, rejected, ref_chosen, ref_rejected, beta, kind
+        chosen, rejected, ref_chosen, ref_rejected, beta, kind, tokens
     )
     assert torch.allclose(losses, t(want), rtol=1e-5, atol=1e-7)
     assert torch.allclose(reward_chosen, beta * t([2.0, -1.0, 0.0]))
     assert torch.allclose(reward_rejected, beta * t([-3.0, 0.5, 0.0]))
     assert not reward_chosen.requires_grad and not reward_rejected.requires_grad
     losses.sum().backward()
-    h = [5.0, -1.5, 0.0]
+    h, per_token = [5.0, -1.5, 0.0], [0.75, -0.6, 0.0]
     slope = {  # d loss / d h
         "dpo": [-beta / (1 + math.exp(beta * x)) for x in h],
-        "ipo": [2 * (x - 1 / (2 * beta)) for x in h],
+        "ipo": [2 * (x - 1 / (2 * beta)) for x in per_token],
+        "ipo_sum": [2 * (x - 1 / (2 * beta)) for x in h],
         "slic": [-beta * (beta * x < 1) for x in h],
     }[kind]
-    assert torch.allclose(chosen.grad, t(slope), atol=1e-6) and torch.allclose(
-        rejected.grad, -t(slope), atol=1e-6
-    )
+    shares = 1 / tokens if kind == "ipo" else torch.ones(2, 3)
+    assert torch.allclose(chosen.grad, t(slope) * shares[0], atol=1e-6)
+    assert torch.allclose(rejected.grad, -t(slope) * shares[1], atol=1e-6)
 
 
 def test_dpo_loss_of_a_lost_pair_is_finite():
@@ -647,8 +652,7 @@ def test_sft_accumulated_and_resumed(world, checkpoint):
 def test_loss_is_that_of_trl(checkpoint, tmp_path):
     """TRL's own trainer, collator and loss on rows with pictures: same tokens, log-probs, loss, rewards and gradients.
 
-    The policy is the checkpoint with noise on every weight of LLM and projector, so h is not 0. TRL's IPO averages over
-    tokens where the paper's h is a sum, so it is not compared.
+    The policy is the checkpoint with noise on every weight of LLM and projector, so h is not 0.
     """
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
@@ -686,7 +690,11 @@ def test_loss_is_that_of_trl(checkpoint, tmp_path):
         ]
     ).cast_column("images", datasets.List(datasets.Image()))
     llava = transformers.LlavaForConditionalGeneration
-    for theirs, ours, beta in (("sigmoid", "dpo", 0.1), ("hinge", "slic", 0.02)):
+    for theirs, ours, beta in (
+        ("sigmoid", "dpo", 0.1),
+        ("ipo", "ipo", 0.9),
+        ("hinge", "slic", 0.02),
+    ):
         config = trl.DPOConfig(
             output_dir=str(tmp_path / ours),
             loss_type=theirs,
@@ -719,14 +727,14 @@ def test_loss_is_that_of_trl(checkpoint, tmp_path):
         model.zero_grad()
         chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T
         losses, reward_chosen, reward_rejected = dpo_loss(
-            chosen, rejected, *reference.T, beta, ours
+            chosen, rejected, *reference.T, beta, ours, batch.lengths.view(-1, 2).T
         )
         losses.mean().backward()
         logged = {k: v[-1] for k, v in trainer._metrics["eval"].items()}
         assert losses.mean().item() == pytest.approx(their_loss.item(), abs=1e-5)
-        assert abs(losses.mean().item() - {"dpo": 0.6931, "slic": 1.0}[ours]) > 1e-2, (
-            "h is 0: says little"
-        )
+        assert (
+            abs(losses.mean().item() - {"dpo": 0.6931, "ipo": 0.3086, "slic": 1.0}[ours]) > 1e-2
+        ), "h is 0: says little"
         for name, value in (
             ("logps/chosen", chosen),
             ("logps/rejected", rejected),

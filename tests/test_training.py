@@ -153,17 +153,22 @@ WORKED = [  # log pi_ref of chosen and rejected, where log pi is -10 and -20; be
     "loss, want",
     [
         ("dpo", (0.0788887 + 0.693147 * 2 + 2.5788887 + 0.1269280) / 5),  # ln(1 + e^(-h / 2))
-        ("ipo", (16 + 1 + 1 + 36 + 9) / 5),  # (h - 1)^2
+        ("ipo", None),  # worked out below, with the answers' lengths
+        ("ipo_sum", (16 + 1 + 1 + 36 + 9) / 5),  # (h - 1)^2
         ("slic", (0 + 1 + 1 + 3.5 + 0) / 5),  # max(0, 1 - h / 2)
     ],
-    ids=["dpo", "ipo", "slic"],
+    ids=["dpo", "ipo", "ipo_sum", "slic"],
 )
 def test_metrics_of_known_log_probs(train, monkeypatch, checkpoint, script, loss, want):
     """Every answer's log-probs are given; what one step of 2 x 3 rows makes of them is worked out above."""
     _, processor = checkpoints.load(checkpoint)
-    given = {}
+    given, ipo = {}, []
     for record, reference in zip(read_records(["povid.json"], "images", answers=2), WORKED):
-        for answer, policy, ref in zip(processor.encode(record).answers, (-10, -20), reference):
+        answers = processor.encode(record).answers
+        chosen, rejected = map(len, answers)
+        per_token = (-10 - reference[0]) / chosen - (-20 - reference[1]) / rejected
+        ipo.append((per_token - 1) ** 2)
+        for answer, policy, ref in zip(answers, (-10, -20), reference):
             given[tuple(answer.tolist())] = (float(policy), float(ref))
     real = MLLM.answer_log_probs
 
@@ -190,7 +195,7 @@ def test_metrics_of_known_log_probs(train, monkeypatch, checkpoint, script, loss
         2,
     )
     (line,) = lines_of(out)
-    assert line["loss"] == pytest.approx(want, rel=1e-5)
+    assert line["loss"] == pytest.approx(want or sum(ipo) / 5, rel=1e-5)
     assert line["rewards/chosen"] == pytest.approx((1 + 0 + 2 - 1.5 + 0) / 5, rel=1e-5)
     assert line["rewards/rejected"] == pytest.approx((-1.5 + 0 + 2 + 1 - 2) / 5, rel=1e-5)
     assert line["rewards/margins"] == pytest.approx((2.5 + 0 + 0 - 2.5 + 2) / 5, rel=1e-5)
@@ -332,7 +337,12 @@ def test_toy_settings_are_for_flags_that_are_not_given(resolved, script):
 def test_beta_is_that_of_the_loss(resolved, script):
     """A toy setting never replaces a default that depends on the method."""
     real = ("--model", "m", "--data", "d.json")
-    for loss, toy_beta, beta in (("dpo", 0.5, 0.1), ("ipo", 0.9, 0.9), ("slic", 0.1, 0.1)):
+    for loss, toy_beta, beta in (
+        ("dpo", 0.5, 0.1),
+        ("ipo", 0.9, 0.9),
+        ("ipo_sum", 0.9, 0.9),
+        ("slic", 0.1, 0.1),
+    ):
         assert resolved(script, "--loss", loss).beta == toy_beta
         assert resolved(script, "--loss", loss, *real).beta == beta
         assert resolved(script, "--loss", loss, "--beta", "0.3").beta == 0.3
