@@ -693,7 +693,7 @@ def online(args, clock, device, model, processor, examples, out):
         metrics = training.numbers(metrics)
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
         training.check_finite(metrics["loss"], metrics["grad_norm"], where)
-        factor = training.schedule(step, steps)
+        factor = training.schedule(step, steps, args.schedule)
         training.take_step(optimizer, factor)
 
         # 6. log

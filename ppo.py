@@ -742,8 +742,8 @@ def main():
         # 4. GAE, 5. whitening
         rollout = with_advantages(rollout, scores, kl, args)
 
-        # 6. update: 5 iterations of warm-up, times a cosine
-        factor = min(1.0, (step + 1) / 5) * training.schedule(step, steps, warmup=0)
+        # 6. update: 5 iterations of warm-up, times the schedule
+        factor = min(1.0, (step + 1) / 5) * training.schedule(step, steps, args.schedule, 0)
         metrics |= update(model, processor, optimizer, factor, rollout, args, step)
         metrics["seconds/train"] = clock.lap("train")
 

@@ -55,7 +55,7 @@ Choices where the papers are silent, and deviations:
 3. LoRA has alpha = 2 rank, here as everywhere in this project; the original has rank 64, alpha 16.
 4. The mean of the centring term is over the pairs of a forward pass; the original's is over those
    of a device.
-5. AdamW without weight decay, clipping at 1 (the original: paged AdamW, .3). The learning rate is
+5. AdamW without weight decay, clipping at 1 (the original: paged AdamW, .3). --schedule is
    constant after a warm-up of 3 %, as in both papers. One epoch; the original was stopped at step
    200: --steps.
 6. --max-facts reads some of the captions, drawn anew each time; the original reads all five.
@@ -75,7 +75,6 @@ probability between the bounds of a bin, how many they are, their mean probabili
 which the favourite is the preferred answer (equal in a calibrated model).
 """
 
-import math
 import random
 import shutil
 import sys
@@ -117,7 +116,13 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     training.add_training_flags(
-        parser, lr=2e-5, projector_lr=0.0, lora_rank=64, epochs=1, batch_size=32
+        parser,
+        lr=2e-5,
+        projector_lr=0.0,
+        lora_rank=64,
+        epochs=1,
+        batch_size=32,
+        schedule="constant",
     )
     flag = parser.add_argument_group("reward model").add_argument
     flag(
@@ -464,7 +469,7 @@ def main():
         metrics = training.numbers(metrics)
         metrics["grad_norm"] = training.clip_gradients(optimizer, max_norm=1.0)
         training.check_finite(metrics["loss"], metrics["grad_norm"], where)
-        factor = min(1.0, (step + 1) / math.ceil(0.03 * steps))
+        factor = training.schedule(step, steps, args.schedule)
         training.take_step(optimizer, factor)
 
         # 5. log

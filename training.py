@@ -67,7 +67,7 @@ def add_model_flags(parser, without):
     return group
 
 
-def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size):
+def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, schedule="cosine"):
     """The flags that all trainers share, with the defaults of the script's paper."""
     add_model_flags(parser, "the toy base model of --seed, and toy settings")
 
@@ -138,6 +138,12 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size):
         type=not_negative,
         default=projector_lr,
         help="0 = projector frozen (default %(default)s)",
+    )
+    flag(
+        "--schedule",
+        default=schedule,
+        choices=("cosine", "constant"),
+        help="of the learning rates after the warm-up: down to 0, or unchanged (default %(default)s)",
     )
     flag(
         "--lora-rank",
@@ -310,14 +316,17 @@ def _permutation(seed, epoch, n):
     return order
 
 
-def schedule(step, steps, warmup=0.03):
+def schedule(step, steps, kind="cosine", warmup=0.03):
     """Factor of the learning rate: linear warm-up over 3 % of the steps, then a cosine to 0.
 
-    As in the scripts of Li et al. 2024.
+    As in the scripts of Li et al. 2024. kind "constant": 1 after the warm-up, as Amirloo et al. and
+    Sun et al. train reward models (Amirloo et al. PPO too).
     """
     ramp = math.ceil(warmup * steps)
     if step < ramp:
         return (step + 1) / ramp
+    if kind == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
 

@@ -1196,6 +1196,9 @@ def test_learning_rates_of_a_run(command):
     cosine = [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]
     ramp = [0.2, 0.4, 0.6, 0.8, 1, 1]
     assert rates == pytest.approx([0.01 * a * b for a, b in zip(ramp, cosine)])
+    flags = ("--steps", "6", "--passes", "1", "--lr", "0.01", "--schedule", "constant")
+    rates = [json.loads(line)["lr"] for line in open(command("b", *flags) / "metrics.jsonl")]
+    assert rates == pytest.approx([0.01 * a for a in ramp])
 
 
 def test_refusals(command):

@@ -627,6 +627,10 @@ def test_rates_warm_up_and_stay(command, monkeypatch):
     want = [0.001, 0.002] + [0.003] * 65  # 3 % of 67 steps are 3
     assert rates == pytest.approx(want)
     assert [row for row in watch.rates] == [pytest.approx([rate] * 2) for rate in want]
+    flags = ("--no-facts", "--steps", "3", "--batch-size", "1", "--lr", "0.003")
+    out = command("b", *flags, "--schedule", "cosine")
+    rates = [json.loads(line)["lr"] for line in open(out / "metrics.jsonl")]
+    assert rates == pytest.approx([0.003, 0.003, 0.0015]), "a step of warm-up, half a cosine over 2"
 
 
 def test_captions_are_drawn_anew(command, monkeypatch):

@@ -155,6 +155,15 @@ def test_each_part_has_its_rate(call, monkeypatch, checkpoint, lr, projector_lr,
     assert seen == [([rate > 0 for rate in rates], rates)]
 
 
+@pytest.mark.parametrize("kind, want", [("cosine", [1, 1, 0.5]), ("constant", [1, 1, 1])])
+def test_the_schedule_of_a_run(call, checkpoint, kind, want):
+    """A step of warm-up, then half a cosine over two steps, or none."""
+    flags = ("--model", checkpoint, "--data", "rows.json", "--steps", 3, "--lr", 1e-3)
+    call(*flags, "--schedule", kind, "--out", "run", "--no-eval")
+    lines = Path("run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in lines] == pytest.approx([1e-3 * f for f in want])
+
+
 def test_random_weights_are_not_evaluated(call, monkeypatch, parts):
     """A composed model has no figures before its training."""
     seen = []

@@ -215,6 +215,8 @@ def test_what_a_run_leaves(train, script):
     # 3 % of 7 steps, rounded up, are one step of warm-up; the cosine goes from step 1 to step 7
     cosine = [0.5 + 0.5 * math.cos(math.pi * i / 6) for i in range(6)]
     assert [line["lr"] for line in lines] == pytest.approx([1e-3 * f for f in [1, *cosine]])
+    even = train(script, "even", "--steps", 3, "--schedule", "constant", "--lr", 1e-3)
+    assert [line["lr"] for line in lines_of(even)] == pytest.approx([1e-3] * 3)
     names = ["latest", "step-000004", "step-000006"]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == names
     assert (out / "checkpoints" / "latest").read_text() == "step-000006"
@@ -422,6 +424,9 @@ def test_schedule():
     assert all(a > b for a, b in zip(factors[6:], factors[7:]))
     assert training.schedule(0, 34) == 0.5, "3 % of 34 steps are rounded up to two"
     assert training.schedule(0, 1) == 1
+    constant = [training.schedule(step, 200, "constant") for step in range(200)]
+    assert constant == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, *[1] * 195])
+    assert training.schedule(0, 200, "constant", warmup=0) == 1
 
 
 def sgd(*rates):
