@@ -141,16 +141,44 @@ def read_json(path, default=None):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        refuse_lfs_pointer(path)
         raise BadInput(f"{path}: not readable as JSON ({one_line(error)}).") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds a {type(value).__name__}; an object is accepted.")
     return value
 
 
+def refuse_lfs_pointer(path):
+    """Refuse a file that a clone without git-lfs left in the place of the real one.
+
+    For files that could not be read: a pointer is three lines of text.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return
+    if is_pointer:
+        raise BadInput(
+            f"{path}: a git-lfs pointer, not the file itself; "
+            "`git lfs pull` in its repository fetches it."
+        )
+
+
 def file_hash(path):
     """sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_to_others(path):
+    """Give a file the mode that `open` would have given it: who may read it is the umask's to say.
+
+    A server often runs as another user.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,8 @@ def load(args):
     from formats import adapters, checkpoints  # brings transformers; --help does without
 
     device, dtype = training.device_and_dtype(args)
-    model, processor = checkpoints.load(args.model, dtype, device, args.template, args.image_aspect)
+    template, aspect = adapters.as_trained(args.adapter, args.template, args.image_aspect)
+    model, processor = checkpoints.load(args.model, dtype, device, template, aspect)
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     return model, processor

@@ -80,7 +80,8 @@ def main():
     args = parse()
     device, dtype = training.device_and_dtype(args)
     name = args.model or str(toy.base(args.seed))
-    model, processor = checkpoints.load(name, dtype, device, args.template, args.image_aspect)
+    template, aspect = adapters.as_trained(args.adapter, args.template, args.image_aspect)
+    model, processor = checkpoints.load(name, dtype, device, template, aspect)
     records = [Record(f"--image {file}", Path(file), (args.prompt,)) for file in args.image]
 
     def answers():

@@ -133,7 +133,7 @@ def main():
             dtype,
             device,
             args.template or "vicuna_v1",
-            args.image_aspect,
+            args.image_aspect or "pad",
             args.seed,
             args.max_length,
         )

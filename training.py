@@ -59,10 +59,9 @@ def add_model_flags(parser, without):
     )
     flag(
         "--image-aspect",
-        default="pad",
         choices=("pad", "checkpoint"),
-        help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does; "
-        "no effect on LLaVA-NeXT, which cuts tiles",
+        help="pad to a square as LLaVA-1.5 was trained, or centre crop as transformers does "
+        "(default: what the checkpoint notes, else pad); no effect on LLaVA-NeXT, which cuts tiles",
     )
     return group
 
@@ -401,7 +400,8 @@ def save_checkpoint(out, step, model, optimizer, state=None, keep=2):
     dict of JSON values (a running mean, say). The last `keep` checkpoints remain.
     """
     import torch
-    from safetensors.torch import save_file
+
+    from formats.weights import write_tensors
 
     params = trainable(model)
     tensors = {f"model.{n}": p.detach().contiguous() for n, p in params.items()}
@@ -415,7 +415,7 @@ def save_checkpoint(out, step, model, optimizer, state=None, keep=2):
     final, aside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file(tensors, aside / "state.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, aside / "state.safetensors")
     with open(aside / "state.safetensors", "rb") as file:
         os.fsync(file.fileno())
     write_json(aside / "state.json", {"step": step, "state": state or {}})
@@ -467,6 +467,8 @@ def load_checkpoint(out, model, optimizer, state=None):
 def save_result(out, model, processor, args):
     """What training leaves: a PEFT `adapter/`; without LoRA, or with --merge, a whole `model/`.
 
+    A base that was composed in this run is on no disk, so an adapter alone would be of no use.
+
     A resumed run writes again what it may have written before it was stopped.
     """
     from formats import adapters, checkpoints
@@ -476,8 +478,8 @@ def save_result(out, model, processor, args):
             shutil.rmtree(out / name, ignore_errors=True)
     lora = args.lora_rank and args.lr
     if lora:
-        adapters.save_adapter(model, out / "adapter", args.model)
-    if args.merge or not lora:
+        adapters.save_adapter(model, out / "adapter", args.model, processor=processor)
+    if args.merge or not lora or not args.model:
         checkpoints.save(model, processor, out / "model")
 
 
@@ -507,7 +509,9 @@ def fingerprint(model, processor, examples):
 
 def cached(name, compute):
     """The tensor that `compute` gives, kept in `.cache/<name>/`: computed at the first use only."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
+
+    from formats.weights import write_tensors
 
     folder = Path(".cache") / name
     if folder.is_dir():
@@ -515,7 +519,7 @@ def cached(name, compute):
         return load_file(folder / "tensor.safetensors")["tensor"]
     tensor = compute()
     with whole_folder(folder) as aside:
-        save_file({"tensor": tensor}, aside / "tensor.safetensors")
+        write_tensors({"tensor": tensor}, aside / "tensor.safetensors")
     return tensor
 
 

@@ -1,14 +1,26 @@
 """LoRA in PEFT's files. Reward models: an adapter, a scalar head, and what they learned to read."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from common import BadInput, new_folder, read_json, whole_folder, write_json
-from formats.weights import fill, hub_name, our_hub_name, tensor_index
+from common import BadInput, flag_name, new_folder, read_json, whole_folder, write_json
+from formats.weights import (
+    fill,
+    find,
+    hub_name,
+    name_in_memory,
+    our_hub_name,
+    read_tensor,
+    tensor_index,
+    write_tensors,
+)
 from lora import LoRALinear, add_adapter
+
+CONDITIONS = ("template", "image_aspect")  # of the processor
+ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors", "alignment.json")
 
 
 def adapters(model, adapter="policy"):
@@ -26,7 +38,7 @@ def not_of_base(name):
 
 
 @torch.no_grad()
-def save_adapter(model, folder, base_name, adapter="policy"):
+def save_adapter(model, folder, base_name, adapter="policy", processor=None):
     """Write LoRA, and the projector if it trains, as a PEFT adapter for transformers.
 
     These lines load it (LLaVA-NeXT: LlavaNextForConditionalGeneration):
@@ -34,11 +46,13 @@ def save_adapter(model, folder, base_name, adapter="policy"):
         base = LlavaForConditionalGeneration.from_pretrained(base_name)
         PeftModel.from_pretrained(base, folder)
 
-    Tried with PEFT 0.13, 0.17, 0.21 and transformers 4.46, 4.57, 5.23. LoRA has the hub's names,
-    which all of them read. The projector is written twice: under the hub's names, and under
-    transformers' own since 4.52. The oldest reads only the first; without the second, PEFT 0.21
-    stops with a KeyError. PEFT 0.10 stops at fields of the config that it does not know, so the
-    newer fields are left out.
+    Every tensor is written twice: under the hub's names, and under transformers' own since 4.52.
+    Some versions find only the first, some only the second, and both leave out LoRA with a warning
+    at most (tests/old_versions.py tries pairs of versions). PEFT 0.10 stops at fields of the config
+    that it does not know, so the newer fields are left out.
+
+    alignment.json, a file of ours that PEFT does not read, says what the adapter was trained with:
+    base (name and hash), dtype, and, with a processor, template and image aspect.
     """
     layers = adapters(model, adapter)
     if not layers or any(p.requires_grad for p in model.vision.parameters()):
@@ -49,15 +63,19 @@ def save_adapter(model, folder, base_name, adapter="policy"):
         )
 
     # the tensors
-    tensors = {}
+    trained = {}
     for name, lora in layers:
-        tensors[f"{our_hub_name(name)}.lora_A.weight"] = lora.lora_A
-        tensors[f"{our_hub_name(name)}.lora_B.weight"] = lora.lora_B
+        trained[f"{our_hub_name(name)}.lora_A.weight"] = lora.lora_A
+        trained[f"{our_hub_name(name)}.lora_B.weight"] = lora.lora_B
     projector_trains = bool(model.initial_projector)
     if projector_trains:
         for name, tensor in model.projector.state_dict().items():
-            tensors[f"multi_modal_projector.{name}"] = tensor
-            tensors[f"model.multi_modal_projector.{name}"] = tensor.clone()
+            trained[our_hub_name(f"projector.{name}")] = tensor
+    tensors = {}
+    for name, tensor in trained.items():
+        tensor = tensor.cpu().contiguous()
+        tensors[f"base_model.model.{name}"] = tensor
+        tensors[f"base_model.model.{name_in_memory(name)}"] = tensor.clone()
 
     # the config
     first = layers[0][1]
@@ -80,10 +98,64 @@ def save_adapter(model, folder, base_name, adapter="policy"):
         "modules_to_save": ["multi_modal_projector"] if projector_trains else None,
     }
 
+    # what it was trained with
+    conditions = {
+        "base_name": str(base_name),
+        "base": base_hash(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": None,
+    }
+    if processor:
+        conditions |= {name: getattr(processor, name) for name in CONDITIONS}
+
     with whole_folder(new_folder(folder)) as aside:
-        tensors = {f"base_model.model.{k}": v.cpu().contiguous() for k, v in tensors.items()}
-        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tensors(tensors, aside / "adapter_model.safetensors")
         write_json(aside / "adapter_config.json", config)
+        write_json(aside / "alignment.json", conditions)
+
+
+def adapter_folder(name):
+    """A folder or hub id -> the folder of a PEFT adapter. A run folder is refused by name."""
+    folder = find(name, ADAPTER_FILES)
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    inner = folder / "adapter"
+    if (inner / "adapter_config.json").is_file():
+        raise BadInput(f"{name}: the folder of a run; its adapter is {inner}.")
+    if (folder / "config.json").is_file():
+        raise BadInput(f"{name}: a model; an adapter (adapter_config.json) is needed here.")
+    raise BadInput(f"{name}: no adapter_config.json there; the folder of a PEFT adapter is needed.")
+
+
+def as_trained(name, template=None, image_aspect=None):
+    """(template, image_aspect) for a model that gets this adapter; no adapter: as given.
+
+    None stands for a flag that was not given: it takes the value that the adapter was trained with.
+    Another value is refused. Adapters of other programs do not say, so anything goes with them.
+    """
+    given = {"template": template, "image_aspect": image_aspect}
+    if name:
+        conditions = read_json(adapter_folder(name) / "alignment.json", {})
+        for key, value in given.items():
+            trained = conditions.get(key)
+            if value and trained and value != trained:
+                raise BadInput(
+                    f"{flag_name(key)} {value}: the adapter {name} was trained with {trained}; "
+                    "leave the flag out."
+                )
+            given[key] = value or trained
+    return given["template"], given["image_aspect"]
+
+
+def check_base(model, conditions, folder):
+    """Refuse a trained part on another base than its own, by the hash of the weights."""
+    base = base_hash(model)
+    if conditions["base"] != base:
+        raise BadInput(
+            f"{folder}: it was trained on {conditions['base_name']} (weights {conditions['base']}); "
+            f"the model that is loaded is another (weights {base}). "
+            "A merged model/ needs no adapter: it has it already."
+        )
 
 
 @torch.no_grad()
@@ -97,19 +169,24 @@ def load_adapter(model, folder, adapter="policy"):
     Accepted: LoRA of one rank on linear layers of the LLM, and a projector in `modules_to_save`, in
     any naming of transformers. Other fields of the config are not read: what matters in them would
     show in the tensors. A tensor without a place is an error, and so is a place without its tensor.
+    One that our alignment.json ties to another base is refused.
     """
-    # 1. check the config
-    folder = Path(folder)
+    # 1. check the config, and the base
+    folder = adapter_folder(folder)
+    conditions = read_json(folder / "alignment.json", {})
+    if "base" in conditions:
+        check_base(model, conditions, folder)
     path = folder / "adapter_config.json"
     config = read_json(path)
     kind = config.get("peft_type")
     rank = config.get("r")
     alpha = config.get("lora_alpha")
     numbers = type(rank) is int and type(alpha) in (int, float) and rank >= 1
+    numbers = numbers and alpha > 0 and math.isfinite(alpha)
     if kind != "LORA" or not numbers:
         raise BadInput(
             f"{path}: peft_type {kind!r}, r {rank!r}, lora_alpha {alpha!r}; "
-            "plain LoRA, with a rank and an alpha, is accepted."
+            "plain LoRA, with a rank from 1 and an alpha above 0, is accepted."
         )
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
@@ -122,10 +199,14 @@ def load_adapter(model, folder, adapter="policy"):
     index = {}
     for stored_name, place in tensor_index(folder, "adapter_model").items():
         name = hub_name(stored_name.removeprefix("base_model.model."))
-        # `save_adapter` writes the projector twice
-        if name in index and not name.startswith("multi_modal_projector."):
-            raise BadInput(f"{folder}: the weight {name} is there twice, under two names.")
+        # `save_adapter` writes every tensor twice
+        if name in index and not torch.equal(read_tensor(index[name]), read_tensor(place)):
+            raise BadInput(
+                f"{folder}: the weight {name} is there twice, under two names, with unequal values."
+            )
         index[name] = place
+    if not index:
+        raise BadInput(f"{folder}/adapter_model.safetensors: holds no tensor; LoRA's are needed.")
     targets = {name.split(".")[-3] for name in index if name.endswith(".lora_A.weight")}
     has_projector = any(name.startswith("multi_modal_projector.") for name in index)
 
@@ -171,12 +252,16 @@ def merge(model):
 
 
 def base_hash(model):
-    """A hash of the frozen weights, the same for every dtype.
+    """A hash of the weights below all adapters, the same for every dtype.
 
-    It is made of the names and of up to 8191 values of each tensor, as bfloat16.
+    It is made of the names and of up to 8191 values of each tensor, as bfloat16. A projector that
+    trains counts as training found it.
     """
+    state = model.state_dict()
+    for projector in model.initial_projector:
+        state |= {f"projector.{name}": tensor for name, tensor in projector.state_dict().items()}
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if not_of_base(name):
             continue
         step = max(1, tensor.numel() // 4096)
@@ -195,7 +280,7 @@ def save_reward(model, folder, base_name, settings, name="reward"):
     folder = Path(folder)
     save_adapter(model, folder / "adapter", base_name, name)
     head = {k: v.detach().cpu().contiguous() for k, v in model.heads[name].state_dict().items()}
-    save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
+    write_tensors(head, folder / "head.safetensors")
     base = {"base_name": str(base_name), "base": base_hash(model)}
     write_json(folder / "reward.json", base | settings)
 
@@ -221,12 +306,7 @@ def load_reward(model, folder, name="reward"):
     """
     folder = Path(folder)
     settings = reward_settings(folder)
-    base = base_hash(model)
-    if settings["base"] != base:
-        raise BadInput(
-            f"{folder}: this reward model was trained on {settings['base_name']} "
-            f"(weights {settings['base']}); the model that is loaded is another (weights {base})."
-        )
+    check_base(model, settings, folder)
     load_adapter(model, folder / "adapter", name)
     model.add_head(name)
     fill(model.heads[name].state_dict(), tensor_index(folder, "head"), folder)

@@ -4,6 +4,7 @@ transformers and huggingface_hub are imported where needed: at the top it would 
 """
 
 import json
+import sys
 
 import torch
 
@@ -12,10 +13,17 @@ from data import TEMPLATES, Processor
 from formats.adapters import adapters, load_adapter, merge, not_of_base
 from formats.anyres import AnyRes
 from formats.llava_original import add_image_token, add_rows, original_parts, pinpoints, translated
-from formats.weights import fill, find, our_hub_name, tensor_index, tower_weights, weights
+from formats.weights import (
+    fill,
+    find,
+    our_hub_name,
+    tensor_index,
+    tower_weights,
+    weights,
+    write_shards,
+)
 from model import MLLM, Projector
 
-SHARD_SIZE = "5GB"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -206,7 +214,7 @@ def read_config(raw, path):
 
 @torch.no_grad()
 @torch.random.fork_rng(devices=[])
-def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="pad", max_length=0):
+def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=None, max_length=0):
     """Read a LLaVA-1.5 or LLaVA-NeXT checkpoint -> (MLLM, Processor).
 
     name: a folder or a hub id. transformers or LLaVA's own code wrote the checkpoint. LLaVA's own
@@ -215,6 +223,7 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
         (`prompt_template`, a key that transformers keeps but does not read). Without that, it is
         what LLaVA was trained with: "mistral" for a Mistral, "chatml" if the tokenizer knows
         `<|im_start|>` (1.6-34b), "vicuna_v1" for the rest.
+    image_aspect: by default what `save` noted in config.json, else "pad".
     device: on "meta" no weight is read.
 
     The caller's random state (that of the CPU) is left unchanged.
@@ -266,6 +275,13 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
     model = MLLM(vision, projector, llm, image, config.vision_feature_layer, keep_cls, anyres)
 
     # 3. fill in the weights
+    keeps = getattr(config, "bfloat16_keeps", None)
+    if dtype == torch.bfloat16 and keeps is not None:
+        print(
+            f"{folder}: bfloat16 keeps {keeps:.0%} of what its LoRA learned; --dtype float32, "
+            "or the base with --adapter, keeps all of it",
+            file=sys.stderr,
+        )
     if torch.device(device).type != "meta":
         slots = {our_hub_name(k): v for k, v in model.state_dict().items()}
         tied = ("language_model.lm_head.weight",) if is_tied(llm) else ()
@@ -279,7 +295,8 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect="p
     trained = "chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1"
     trained = "mistral" if llm.config.model_type == "mistral" else trained
     template = template or getattr(config, "prompt_template", None) or trained
-    processor = make_processor(image_folder, tokenizer, model, template, image_aspect, max_length)
+    aspect = image_aspect or getattr(config, "image_aspect", None) or "pad"
+    processor = make_processor(image_folder, tokenizer, model, template, aspect, max_length)
     return model, processor
 
 
@@ -340,20 +357,30 @@ def compose(
 # ---- save
 
 
-def merged(model, dtype):
-    """(hub name, tensor to write) of every weight. The policy's LoRA is added in float32."""
+def merged(model, kept):
+    """(hub name, tensor to write) of every weight. The policy's LoRA is added in float32.
+
+    kept: a list that gets, for each merged layer, (<R, U>, <U, U>): U is what LoRA adds, R what is
+    left of it when the layer is rounded to bfloat16.
+    """
     adapted = {f"{name}.base.weight": lora for name, lora in adapters(model)}
     for name, tensor in model.state_dict().items():
         if not_of_base(name) or name == "llm.lm_head.weight" and is_tied(model.llm):
             continue
         if name in adapted:
             lora = adapted[name]
-            tensor = tensor.float() + lora.scale * (lora.lora_B @ lora.lora_A)
-        yield our_hub_name(name.replace(".base.", ".")), tensor.to("cpu", dtype).contiguous()
+            update = lora.scale * (lora.lora_B @ lora.lora_A)
+            base, tensor = tensor, tensor.float() + update
+            rounded = tensor.bfloat16().float() - base.bfloat16().float()
+            kept.append(((rounded * update).sum().item(), update.square().sum().item()))
+        yield our_hub_name(name.replace(".base.", ".")), tensor
 
 
 def hub_config(model, processor, dtype):
-    """config.json as transformers 5 writes it. The keys that 4.x looks for are added."""
+    """config.json as transformers 5 writes it. The keys that 4.x looks for are added.
+
+    dtype: what transformers reads the weights as, unless it is told.
+    """
     import transformers
 
     name = "Llava"
@@ -372,6 +399,7 @@ def hub_config(model, processor, dtype):
         multimodal_projector_bias=model.projector.linear_1.bias is not None,
         tie_word_embeddings=is_tied(model.llm),
         prompt_template=processor.template,
+        image_aspect=processor.image_aspect,
         **tiling,
     ).to_diff_dict()
 
@@ -414,13 +442,18 @@ def chat_template(name):
 
 def write_processor(model, processor, folder):
     """Tokenizer, processor, generation config and chat template, in files for 4.x and 5.x."""
-    # the tokenizer, without Processor's `split_special_tokens`: transformers looks for `<image>`
+    # the tokenizer
     tokenizer = processor.tokenizer
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = read_json(path)
     for key in ("is_local", "local_files_only"):  # of this machine
         config.pop(key, None)
+    # Processor sets it; with it, transformers would take `<image>` for letters
+    config["split_special_tokens"] = False
+    # 4.47 to 4.57 stop at a list under the name that 5.x gives it; all read the old name
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     if config.get("tokenizer_class") == "TokenizersBackend":
         # 4.x knows the class by this name only, 5.x by both
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -428,13 +461,18 @@ def write_processor(model, processor, folder):
         config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(path, config)
 
-    # the image processor
+    # the image processor, which makes the pixels that ours makes
     side = processor.image_size
     anyres = processor.anyres
     kind = "LlavaNextProcessor" if anyres else "LlavaProcessor"
-    tiling = {"image_grid_pinpoints": anyres.pinpoints, "do_pad": True} if anyres else {}
+    pads = processor.image_aspect == "pad"
+    image_processor_type = "LlavaImageProcessor" if pads else "CLIPImageProcessor"
+    more = {"do_pad": True} if pads else {}
+    if anyres:
+        image_processor_type = "LlavaNextImageProcessor"
+        more = {"image_grid_pinpoints": anyres.pinpoints, "do_pad": True}
     image_processor = {
-        "image_processor_type": "LlavaNextImageProcessor" if anyres else "CLIPImageProcessor",
+        "image_processor_type": image_processor_type,
         "processor_class": kind,
         "do_convert_rgb": True,
         "do_resize": True,
@@ -447,7 +485,7 @@ def write_processor(model, processor, folder):
         "rescale_factor": 1 / 255,
         "image_mean": processor.image_mean,
         "image_std": processor.image_std,
-        **tiling,
+        **more,
     }
     write_json(folder / "preprocessor_config.json", image_processor)
 
@@ -476,18 +514,35 @@ def write_processor(model, processor, folder):
 def save(model, processor, folder, dtype=None):
     """Write a whole checkpoint in the hub layout. LoRA is merged.
 
-    dtype: of the weights; by default the model's.
+    dtype: of all weights. By default nothing that was trained is rounded: merged layers and
+        parameters that trained are float32, the others stay as they are. With DPO's defaults in
+        bfloat16, the file would keep 65 % of the log-prob margin that LoRA learned.
+
+    config.json notes the share of LoRA's update that bfloat16 would keep (`bfloat16_keeps`, a
+    projection on the update): `load` says so to whoever asks for bfloat16.
 
     transformers 4.46 to 5.23 read it, with AutoProcessor. `folder` must not exist; it appears when
     it is complete.
     """
-    import huggingface_hub
+    widest = dtype or model.dtype
+    kept = []
 
-    dtype = dtype or model.dtype
+    def tensors():
+        """What is written."""
+        nonlocal widest
+        for name, tensor in merged(model, kept):
+            tensor = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+            widest = torch.promote_types(widest, tensor.dtype)
+            yield name, tensor
+
     with whole_folder(new_folder(folder)) as aside:
-        tensors = dict(merged(model, dtype))
-        huggingface_hub.save_torch_state_dict(
-            tensors, aside, max_shard_size=SHARD_SIZE, metadata={"format": "pt"}
-        )
-        write_json(aside / "config.json", hub_config(model, processor, dtype))
+        write_shards(tensors(), aside)
+        config = hub_config(model, processor, widest)
+        total = sum(whole for _, whole in kept)
+        if total and not dtype:
+            share = sum(part for part, _ in kept) / total
+            config["bfloat16_keeps"] = round(share, 4)
+            what = f"merged layers are float32; bfloat16 would keep {share:.0%} of LoRA's update"
+            print(f"{folder}: {what}", file=sys.stderr)
+        write_json(aside / "config.json", config)
         write_processor(model, processor, aside)

@@ -790,6 +790,7 @@ def test_the_model_that_is_evaluated(tmp_path, monkeypatch):
     loaded, adapted = [], []
     monkeypatch.setattr(checkpoints, "load", lambda *args: loaded.append(args) or ("model", "p"))
     monkeypatch.setattr(adapters, "load_adapter", lambda *args: adapted.append(args))
+    monkeypatch.setattr(adapters, "as_trained", lambda _, *given: given)
     given = {"model": "m", "dtype": "bfloat16", "device": "cpu", "template": "plain"}
     given |= {"image_aspect": "checkpoint", "adapter": None}
     assert evaluation.load(SimpleNamespace(**given)) == ("model", "p") and not adapted
