@@ -46,19 +46,19 @@ def mask_and_prefix(batch, config, wanted=None, masked=None):
     """The attention mask of a batch, and how many first positions are a plain causal prompt.
 
     wanted: flat positions (N,) whose hidden states will be read; the prefix contains none of them.
-    The prefix is 0 where anything is masked or a sliding window applies.
+    The prefix is 0 where anything may be masked or a sliding window applies.
     """
     mask = attention_mask(batch.segments, masked)
     windowed = sliding_window(mask, batch.position_ids, batch.position_ids, config)
-    if windowed is not mask or (masked is not None and masked.any()):
+    if windowed is not mask or masked is not None:
         return windowed, 0
 
-    L = mask.shape[-1]
-    shortest_prompt = int((batch.segments == 0).sum(1).min())
-    first_wanted = L - 1  # the part after the prefix is never empty
-    if wanted is not None and len(wanted):
-        first_wanted = int((wanted % L).min())
-    return mask, min(shortest_prompt, first_wanted)
+    # the prompt without its last token, which predicts; so the rest is never empty
+    prefix = batch.shortest_prompt - 1
+    known = (batch.index, batch.last)  # others may be in the prompt; to look waits for the device
+    if wanted is not None and len(wanted) and not any(wanted is x for x in known):
+        prefix = min(prefix, int((wanted % mask.shape[-1]).min()))
+    return mask, prefix
 
 
 @functools.cache

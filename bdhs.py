@@ -552,6 +552,7 @@ def draw_all(args, out, examples, drawer):
 
     first, begin = len(lines), time.time()
     progress = Progress("negatives", len(examples), first)
+    drawer.processor.prefetch.expect([e.record.image for e in examples[first:]])
     with open(path, "a", encoding="utf-8") as file:
         for start in range(first, len(examples), size):
             batch = examples[start : start + size]
@@ -645,6 +646,7 @@ def online(args, clock, device, model, processor, examples, out):
 
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(examples))
+        training.prefetch(processor, examples, step, args)
         for number, micro in micro_batches:
             positives = [examples[i] for i in micro]
 

@@ -181,6 +181,16 @@ def open_to_others(path):
     os.chmod(path, 0o666 & ~umask)
 
 
+def file_identity(path):
+    """What a file is known by without reading it: its place behind links, size and time.
+
+    In the hub's cache the place behind the links contains the hash of the content.
+    """
+    place = Path(path).resolve()
+    stat = place.stat()
+    return f"{place} {stat.st_size} {stat.st_mtime_ns}"
+
+
 @contextlib.contextmanager
 def whole_folder(path, flush=True):
     """A folder that appears only when it is complete: filled aside, flushed to disk, renamed.

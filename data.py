@@ -17,6 +17,7 @@ from PIL import Image
 from common import BadInput, run
 from formats.files import image_size, open_image
 from model import pack
+from prefetch import Prefetch
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,16 @@ class Processor:
             return 0
         return self.anyres.tokens(image_size(image)) if self.anyres else self.image_tokens
 
+    @functools.cached_property
+    def prefetch(self):
+        """Decodes images before they are asked for, on threads."""
+        return Prefetch(self.decode)
+
+    def decode(self, image):
+        """A Path, PackedImage or RGB image -> its `pixels`, and (height, width)."""
+        image = image if isinstance(image, Image.Image) else open_image(image)
+        return self.pixels(image), (image.height, image.width)
+
     def pixels(self, image):
         """A Path, PackedImage or RGB image -> (3, H, W) float32, as CLIPImageProcessor makes it.
 
@@ -270,16 +281,25 @@ class Processor:
 
         view: a function RGB image -> RGB image that shows the model something else (a crop, say).
         """
-        pixels, sizes = [], []
+        found = []
         for example in examples:
             if example.record.image is None:
                 continue
-            image = open_image(example.record.image)
-            image = view(image) if view else image
-            pixels.append(self.pixels(image))
-            sizes.append((image.height, image.width))
-        if not pixels:
+            if view:
+                pixels, size = self.decode(view(open_image(example.record.image)))
+            else:
+                pixels, size = self.prefetch.get(example.record.image)
+            room = int((example.prompt == self.image_token_id).sum())
+            tokens = self.anyres.tokens(size) if self.anyres else self.image_tokens
+            if tokens != room:
+                raise BadInput(
+                    f"{example.record.where}: the image takes {tokens} tokens and the prompt has "
+                    f"room for {room}; its size has changed since the prompt was made."
+                )
+            found.append((pixels, size))
+        if not found:
             return None, None
+        pixels, sizes = zip(*found)
         if self.anyres:
             return torch.cat(pixels), torch.tensor(sizes)
         return torch.stack(pixels), None

@@ -107,6 +107,7 @@ def reference_log_probs(model, processor, examples, batch_size):
         """All pairs, in order."""
         log_probs = torch.empty(len(examples), 2)
         progress = Progress("reference", len(examples))
+        processor.prefetch.expect([e.record.image for e in examples])
         for i in range(0, len(examples), batch_size):
             batch = processor.collate(examples[i : i + batch_size]).to(model.device)
             log_probs[i : i + batch_size] = model.answer_log_probs(batch).view(-1, 2).cpu()
@@ -158,6 +159,7 @@ def main():
 
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(examples))
+        training.prefetch(processor, examples, step, args)
         for _, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
 

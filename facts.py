@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from common import BadInput
 
@@ -96,12 +95,3 @@ def with_evaluation(processor, example, turn):
         )
     scored = [torch.ones(len(a), dtype=torch.bool) for a in answers]
     return replace(example, answers=answers, scored=scored)
-
-
-def last_tokens(batch):
-    """Flat position of the last token of every answer, (answers,): where the score is read.
-
-    No answer may be empty.
-    """
-    following = F.pad(batch.segments[:, 1:], (0, 1), value=-1)
-    return ((batch.segments > 0) & (batch.segments != following)).flatten().nonzero()[:, 0]

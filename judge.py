@@ -49,7 +49,7 @@ import torch
 
 from common import BadInput, flag_name, positive_int
 from data import Record
-from facts import evaluation_turn, facts_for, last_tokens, with_evaluation
+from facts import evaluation_turn, facts_for, with_evaluation
 from formats import adapters, checkpoints
 from formats.files import open_image
 from formats.layouts import captions
@@ -274,7 +274,7 @@ def score_by_reward_model(folder, facts, device="cpu", dtype=torch.float32):
             examples = [replace(e, scored=scored) for e, scored in zip(examples, every_token)]
             batch = processor.collate(examples).to(device)
             with model.use("reward"):
-                values = iter(model.values(batch, last_tokens(batch), "reward").tolist())
+                values = iter(model.values(batch, batch.last, "reward").tolist())
 
         scores = [{text: next(values) for text in fitting} for fitting in readable]
         return [[by_text.get(text) for text in texts] for by_text, texts in zip(scores, answers)]

@@ -1,5 +1,6 @@
 """LoRA: low-rank adapters for the linear layers of a frozen LLM (Hu et al. 2021, 2106.09685)."""
 
+import contextlib
 import math
 
 import torch
@@ -21,6 +22,11 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
         self.to(base.weight.device)  # drawn on the CPU: a seed gives the same on every device
+        self.ready = None  # A and B in another dtype, inside `cast_once`
+
+    def weights(self, dtype):
+        """A (rank, in) and B (out, rank) in this dtype."""
+        return self.ready or (self.lora_A.to(dtype), self.lora_B.to(dtype))
 
 
 class LoRALinear(nn.Module):
@@ -40,9 +46,27 @@ class LoRALinear(nn.Module):
             return self.base(x)
         lora, rows = self.adapters[self.active], x.flatten(0, -2)  # (n, in)
         y = self.base(rows)
-        low = lora.scale * F.linear(rows.to(y.dtype), lora.lora_A.to(y.dtype))  # (n, rank)
-        y.addmm_(low, lora.lora_B.to(y.dtype).t())  # in place: no second tensor of y's size
+        A, B = lora.weights(y.dtype)
+        low = lora.scale * F.linear(rows.to(y.dtype), A)  # (n, rank)
+        y.addmm_(low, B.t())  # in place: no second tensor of y's size
         return y.unflatten(0, x.shape[:-1])
+
+
+@contextlib.contextmanager
+def cast_once(llm, dtype):
+    """Inside, no adapter changes, and each that acts is cast now and not at every call.
+
+    For sampling: at rank 128 the casts are 450 kernels and 1.9 GB a token of a 7B model in bfloat16.
+    """
+    layers = [m for m in llm.modules() if isinstance(m, LoRALinear) and m.active in m.adapters]
+    acting = [m.adapters[m.active] for m in layers]
+    try:
+        for lora in acting:
+            lora.ready = lora.weights(dtype)
+        yield
+    finally:
+        for lora in acting:
+            lora.ready = None
 
 
 def add_adapter(llm, name, rank, alpha=None):

@@ -119,7 +119,9 @@ class Batch:
     index: torch.Tensor  # (N,) flat position b * L + l whose hidden state predicts ...
     targets: torch.Tensor  # (N,) ... this token
     owner: torch.Tensor  # (N,) number of its answer, counted row by row: 0 .. M - 1
+    last: torch.Tensor  # (M,) flat position of each answer's last token; of an empty one, before it
     n_answers: int  # M
+    shortest_prompt: int
     pixel_values: torch.Tensor | None = None  # (I, 3, H, W) in row order; NeXT: all their tiles
     image_sizes: torch.Tensor | None = None  # (I, 2) height and width in pixels; LLaVA-NeXT only
 
@@ -129,9 +131,14 @@ class Batch:
         return torch.bincount(self.owner, minlength=self.n_answers)
 
     def to(self, device):
-        """The same batch with every tensor on `device`."""
-        tensors = {name: x for name, x in vars(self).items() if torch.is_tensor(x)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
+        """The same batch with its tensors on `device`; `image_sizes`, which Python reads, stay.
+
+        To a GPU they go from pinned memory, so that the host need not wait until it is idle.
+        """
+        tensors = {k: x for k, x in vars(self).items() if torch.is_tensor(x) and k != "image_sizes"}
+        if torch.device(device).type == "cuda":
+            tensors = {name: x.pin_memory() for name, x in tensors.items()}
+        return replace(self, **{k: x.to(device, non_blocking=True) for k, x in tensors.items()})
 
 
 def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes=None):
@@ -149,7 +156,7 @@ def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes
     input_ids = torch.full((B, L), pad_id)
     position_ids = torch.zeros(B, L, dtype=torch.long)
     segments = torch.full((B, L), -1)
-    index, targets, owner = [], [], []
+    index, targets, owner, last = [], [], [], []
 
     for b, (prompt, row) in enumerate(zip(prompts, answers)):
         P = len(prompt)
@@ -170,10 +177,14 @@ def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes
             targets.append(answer[keep])
             owner.append(torch.full((int(keep.sum()),), len(owner)))  # number of this answer
             start += R
+            last.append(b * L + start - 1)
 
     M = len(owner)
     parts = [torch.cat(x or [torch.zeros(0).long()]) for x in (index, targets, owner)]
-    return Batch(input_ids, position_ids, segments, *parts, M, pixel_values, image_sizes)
+    last, shortest = torch.tensor(last, dtype=torch.long), min(map(len, prompts))
+    return Batch(
+        input_ids, position_ids, segments, *parts, last, M, shortest, pixel_values, image_sizes
+    )
 
 
 # ---- the model
@@ -210,6 +221,7 @@ class MLLM(nn.Module):
         self.dtype = llm.get_input_embeddings().weight.dtype  # of the arithmetic
         if anyres:  # the vector that ends a row of tiles; it never trains
             self.image_newline = nn.Parameter(llm.get_input_embeddings().weight[0].detach() * 0)
+        self.source = ""  # names the files that the weights were read from, for caches
         self.heads = nn.ModuleDict()  # scalar heads by name, of reward and value models
         self.initial_projector, self.initial_llm = [], []  # in lists: nn.Module does not see them
         install_attention(vision, llm)
@@ -332,15 +344,19 @@ class MLLM(nn.Module):
     def embed(self, input_ids, pixel_values=None, image_sizes=None):
         """(B, L) ids, image features in place of the image tokens -> (B, L, D).
 
-        A row shows one image or none.
+        A row shows one image or none. On a GPU the numbers are not compared, as that would wait for
+        it; `Processor.images` has compared them.
         """
         at_image = input_ids == self.image_token_id  # (B, L)
         x = self.llm.get_input_embeddings()(input_ids.masked_fill(at_image, 0))
         features = [] if pixel_values is None else self.image_features(pixel_values, image_sizes)
-        tokens, lengths = [n for n in at_image.sum(1).tolist() if n], [len(f) for f in features]
-        if tokens != lengths:
-            what = f"{sum(tokens)} image tokens in the text against {sum(lengths)} image features"
-            raise BadInput(f"{what} (of rows with an image: {tokens}, of images: {lengths}).")
+        if not at_image.is_cuda:
+            tokens, lengths = [n for n in at_image.sum(1).tolist() if n], [len(f) for f in features]
+            if tokens != lengths:
+                raise BadInput(
+                    f"{sum(tokens)} image tokens in the text against {sum(lengths)} image features "
+                    f"(of rows with an image: {tokens}, of images: {lengths})."
+                )
         if not features:
             return x
         return x.masked_scatter(at_image[:, :, None], torch.cat(features).to(x.dtype))

@@ -233,6 +233,7 @@ def main():
 
         # 1. batch: eq. 4, pairs[i] is the data's pair, or None where the policy answers
         indices, micro_batches = training.batch_of(step, args, len(examples))
+        training.prefetch(processor, examples, step, args)
         for number, micro in micro_batches:
             seed = f"{args.seed}/{step}/{number}"
             rng = random.Random(f"{seed}/alpha")

@@ -169,6 +169,7 @@ def main():
 
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(examples))
+        training.prefetch(processor, examples, step, args)
         for number, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
             k = len(examples[micro[0]].answers)

@@ -97,7 +97,7 @@ import judge
 import sampling
 import training
 from common import BadInput, Parser, finite, fraction, not_negative, positive, positive_int, run
-from facts import CHOICE, evaluation_turn, facts_for, last_tokens, longest_facts, with_evaluation
+from facts import CHOICE, evaluation_turn, facts_for, longest_facts, with_evaluation
 from formats import adapters, checkpoints, dataset
 from formats.layouts import captions
 from lab import report, toy
@@ -416,7 +416,7 @@ class Reward:
             read = [self.with_turn(e, self.facts[e.record.prompt_key], rng) for e in part]
             batch = self.processor.collate(read).to(self.model.device)
             with self.model.use("reward"):
-                scores.append(self.model.values(batch, last_tokens(batch), "reward"))
+                scores.append(self.model.values(batch, batch.last, "reward"))
         return (torch.cat(scores) - self.mean) / self.std
 
     @torch.no_grad()
@@ -716,6 +716,7 @@ def main():
     optimizer = training.optimizer_for(model, args.lr, 0.0)
     steps = args.steps or math.ceil(training.total_steps(args, len(examples)) / args.minibatches)
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
+    processor.prefetch.workers = args.workers
     log = training.Log(out, first, steps)
     clock.lap("setup")
     for step in range(first, steps):
@@ -724,6 +725,7 @@ def main():
         for number in range(step * args.minibatches, (step + 1) * args.minibatches):
             indices, _ = training.batch_of(number, args, len(examples))
             prompts += [examples[i] for i in indices]
+        processor.prefetch.expect([e.record.image for e in prompts])
         metrics = {}
 
         # 1. sample

@@ -87,7 +87,7 @@ import torch.nn.functional as F
 
 import training
 from common import BadInput, Parser, Progress, not_negative, positive_int, run, write_json
-from facts import evaluation_turn, facts_for, last_tokens, longest_facts, with_evaluation
+from facts import evaluation_turn, facts_for, longest_facts, with_evaluation
 from formats import adapters, checkpoints, dataset
 from formats.layouts import captions
 from lab import toy
@@ -217,7 +217,7 @@ def check_lengths(processor, examples, facts, max_facts=None):
 
 def score(model, batch):
     """r(x, y+) and r(x, y-) of B pairs, (2, B). To be called inside `model.use("reward")`."""
-    return model.values(batch, last_tokens(batch), "reward").view(-1, 2).T
+    return model.values(batch, batch.last, "reward").view(-1, 2).T
 
 
 def reward_loss(chosen, rejected, centre):
@@ -442,6 +442,7 @@ def main():
 
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(train))
+        training.prefetch(processor, train, step, args)
         for number, micro in micro_batches:
             rng = random.Random(f"{args.seed}/{step}/{number}")  # which captions, in which order
             examples = [train[i] for i in micro]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from attention import mask_and_prefix, sliding_window
 from common import Progress
+from lora import cast_once
 from model import pack
 
 
@@ -97,21 +98,21 @@ def sample(
     training = model.training
     model.eval()  # gradient checkpointing would switch off the cache
 
-    # 1. prefill: image, prompts and given texts, once
-    growing = prefill(
-        model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens
-    )
-    # 2. decode: one token of every answer at a time
-    tokens, log_probs, drawn, finished = decode(
-        model, growing, max_new_tokens, temperature, stop_ids, generator
-    )
+    with cast_once(model.llm, model.dtype):
+        # 1. prefill: image, prompts and given texts, once
+        growing = prefill(
+            model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens
+        )
+        # 2. decode: one token of every answer at a time
+        drawn = decode(model, growing, max_new_tokens, temperature, stop_ids, generator)
     model.train(training)
+    tokens, log_probs, lengths, finished = (x.cpu() for x in drawn)
 
     samples, m = Samples([], [], []), 0
     for row in branches:
         mine = range(m, m + len(row))
-        samples.tokens.append([tokens[i, : drawn[i]].cpu() for i in mine])
-        samples.log_probs.append([log_probs[i, : drawn[i]].cpu() for i in mine])
+        samples.tokens.append([tokens[i, : lengths[i]] for i in mine])
+        samples.log_probs.append([log_probs[i, : lengths[i]] for i in mine])
         samples.finished.append([bool(finished[i]) for i in mine])
         m += len(row)
     return samples
@@ -125,9 +126,9 @@ def prefill(model, prompts, given, branches, pixel_values, image_sizes, masked, 
     device = model.device
     batch = pack(prompts, [[tokens for tokens, _ in texts] for texts in given]).to(device)
     B, L = batch.input_ids.shape
-    hide = torch.zeros(B, L, dtype=torch.bool, device=device)
-    if masked is not None:
-        hide[:, : masked.shape[1]] = masked.to(device)
+    hide = None
+    if masked is not None and masked.any():
+        hide = F.pad(masked, (0, L - masked.shape[1])).to(device)  # (B, L)
 
     # which positions of its row each answer follows, and the last of them
     row = torch.tensor([b for b in range(B) for _ in branches[b]], device=device)  # (M,)
@@ -146,7 +147,8 @@ def prefill(model, prompts, given, branches, pixel_values, image_sizes, masked, 
     h = model.run_llm(x, mask, batch.position_ids, cache, prefix, wanted)  # (M, D)
     cache.length = L
     cache.take(row, L + max_new_tokens)
-    return Growing(cache, h, follows & ~hide[row], positions, next_position)
+    visible = follows if hide is None else follows & ~hide[row]
+    return Growing(cache, h, visible, positions, next_position)
 
 
 def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
@@ -156,7 +158,9 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
     visible = F.pad(growing.visible, (0, max_new_tokens))
     positions = F.pad(growing.positions, (0, max_new_tokens))
     embeddings, head = model.llm.get_input_embeddings(), model.head_weight()
-    stop = torch.tensor(list(stop_ids), device=device)
+    ends_answer = torch.zeros(len(head), dtype=torch.bool)  # (V,)
+    ends_answer[list(stop_ids)] = True
+    ends_answer = ends_answer.to(device)
 
     tokens = torch.zeros(M, max_new_tokens, dtype=torch.long, device=device)
     log_probs = torch.zeros(M, max_new_tokens, device=device)
@@ -164,6 +168,7 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
     finished = torch.zeros(M, dtype=torch.bool, device=device)
     computed = torch.arange(M, device=device)  # the answers that are still in the cache ...
     live = torch.ones(M, dtype=torch.bool, device=device)  # ... and which of them still grow
+    look_every = 8 if device.type == "cuda" else 1  # to count them, the host waits for the device
 
     for t in range(max_new_tokens):
         # draw token t of every answer
@@ -177,18 +182,20 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
             token = torch.multinomial(p, 1, generator=generator)[:, 0]
 
         # note it, for the answers that still grow
-        growing_now = computed[live]
-        tokens[growing_now, t] = token[live]
-        log_probs[growing_now, t] = log_p.gather(-1, token[:, None])[live, 0]
-        drawn[growing_now] += 1
-        ended = torch.isin(token, stop)
-        finished[growing_now] = ended[live]
-        live &= ~ended
-        if t == max_new_tokens - 1 or not live.any():
+        tokens[computed, t] = token * live
+        log_probs[computed, t] = log_p.gather(-1, token[:, None])[:, 0] * live
+        drawn[computed] += live
+        ended = ends_answer[token]
+        finished[computed] |= live & ended
+        live = live & ~ended
+        if t == max_new_tokens - 1:
             break
 
         # drop the ended answers once they are enough to be worth the copy
-        if live.sum() <= 0.75 * len(live):
+        growing_now = int(live.sum()) if t % look_every == 0 else len(live)
+        if growing_now == 0:
+            break
+        if growing_now <= 0.75 * len(live):
             keep = live.nonzero()[:, 0]
             computed, live, token = computed[keep], live[keep], token[keep]
             visible, positions = visible[keep], positions[keep]
@@ -228,6 +235,7 @@ def generate(
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     generator = torch.Generator(model.device).manual_seed(seed)
     progress, texts = Progress(label, len(records)), [None] * len(records)
+    processor.prefetch.expect([examples[i].record.image for i in order])
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = [examples[i] for i in chosen]

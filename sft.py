@@ -163,6 +163,7 @@ def main():
 
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(examples))
+        training.prefetch(processor, examples, step, args)
         tokens = sum(int(s.sum()) for i in indices for s in examples[i].scored)
         for _, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)

@@ -31,7 +31,7 @@ from common import (
     write_json,
     write_text,
 )
-from formats.files import image_hash
+from formats.files import image_identity
 
 # ---- the command line
 
@@ -163,6 +163,13 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, 
         default=0,
         metavar="N",
         help="refuse longer prompt + answer; 0 = the LLM's context",
+    )
+    flag(
+        "--workers",
+        type=natural,
+        default=4,
+        metavar="N",
+        help="threads that decode the next images while the device works (default %(default)s)",
     )
     flag(
         "--gradient-checkpointing",
@@ -301,6 +308,14 @@ def batch_of(step, args, n):
     chosen = shuffled(step * size, end, n, args.seed)
     starts = range(0, len(chosen), args.batch_size)
     return chosen, [(j, chosen[i : i + args.batch_size]) for j, i in enumerate(starts)]
+
+
+def prefetch(processor, examples, step, args):
+    """Decode the images of this step and the next on --workers threads, in the order of their use."""
+    ahead = [batch_of(i, args, len(examples))[1] for i in (step, step + 1)]
+    chosen = [i for micro_batches in ahead for _, micro in micro_batches for i in micro]
+    processor.prefetch.workers = args.workers
+    processor.prefetch.expect([examples[i].record.image for i in chosen])
 
 
 def shuffled(start, end, n, seed):
@@ -484,26 +499,20 @@ def save_result(out, model, processor, args):
 
 
 def fingerprint(model, processor, examples):
-    """A hash of all that log-probs of the reference policy depend on: model, images, tokens, dtype.
+    """A hash of all that log-probs of the model as it was loaded depend on, for the cache.
 
-    LoRA is left out: it adds 0 at its start.
+    Weights and images are known by their files (`file_identity`), none of which is read.
     """
-    import torch
-
     parts = [
-        (model.dtype, model.device.type),
+        (model.source, model.dtype, model.device.type),
         (processor.image_aspect, processor.image_size, processor.image_mean, processor.image_std),
         (model.feature_layer, model.keep_cls, model.anyres, model.image_token_id),
         (model.vision.config, model.llm.config),
     ]
     lines = [repr(part) for part in parts]
-    for name, p in model.state_dict().items():
-        if ".lora_" not in name:
-            values = p.detach().cpu().contiguous().view(torch.uint8).numpy()
-            lines.append(f"{name} {hashlib.sha256(values).hexdigest()}")
     for e in examples:
         answers = [a.tolist() for a in e.answers]
-        lines.append(f"{image_hash(e.record.image)} {e.prompt.tolist()} {answers}")
+        lines.append(f"{image_identity(e.record.image)} {e.prompt.tolist()} {answers}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from formats.weights import (
     fill,
     find,
     our_hub_name,
+    source,
     tensor_index,
     tower_weights,
     weights,
@@ -286,6 +287,7 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=No
         slots = {our_hub_name(k): v for k, v in model.state_dict().items()}
         tied = ("language_model.lm_head.weight",) if is_tied(llm) else ()
         fill(slots, index, folder, tied)
+        model.source = source(index, tensor_index(lora, "adapter_model") if lora else {})
         if lora:
             merge(load_adapter(model, lora))
         if original:
@@ -350,6 +352,7 @@ def compose(
     add_rows(language, len(tokenizer))
 
     model = MLLM(tower, projector, language, tokenizer.convert_tokens_to_ids("<image>"))
+    model.source = f"{source(tower_weights(clip_folder), index)}; projector of seed {seed}"
     processor = make_processor(clip_folder, tokenizer, model, template, image_aspect, max_length)
     return model, processor
 

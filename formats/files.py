@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from common import BadInput, file_hash, whole_folder, write_json
+from common import BadInput, file_hash, file_identity, whole_folder, write_json
 
 # A larger image is refused before it is decoded: it may be a decompression bomb. So is a long or
 # thin one, which padding or resizing would make large.
@@ -300,14 +300,14 @@ def image_size(image):
     return (width, height) if turned else (height, width)
 
 
-def image_hash(image):
-    """A hash of a record's image: sha256 of the file, and the row if it is inside one.
+def image_identity(image):
+    """What an image is known by: `file_identity`, and the row if it is inside a file.
 
     None for a text-only row.
     """
     if isinstance(image, PackedImage):
-        return f"{_file_hash(image.file)} {image.row}"
-    return image and _file_hash(image)
+        return f"{file_identity(image.file)} {image.row}"
+    return image and file_identity(image)
 
 
 _file_hash = functools.lru_cache(maxsize=None)(file_hash)

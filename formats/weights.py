@@ -30,7 +30,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import BadInput, one_line, open_to_others, read_json, refuse_lfs_pointer, write_json
+from common import (
+    BadInput,
+    file_identity,
+    one_line,
+    open_to_others,
+    read_json,
+    refuse_lfs_pointer,
+    write_json,
+)
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")  # float8 would need its scales
 SHARD_BYTES = 5 * 10**9
@@ -220,6 +228,12 @@ def fill(slots, found, folder, tied=()):
             raise BadInput(
                 f"{folder}: the config ties {name} to the embeddings; the files hold another matrix."
             )
+
+
+def source(*indices):
+    """What the files of these indices (see `tensor_index`) are known by, for `MLLM.source`."""
+    files = {file for index in indices for file, _, _ in index.values()}
+    return "; ".join(sorted(map(file_identity, files)))
 
 
 def _few(names):

@@ -216,7 +216,7 @@ def test_rlhf_v_parquet(tmp_path, monkeypatch):
     for i in (6, 0, 3, 2, 5, 1, 4):  # as in training: any order, over all row groups
         picture = files.open_image(file.records[i].image)
         assert picture.size == (20, 12) and picture.getpixel((3, 3)) == colours[i]
-    hashes = [files.image_hash(r.image) for r in file.records]
+    hashes = [files.image_identity(r.image) for r in file.records]
     assert len(set(hashes)) == n and str(file.records[4].image).endswith("demo.parquet, row 4")
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "common",
-    "attention lora noise formats.files formats.anyres formats.weights lab.drawing",
+    "attention lora noise prefetch formats.files formats.anyres formats.weights lab.drawing",
     "model lab.toyworld",
     "data formats.adapters",
     "sampling facts formats.layouts formats.llava_original",

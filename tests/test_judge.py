@@ -17,7 +17,6 @@ import facts
 import judge
 from common import BadInput
 from data import Processor, Record
-from facts import last_tokens
 from formats import adapters, checkpoints
 from lora import add_adapter
 
@@ -252,7 +251,7 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
             )
             batch = processor.collate([example])
             with torch.no_grad(), base.use("reward"):
-                assert abs(base.values(batch, last_tokens(batch), "reward").item() - score) < 1e-5
+                assert abs(base.values(batch, batch.last, "reward").item() - score) < 1e-5
     assert (
         judge.make(given, records=[record])([record], [["a cat", "cat " * 3000, "a dog"]])[0][1]
         is None

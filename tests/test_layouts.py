@@ -322,7 +322,7 @@ def test_trl_parquet(tmp_path, monkeypatch):
     assert [r["row"] for r in file.refused] == [1, 2] and not (tmp_path / ".cache").exists()
     assert files.open_image(file.records[1].image).getpixel((2, 2)) == (0, 0, 255)
     assert file.records[2].image is None and all(r.answers == ("A.", "B.") for r in file.records)
-    assert len({files.image_hash(r.image) for r in file.records}) == 3
+    assert len({files.image_identity(r.image) for r in file.records}) == 3
 
 
 @pytest.mark.parametrize("picture", ["image", None])

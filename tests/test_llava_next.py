@@ -289,6 +289,19 @@ def test_greedy_answers_are_those_of_generate(folder, hf, pictures):
     assert len(seen) > 5
 
 
+def test_an_image_that_changes_its_size_after_encoding_is_refused(folder, tmp_path):
+    """Its tokens are counted when the prompt is made; on a GPU nothing else would notice."""
+    _, processor = load(folder)
+    Image.new("RGB", (40, 60)).save(tmp_path / "a.png")
+    example = processor.encode(Record("row 7", tmp_path / "a.png", ("What?",), ("A",)))
+    room = int((example.prompt == IMAGE_ID).sum())
+    Image.new("RGB", (100, 20)).save(tmp_path / "a.png")
+    takes = processor.anyres.tokens((20, 100))
+    assert takes != room
+    with pytest.raises(BadInput, match=f"row 7: the image takes {takes} .* room for {room}"):
+        processor.images([example])
+
+
 def test_features_and_tokens_must_agree_in_every_row(folder, pictures):
     model, processor = load(folder)
     a, b = (

@@ -13,7 +13,7 @@ import sampling
 from attention import LastBlock, attention_mask, mask_and_prefix
 from common import BadInput
 from data import Record
-from lora import LoRA, LoRALinear, add_adapter
+from lora import LoRA, LoRALinear, add_adapter, cast_once
 from model import MLLM, FusedLogProb, fused_log_probs, pack
 
 SLIDING = {
@@ -407,11 +407,9 @@ def test_how_long_the_prefix_is(build):
     model = build("llama", torch.float32)
     config = model.llm.config
     see, prefix = mask_and_prefix(batch, config)
-    assert prefix == 4 and torch.equal(see, attention_mask(batch.segments))
+    assert prefix == 3 and torch.equal(see, attention_mask(batch.segments)), "not its last token"
     hidden = torch.zeros_like(batch.segments, dtype=torch.bool)
-    assert mask_and_prefix(batch, config, masked=hidden)[1] == 4
-    hidden[0, 1] = True
-    assert mask_and_prefix(batch, config, masked=hidden)[1] == 0
+    assert mask_and_prefix(batch, config, masked=hidden)[1] == 0, "to look would wait for a GPU"
     assert mask_and_prefix(batch, config, wanted=batch.index)[1] == 3, (
         "the prompt's last position predicts the first answer token"
     )
@@ -960,6 +958,11 @@ def test_use_gives_back_what_was_in_use(build, outer):
         pass
 
 
+def test_last_token_of_each_answer():
+    batch = pack([ids(3), ids(2)], [[ids(2), ids(1)], [ids(4)]])
+    assert batch.last.tolist() == [4, 5, 6 + 5]  # rows are 6 long
+
+
 def test_lengths_of_the_answers_of_a_batch():
     """Counted over all rows, scored tokens alone; an answer without one has length 0."""
     ids = lambda n: torch.arange(5, 5 + n)
@@ -996,3 +999,51 @@ def test_parameters_of_a_name_are_those_of_its_adapter_and_head(build):
     assert len(found["reward"]) == len(found["reward2"]) == 2 * 7 * 2 + 2
     assert not found["reward"] & found["reward2"] and not found["policy"]
     assert {id(p) for p in model.heads["reward"].parameters()} <= found["reward"]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would wait for a GPU: at a number read, or a shape that depends on values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "bincount")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not name.startswith(self.WAITS), f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_step_does_not_wait_for_the_device(build, monkeypatch, head):
+    """Forward and backward pass of pairs, or of a scalar head; `tolist` reads memory without dispatch."""
+    model = build().prepare(lora_rank=2)
+    model.add_head("reward")
+    rows = [[ids(3), ids(1)], [ids(2), ids(5)], [ids(1), ids(6)]]
+    batch = pack(prompts(), rows, pixel_values=pixels())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # as there: the numbers were compared before
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda _: pytest.fail("tolist waits for the device")
+    )
+    with NoWaiting():
+        x = model.values(batch, batch.last, "reward") if head else model.answer_log_probs(batch)
+        x.sum().backward()
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        float(x.sum())
+
+
+def test_adapters_are_cast_once_inside(build):
+    """The same answers; outside, the trained float32 values act again."""
+    model = build(dtype=torch.bfloat16).prepare(lora_rank=2)
+    perturb(model)
+    loras = [m.adapters["policy"] for m in model.lora_layers()]
+    with torch.no_grad():
+        want = some_log_probs(model)
+        with cast_once(model.llm, torch.bfloat16):
+            a, b = loras[0].weights(torch.bfloat16)
+            assert a is loras[0].weights(torch.bfloat16)[0] and a.dtype == b.dtype == torch.bfloat16
+            assert torch.equal(some_log_probs(model), want)
+            loras[0].lora_B.mul_(-50.0)
+            assert torch.equal(some_log_probs(model), want)
+        assert not torch.equal(some_log_probs(model), want)
+        with pytest.raises(ZeroDivisionError), cast_once(model.llm, torch.bfloat16):
+            1 / 0
+        assert all(lora.ready is None for lora in loras)

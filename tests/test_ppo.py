@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 import judge
 import ppo
 import reward_model
@@ -997,6 +998,14 @@ def command(checkpoint, tmp_path, monkeypatch):
         return tmp_path / out
 
     return run
+
+
+def test_an_iteration_decodes_each_image_once(command, monkeypatch):
+    """It reads each six times: to sample, score, take log pi_ref and values, and in two passes."""
+    seen, opened = [], data.open_image
+    monkeypatch.setattr(data, "open_image", lambda image: seen.append(image) or opened(image))
+    command("a", "--steps", "2", "--batch-size", "4")
+    assert len(seen) == len(set(seen)) == 8
 
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo"])

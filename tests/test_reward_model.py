@@ -23,7 +23,6 @@ from facts import (
     evaluation_turn,
     facts_for,
     facts_of,
-    last_tokens,
     longest_facts,
     with_evaluation,
 )
@@ -155,13 +154,6 @@ def test_trl_says_the_same():
 
 
 # ---- what is read, and where
-
-
-def test_last_tokens():
-    batch = pack(
-        [torch.arange(3), torch.arange(2)], [[torch.arange(2), torch.arange(1)], [torch.arange(4)]]
-    )
-    assert last_tokens(batch).tolist() == [4, 5, 6 + 5]  # rows are 6 long
 
 
 def test_facts_stand_behind_the_answer_and_in_no_prompt(llava, tmp_path):
