@@ -50,8 +50,8 @@ def add_model_flags(parser, without):
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of frozen weights and arithmetic (what trains is float32); auto: bfloat16 on cuda, "
-        "else float32",
+        help="of frozen weights and arithmetic (what trains is float32); auto: bfloat16 on a GPU "
+        "that has it, else float32",
     )
     flag(
         "--template",
@@ -212,9 +212,16 @@ def device_and_dtype(args):
             f"--device {args.device} cannot be used: {str(error).splitlines()[0]}"
         ) from None
     torch.backends.cudnn.allow_tf32 = False  # on a GPU, float32 would round the tower's convolution
-    dtype = args.dtype
+    dtype, has_bfloat16 = args.dtype, True
+    if device.type == "cuda":  # emulated on cards before Ampere: slower than float32
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not has_bfloat16:
+        raise BadInput(
+            f"--dtype bfloat16: {torch.cuda.get_device_name(device)} has no bfloat16 arithmetic; "
+            "float32 is accepted."
+        )
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"
     return device, getattr(torch, dtype)
 
 

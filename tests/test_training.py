@@ -771,10 +771,30 @@ def test_device_and_dtype():
         parse("nowhere", "auto")
 
 
-def test_auto_where_there_is_a_gpu(monkeypatch):
-    """auto takes it, and bfloat16 on it; what is given wins."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that says whether there is a GPU with bfloat16 arithmetic."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    with_bfloat16 = lambda has: monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: has or including_emulation
+    )
+    return with_bfloat16
+
+
+def test_a_gpu_without_bfloat16(gpu):
+    """Its emulation does not count: auto is float32 there, and asking for bfloat16 an error."""
+    gpu(False)
+    parse = lambda dtype: training.device_and_dtype(argparse.Namespace(device="cuda", dtype=dtype))
+    assert parse("auto") == (torch.device("cuda"), torch.float32)
+    with pytest.raises(BadInput, match="--dtype bfloat16: Tesla T4 has no bfloat16 arithmetic"):
+        parse("bfloat16")
+
+
+def test_auto_where_there_is_a_gpu(gpu):
+    """auto takes it, and bfloat16 on it; what is given wins."""
+    gpu(True)
     for device, dtype, want in (
         ("auto", "auto", ("cuda", torch.bfloat16)),
         ("auto", "float32", ("cuda", torch.float32)),
