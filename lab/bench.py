@@ -1,6 +1,7 @@
 """Our speed and memory beside the naive way and beside TRL, on CPU (Linux).
 
     python -m lab.bench [--json FILE] [--repeat N] [--only NAME]          some minutes a repeat
+    python -m lab.bench --device cuda [--help]      the real shapes on one GPU: lab/bench_gpu.py
 
 `step`: LoRA DPO steps in float32. The LLaVA has random weights, about 62 M parameters. Images have
 576 tokens, prompts about 45 text tokens, answers about 70; 4 pairs a step; rank 16 on all linear
@@ -538,9 +539,19 @@ def print_section(section, spreads):
 
 
 def main(argv=None, size=FULL):
-    """Measure, print, write."""
+    """Measure, print, write; -> exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    door = argparse.ArgumentParser(add_help=False)
+    door.add_argument("--device", default="cpu", help="cuda: lab/bench_gpu.py, with its own flags")
+    door.add_argument("--dry", action="store_true", help="the same tiny, on the CPU")
+    here, _ = door.parse_known_args(argv)
+    if here.dry or here.device != "cpu":
+        from lab import bench_gpu
+
+        return bench_gpu.main(argv)
+
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[door]
     )
     flag = parser.add_argument
     flag("--json", metavar="FILE", help="write the figures to this file too")
@@ -577,4 +588,4 @@ def main(argv=None, size=FULL):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

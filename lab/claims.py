@@ -79,7 +79,7 @@ rounds (least - most). Ratios are taken within a round.
 
 - The ratio depends on the state of the machine, and TRL's steps depend on it more than ours. In seven earlier rounds, most while
   the other core was training, TRL took 30 to 39 s, ours 7.8 to 10.1, and the ratio over one epoch was 3.1 to 5.0.
-- On one H200, 7B-shaped models with random weights (`python -m lab.bench_gpu`, `gpu.json`): the table in the main README.
+- On one H200, 7B-shaped models with random weights (`python -m lab.bench --device cuda`, `gpu.json`): the table in the main README.
   The plain way ran with PyTorch's default kernels. Ours ran without cuDNN's attention, whose gradients were wrong after a shared
   prompt (cosine .61 to .91 with those of float32); with it, most of our steps were 5 to 13 % faster.
 - On that GPU, sampling takes about as long as transformers' own `generate` at 32 answers (677 against 735 tokens a second, greedy)

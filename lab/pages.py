@@ -33,14 +33,19 @@ BENCH = {
     "trl": "TRL 1.16",
     "trl-default": "TRL 1.16 with its default, gradient checkpointing",
 }
-GPU = [  # lab.bench_gpu: what, and its cells of `dpo.py`'s loop and of the plain way
-    ("LLaVA-1.5-7B, 1 pair", "step/1.5/b1", "naive/1.5/b1"),
-    ("LLaVA-1.5-7B, 4 pairs", "step/1.5/b4", "naive/1.5/b4"),
-    ("the same, checkpointing", "step/1.5/b4/checkpointing", "naive/1.5/b4/checkpointing"),
-    ("LLaVA-NeXT-7B, 1 pair", "step/next/b1", "naive/next/b1"),
-    ("LLaVA-NeXT-7B, 2 pairs", "step/next/b2", "naive/next/b2"),
-    ("LLaVA-NeXT-7B, 4 pairs, checkpointing", "step/next/b4/checkpointing", "naive/next/b4/checkpointing"),
+GPU = [  # lab.bench_gpu: what, and the cells of `dpo.py`'s loop, of the plain way, of TRL
+    ("LLaVA-1.5-7B, 1 pair", "step/1.5/b1", "naive/1.5/b1", "trl/1.5/b1"),
+    ("LLaVA-1.5-7B, 4 pairs", "step/1.5/b4", "naive/1.5/b4", "trl/1.5/b4"),
+    ("the same, checkpointing", "step/1.5/b4/checkpointing", "naive/1.5/b4/checkpointing", "trl/1.5/b4/default"),
+    ("LLaVA-NeXT-7B, 1 pair", "step/next/b1", "naive/next/b1", "trl/next/b1"),
+    ("the same, checkpointing", "step/next/b1/checkpointing", "naive/next/b1/checkpointing", "trl/next/b1/default"),
+    ("LLaVA-NeXT-7B, 2 pairs", "step/next/b2", "naive/next/b2", "trl/next/b2"),
+    ("LLaVA-NeXT-7B, 4 pairs, checkpointing", "step/next/b4/checkpointing", "naive/next/b4/checkpointing", "trl/next/b4/default"),
 ]  # fmt: skip
+GPU_COLUMNS = (
+    "", "s a step", "plain: s a step", "TRL: s a step", "plain: ratio", "TRL: ratio", "peak GiB", "plain: peak GiB",
+    "TRL: peak GiB", "share of the matrix rate",
+)  # fmt: skip
 
 
 def spread(values, digits):
@@ -145,26 +150,40 @@ def bench_table(bench):
     return markdown([*head, "peak MiB beside the weights"], lines)
 
 
+def gpu_line(what, ours, others):
+    """A line of `gpu_table`: the figures of our cell and of the other ways' ({} if not measured)."""
+    ways = [ours, *others]
+    second = lambda row: row["seconds"][0] if "seconds" in row else None
+    seconds = ["does not fit" if "does_not_fit" in row else "" for row in ways]
+    seconds = [f"{second(row):.2f}" if second(row) else said for row, said in zip(ways, seconds)]
+    both = lambda row: second(ours) and second(row)
+    ratios = [f"{second(row) / second(ours):.1f}" if both(row) else "" for row in others]
+    peaks = [f"{row['peak_gib']:.1f}" if "peak_gib" in row else "" for row in ways]
+    share = f"{ours['flop_share']:.0%}" if "flop_share" in ours else ""
+    return [what, *seconds, *ratios, *peaks, share]
+
+
 def gpu_table(gpu):
-    """Seconds and peak memory of a DPO step on the GPU: `dpo.py`'s loop and the plain way."""
-    by_cell = {row["cell"]: row for row in gpu}
-    lines = []
-    for what, ours, plain in GPU:
-        mine, theirs = by_cell[ours], by_cell[plain]
-        seconds = mine["seconds"][0], theirs["seconds"][0]
-        memory = mine["peak_gib"], theirs["peak_gib"]
-        lines.append(
-            [
-                what,
-                f"{seconds[0]:.2f}",
-                f"{seconds[1]:.2f}",
-                f"{seconds[1] / seconds[0]:.1f}",
-                f"{memory[0]:.1f}",
-                f"{memory[1]:.1f}",
-            ]
+    """Seconds and peak memory of a DPO step, a table for each GPU; empty columns are left out."""
+    tables = []
+    for card in dict.fromkeys(row["card"] for row in gpu):
+        cells = {row["cell"]: row for row in gpu if row["card"] == card}
+        lines = [
+            gpu_line(what, cells[ours], [cells.get(name, {}) for name in others])
+            for what, ours, *others in GPU
+            if ours in cells
+        ]
+        used = [i for i in range(len(GPU_COLUMNS)) if any(line[i] for line in lines)]
+        shown = markdown(
+            [GPU_COLUMNS[i] for i in used], [[line[i] for i in used] for line in lines]
         )
-    head = ["", "s a step", "plain: s a step", "ratio", "peak GiB", "plain: peak GiB"]
-    return markdown(head, lines)
+        made = [
+            f"{name} {', '.join(sorted(found))}"
+            for name in ("torch", "transformers", "trl", "commit")
+            if (found := {row[name] for row in cells.values() if row.get(name)})
+        ]
+        tables.append(f"{card}, {', '.join(made)}:\n\n{shown}")
+    return "\n\n".join(tables)
 
 
 def blocks(cells, bench, gpu):

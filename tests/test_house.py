@@ -24,7 +24,9 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "lab.rows",
     "lab.claims lab.chart",
     "lab.pages",
-    "lab.reproduce lab.bench lab.bench_gpu",
+    "lab.reproduce lab.bench_attention lab.bench_trl",
+    "lab.bench_gpu",
+    "lab.bench",
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor.split()}
 SCRIPTS = "sft dpo online_dpo bdhs povid reward_model ppo".split()  # those that train
