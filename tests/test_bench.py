@@ -136,7 +136,7 @@ def test_every_cell_of_the_gpu_is_measured(tmp_path, capsys, commands):
 def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     head = ["head/fused", "head/answer-rows"]
     others = [
-        {"cell": "head/fused", "card": "NVIDIA H200", "size": "7b"},
+        {"cell": "head/fused", "card": "NVIDIA H200", "size": "tiny"},
         {"cell": "head/all-rows", "card": "CPU", "size": "tiny", "code": "old"},
     ]
     (tmp_path / "gpu.json").write_text(json.dumps(others))
@@ -155,7 +155,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_gpu, "code", lambda: ("0" * 12, None))
     bench_gpu.main([*again, "--commit", "abc"])
     new = [
-        line for line in json.loads((tmp_path / "gpu.json").read_text()) if line["size"] == "tiny"
+        line for line in json.loads((tmp_path / "gpu.json").read_text()) if line["card"] == "CPU"
     ]
     assert len(new) == 3 and {line["commit"] for line in new} == {"abc"}
     assert all(line["seconds"] == [9.0, 9.0, 9.0] for line in new), "of other code"
