@@ -90,7 +90,6 @@ import training
 from attention import attention_mask
 from common import write_json
 from data import Example
-from facts import last_tokens
 from formats.anyres import AnyRes
 from lab import bench_attention, bench_trl
 from lora import add_adapter
@@ -442,7 +441,7 @@ class Bench:
             for part in ppo.chunks(rollout.examples, args.batch_size):
                 batch = pictures.collate(part).to(self.device)
                 with model.use("reward"):
-                    scores.append(model.values(batch, last_tokens(batch), "reward"))
+                    scores.append(model.values(batch, batch.last, "reward"))
             return torch.cat(scores)
 
         def run():
