@@ -44,12 +44,16 @@ class Template:
     """How a dialogue is written. `{}` is the text; the image stands before the first user text.
 
     end: closes an answer and is its last scored token, "eos" or a special token of the tokenizer.
+    between: stands before each later user turn. special: the tokens in it that are not letters.
     """
 
     start: str
     user: str
     answer: str
     end: str = "eos"
+    between: str = ""
+    after_image: str = "\n"
+    special: tuple = ()
 
 
 TEMPLATES = {
@@ -65,10 +69,11 @@ TEMPLATES = {
         "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
         "{}",
         "<|im_end|>",
+        special=("<|im_start|>", "<|im_end|>"),
     ),
     "plain": Template("", "{}\n", "{}\n"),  # no roles, for a model that knows none yet
 }
-SPECIAL = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
+OWN = "checkpoint"  # the name of a checkpoint's own chat template, which formats/chat.py reads
 
 
 # ---- text and images to tensors
@@ -94,14 +99,15 @@ class Processor:
     image_tokens: int  # features of one image, or of LLaVA-NeXT's overview of it
     image_mean: tuple
     image_std: tuple
-    template: str  # a key of TEMPLATES
+    template: str  # a key of TEMPLATES, or OWN
     image_aspect: str  # "pad": to a square, as LLaVA-1.5 was trained; "checkpoint": centre crop
     max_length: int  # the longest prompt + answer, tokens
     anyres: object = None  # the AnyRes of LLaVA-NeXT; with it, image_aspect has no effect
+    own: Template | None = None  # what OWN means
 
     def __post_init__(self):
-        if self.template not in TEMPLATES:
-            accepted = ", ".join(TEMPLATES)
+        if self.template not in TEMPLATES and self.template != OWN:
+            accepted = ", ".join((*TEMPLATES, OWN))
             raise BadInput(f"--template {self.template!r} is unknown; accepted are {accepted}.")
         if self.image_aspect not in ("pad", "checkpoint"):
             raise BadInput(f"--image-aspect {self.image_aspect!r}; accepted are pad, checkpoint.")
@@ -113,16 +119,23 @@ class Processor:
 
     # ---- text
 
+    @property
+    def form(self):
+        """The `Template` that the dialogues are written in."""
+        return self.own if self.template == OWN else TEMPLATES[self.template]
+
     @functools.cached_property
     def bos_ids(self):
-        """The token that opens a dialogue, if this tokenizer adds one."""
+        """The token that opens a dialogue, if this tokenizer adds one and the template has none."""
         bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("a").input_ids[:1] == [bos] else []
+        adds = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
+        written = adds and (self.form.start + self.form.user).startswith(self.tokenizer.bos_token)
+        return [bos] if adds and not written else []
 
     @property
     def end_id(self):
         """The token that ends an answer."""
-        end = TEMPLATES[self.template].end
+        end = self.form.end
         return self.tokenizer.eos_token_id if end == "eos" else self.special_id(end)
 
     @property
@@ -139,23 +152,28 @@ class Processor:
 
     def template_pieces(self, pattern):
         """A part of the template in pieces: its special tokens as ids, the rest as text."""
-        parts = SPECIAL.split(pattern)
-        return [[self.special_id(p)] if SPECIAL.fullmatch(p) else p for p in parts]
+        special = self.form.special
+        parts = (
+            re.split(f"({'|'.join(map(re.escape, special))})", pattern) if special else [pattern]
+        )
+        return [[self.special_id(p)] if p in special else p for p in parts]
 
     def user_pieces(self, text, first=False, image_tokens=0):
         """One user turn in pieces, texts and lists of ids; special tokens in `text` remain text.
 
-        The image's tokens come before a newline, as LLaVA writes `<image>\\n`.
+        After the image's tokens LLaVA writes a newline, as in `<image>\\n`.
         """
-        template = TEMPLATES[self.template]
-        before, after = template.user.split("{}")
-        start = [self.bos_ids, *self.template_pieces(template.start)] if first else []
-        image = [[self.image_token_id] * image_tokens, "\n"] if first and image_tokens else []
+        form, image = self.form, []
+        before, after = form.user.split("{}")
+        start = [self.bos_ids, *self.template_pieces(form.start)]
+        if first and image_tokens:
+            image = [[self.image_token_id] * image_tokens, form.after_image]
+        start = start if first else self.template_pieces(form.between)
         return [*start, *self.template_pieces(before), *image, text, *self.template_pieces(after)]
 
     def answer_pieces(self, text):
         """An answer in pieces: its text, and its end token."""
-        return [TEMPLATES[self.template].answer.replace("{}", text), [self.end_id]]
+        return [self.form.answer.replace("{}", text), [self.end_id]]
 
     def ids_of(self, turns, where=""):
         """[(pieces, scored), ...] -> ids, and for each id whether it is scored.

@@ -46,4 +46,5 @@ def load(args):
     model, processor = checkpoints.load(args.model, dtype, device, template, aspect)
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
+    training.show_prompt(processor)
     return model, processor

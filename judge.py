@@ -47,6 +47,7 @@ from pathlib import Path
 
 import torch
 
+import training
 from common import BadInput, flag_name, positive_int
 from data import Record
 from facts import evaluation_turn, facts_for, with_evaluation
@@ -238,6 +239,7 @@ def score_by_reward_model(folder, facts, device="cpu", dtype=torch.float32):
         settings["base_name"], dtype, device, settings["template"], settings["image_aspect"]
     )
     adapters.load_reward(model, folder)
+    training.show_prompt(processor, who="annotator: ")
 
     def read(record, text, turn):
         """The tokens of an answer and its evaluation turn; None if they do not fit."""
@@ -362,6 +364,7 @@ def ask_checkpoint(name, device="cpu", dtype=torch.float32):
     """A LLaVA folder or hub id -> `ask`. Decoding is greedy."""
     model, processor = checkpoints.load(name, dtype, device)
     processor.max_length -= VERDICT_TOKENS
+    training.show_prompt(processor, who="annotator: ")
 
     def ask(questions):
         """One reply a question; None for a question that does not fit into the context."""

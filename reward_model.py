@@ -419,6 +419,7 @@ def main():
     check_lengths(processor, used, facts, args.max_facts)
     out = training.start(args, "reward_model", skipped, args.test_data)
     turn = evaluation_turn(QUESTION, FACTS, texts[0], random.Random(0), args.max_facts)
+    training.show_prompt(processor)
     print(f"{len(train)} pairs to train on, {len(used) - len(train)} held out", file=sys.stderr)
     print(f"evaluation turn: {turn!r}", file=sys.stderr)
 

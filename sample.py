@@ -82,6 +82,7 @@ def main():
     name = args.model or str(toy.base(args.seed))
     template, aspect = adapters.as_trained(args.adapter, args.template, args.image_aspect)
     model, processor = checkpoints.load(name, dtype, device, template, aspect)
+    training.show_prompt(processor, args.prompt)
     records = [Record(f"--image {file}", Path(file), (args.prompt,)) for file in args.image]
 
     def answers():

@@ -55,7 +55,8 @@ def add_model_flags(parser, without):
     )
     flag(
         "--template",
-        help="prompt: vicuna_v1, mistral, chatml, plain (default: the checkpoint's own)",
+        help="prompt: vicuna_v1, mistral, chatml, plain, or checkpoint, its chat template (default: "
+        "what the checkpoint was trained with)",
     )
     flag(
         "--image-aspect",
@@ -293,6 +294,17 @@ class Clock:
         passed, self.last = now - self.last, now
         self.seconds[part] = self.seconds.get(part, 0.0) + passed
         return passed
+
+
+def show_prompt(processor, text="...", who=""):
+    """Print how a question about an image is asked. who: names the model, where there are two."""
+    ids, _ = processor.ids_of([(processor.user_pieces(text, True, 1), False)])
+    decode = processor.tokenizer.decode
+    print(
+        f"{who}template {processor.template}, image aspect {processor.image_aspect}; "
+        f"asked as {decode(ids)!r}, an answer ends with {decode([processor.end_id])!r}",
+        file=sys.stderr,
+    )
 
 
 # ---- batches, schedule, optimizer

@@ -9,7 +9,8 @@ import sys
 import torch
 
 from common import BadInput, new_folder, one_line, read_json, whole_folder, write_json
-from data import TEMPLATES, Processor
+from data import OWN, Processor
+from formats import chat
 from formats.adapters import adapters, load_adapter, merge, not_of_base
 from formats.anyres import AnyRes
 from formats.llava_original import add_image_token, add_rows, original_parts, pinpoints, translated
@@ -113,8 +114,8 @@ def read_tokenizer(folder):
     return tokenizer
 
 
-def make_processor(folder, tokenizer, model, template, image_aspect, max_length=0):
-    """The Processor of a model. Mean and standard deviation of the images come from `folder`.
+def make_processor(folder, tokenizer, model, template, image_aspect, max_length=0, own=None):
+    """The Processor of a model. own: the `Template` that the name OWN stands for. Mean and standard deviation of the images come from `folder`.
 
     They are in a file of their own (transformers 4.x) or in processor_config.json (5.x).
     """
@@ -141,7 +142,7 @@ def make_processor(folder, tokenizer, model, template, image_aspect, max_length=
                 f"and {anyres.pinpoints} for the model."
             )
 
-    return Processor(
+    processor = Processor(
         tokenizer=tokenizer,
         image_token_id=model.image_token_id,
         image_size=vision.image_size,
@@ -152,7 +153,11 @@ def make_processor(folder, tokenizer, model, template, image_aspect, max_length=
         image_aspect=image_aspect,
         max_length=min(max_length or context, context),
         anyres=anyres,
+        own=own,
     )
+    if own:
+        chat.check_ids(processor, folder)
+    return processor
 
 
 # ---- load and compose
@@ -220,10 +225,9 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=No
 
     name: a folder or a hub id. transformers or LLaVA's own code wrote the checkpoint. LLaVA's own
         LoRA is merged, as its code does; its tokenizers get `<image>`.
-    template: a name in data.TEMPLATES. By default it is what `save` noted in config.json
-        (`prompt_template`, a key that transformers keeps but does not read). Without that, it is
-        what LLaVA was trained with: "mistral" for a Mistral, "chatml" if the tokenizer knows
-        `<|im_start|>` (1.6-34b), "vicuna_v1" for the rest.
+    template: a name in data.TEMPLATES, or "checkpoint" for its own chat template. By default it is
+        what `save` noted in config.json (`prompt_template`, a key that transformers keeps but does
+        not read). Without that `chat.choose` decides.
     image_aspect: by default what `save` noted in config.json, else "pad".
     device: on "meta" no weight is read.
 
@@ -275,6 +279,15 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=No
         anyres = AnyRes(points, side, side // vision.config.patch_size)
     model = MLLM(vision, projector, llm, image, config.vision_feature_layer, keep_cls, anyres)
 
+    # the prompt that the model was trained with
+    template, own = template or getattr(config, "prompt_template", None), None
+    image_token = tokenizer.convert_ids_to_tokens(image)
+    if not template:
+        kind = config.text_config.model_type
+        template, own = chat.choose(tokenizer_folder, tokenizer, image_token, kind, original)
+    elif template == OWN:
+        own = chat.own_template(tokenizer_folder, tokenizer, image_token)
+
     # 3. fill in the weights
     keeps = getattr(config, "bfloat16_keeps", None)
     if dtype == torch.bfloat16 and keeps is not None:
@@ -293,12 +306,9 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=No
         if original:
             add_rows(llm, len(tokenizer))
 
-    # 4. the processor, with the template that the model was trained with
-    trained = "chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1"
-    trained = "mistral" if llm.config.model_type == "mistral" else trained
-    template = template or getattr(config, "prompt_template", None) or trained
+    # 4. the processor
     aspect = image_aspect or getattr(config, "image_aspect", None) or "pad"
-    processor = make_processor(image_folder, tokenizer, model, template, aspect, max_length)
+    processor = make_processor(image_folder, tokenizer, model, template, aspect, max_length, own)
     return model, processor
 
 
@@ -353,7 +363,10 @@ def compose(
 
     model = MLLM(tower, projector, language, tokenizer.convert_tokens_to_ids("<image>"))
     model.source = f"{source(tower_weights(clip_folder), index)}; projector of seed {seed}"
-    processor = make_processor(clip_folder, tokenizer, model, template, image_aspect, max_length)
+    own = chat.own_template(llm_folder, tokenizer, "<image>") if template == OWN else None
+    processor = make_processor(
+        clip_folder, tokenizer, model, template, image_aspect, max_length, own
+    )
     return model, processor
 
 
@@ -417,30 +430,6 @@ def hub_config(model, processor, dtype):
         text["rope_theta"] = rope.pop("rope_theta")
         text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     return config
-
-
-def chat_template(name):
-    """A template of data.py as Jinja, for apply_chat_template of transformers."""
-    template = TEMPLATES[name]
-    before, cue = template.user.split("{}")
-    lead, tail = template.answer.split("{}")
-    quote = json.dumps
-    end = "eos_token" if template.end == "eos" else quote(template.end)
-
-    return (
-        "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}"
-        "{% for part in content if part.type == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-        "{% for part in content if part.type == 'text' %}{{ part.text }}{% endfor %}"
-        "{% endif %}{% endmacro %}"
-        f"{{{{ {quote(template.start)} }}}}"
-        "{% for message in messages %}"
-        "{% if message.role == 'user' %}"
-        f"{{{{ {quote(before)} + body(message.content) + {quote(cue)} }}}}"
-        "{% elif message.role == 'assistant' %}"
-        f"{{{{ {quote(lead)} + body(message.content) + {quote(tail)} + {end} }}}}"
-        "{% else %}{{ raise_exception('the roles are user and assistant') }}{% endif %}"
-        "{% endfor %}"
-    )
 
 
 def write_processor(model, processor, folder):
@@ -508,7 +497,7 @@ def write_processor(model, processor, folder):
     write_json(folder / "generation_config.json", generation)
 
     # how a dialogue becomes a prompt
-    template = chat_template(processor.template)
+    template = chat.chat_template(processor.form)
     write_json(folder / "chat_template.json", {"chat_template": template})  # before 4.52
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 

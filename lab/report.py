@@ -75,7 +75,7 @@ def evaluate_start(model, processor, args, out):
     if args.toy_world is None or args.no_eval:
         return None
 
-    settings = (processor.template, processor.image_aspect, str(model.device), args.toy_world)
+    settings = (processor.form, processor.image_aspect, str(model.device), args.toy_world)
     digest = hashlib.sha256(repr((fingerprint(model, processor, []), settings)).encode())
     cached = Path(".cache") / f"evaluation-{digest.hexdigest()[:16]}"
     if cached.is_dir() and not out.exists():

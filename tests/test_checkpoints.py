@@ -451,7 +451,7 @@ def test_missing_and_broken_files_are_refused(tmp_path, hf, monkeypatch):
 def test_transformers_reads_what_is_saved(tmp_path, kind, strategy, tie):
     more = MISTRAL if kind == "mistral" else SLIDING if kind == "qwen3" else {}
     theirs = tiny_llava(kind, layer=-1, strategy=strategy, tie_word_embeddings=tie, **more)
-    model, processor = load(write(tmp_path / "m", theirs))
+    model, processor = load(write(tmp_path / "m", theirs), template="chatml")
     save(model, processor, tmp_path / "out")
     theirs = from_transformers(tmp_path / "out")
     rows, pixels = prompts(processor.image_tokens), torch.randn(2, 3, SIDE, SIDE)

@@ -15,6 +15,7 @@ import eval_chair
 import eval_pope
 import evaluation
 import sampling
+import training
 from common import BadInput
 from data import Record
 from formats import adapters, checkpoints
@@ -786,8 +787,9 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
 
 
 def test_the_model_that_is_evaluated(tmp_path, monkeypatch):
-    """All flags about it reach it: template and aspect of the image too."""
-    loaded, adapted = [], []
+    """All flags about it reach it: template and aspect of the image too. Its prompt is shown."""
+    loaded, adapted, shown = [], [], []
+    monkeypatch.setattr(training, "show_prompt", shown.append)
     monkeypatch.setattr(checkpoints, "load", lambda *args: loaded.append(args) or ("model", "p"))
     monkeypatch.setattr(adapters, "load_adapter", lambda *args: adapted.append(args))
     monkeypatch.setattr(adapters, "as_trained", lambda _, *given: given)
@@ -796,4 +798,4 @@ def test_the_model_that_is_evaluated(tmp_path, monkeypatch):
     assert evaluation.load(SimpleNamespace(**given)) == ("model", "p") and not adapted
     evaluation.load(SimpleNamespace(**given | {"adapter": "run/adapter"}))
     want = ("m", torch.bfloat16, torch.device("cpu"), "plain", "checkpoint")
-    assert loaded == [want, want] and adapted == [("model", "run/adapter")]
+    assert loaded == [want, want] and adapted == [("model", "run/adapter")] and shown == ["p", "p"]

@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "attention lora noise prefetch formats.files formats.anyres formats.weights lab.drawing",
     "model lab.toyworld",
     "data formats.adapters",
-    "sampling facts formats.layouts formats.llava_original",
+    "sampling facts formats.layouts formats.llava_original formats.chat",
     "formats.dataset formats.instruct formats.checkpoints",
     "formats.inspector training lab.oracle",
     "judge evaluation lab.parts",

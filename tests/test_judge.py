@@ -279,7 +279,7 @@ def test_a_reward_model(record, checkpoint, tmp_path, monkeypatch):
         judge.make(flags(annotator=str(tmp_path / "old")))
 
 
-def test_checkpoint_leaves_room_for_a_verdict(record, checkpoint, monkeypatch):
+def test_checkpoint_leaves_room_for_a_verdict(record, checkpoint, monkeypatch, capsys):
     """A question that leaves less than 16 tokens of the context has no reply; the others keep theirs."""
     model, processor = checkpoints.load(checkpoint)
     texts = ["x" * 200, "short"]
@@ -293,6 +293,7 @@ def test_checkpoint_leaves_room_for_a_verdict(record, checkpoint, monkeypatch):
         processor.max_length = lengths[0] + room
         ask = judge.ask_checkpoint("name")
         assert ask([(record, text) for text in texts]) == replies
+        assert capsys.readouterr().err.count("annotator: template vicuna_v1, image aspect pad") == 1
 
 
 def reward_run(folder, checkpoint, **changed):
@@ -313,7 +314,9 @@ def reward_run(folder, checkpoint, **changed):
     return str(folder)
 
 
-def test_a_reward_model_reads_what_it_was_trained_on(record, checkpoint, tmp_path, monkeypatch):
+def test_a_reward_model_reads_what_it_was_trained_on(
+    record, checkpoint, tmp_path, monkeypatch, capsys
+):
     """Its own template and image aspect, and as many facts as it saw; the same ones at every call."""
     run = reward_run(
         tmp_path / "run", checkpoint, template="plain", image_aspect="checkpoint", max_facts=2
@@ -335,6 +338,7 @@ def test_a_reward_model_reads_what_it_was_trained_on(record, checkpoint, tmp_pat
     given = flags(annotator=run, facts=str(tmp_path / "facts.json"))
     score = judge.make(given, dtype=torch.bfloat16, records=[record])
     assert seen == [("plain", "checkpoint", torch.bfloat16)]
+    assert "annotator: template plain, image aspect checkpoint; asked as" in capsys.readouterr().err
     first, second = (score([record], [["a cat", "a dog"]]) for _ in range(2))
     assert first == second and turns[0] == turns[1] and turns[0].count("- fact") == 2
     score([replace(record, turns=("What is it?",))], [["a cat"]])

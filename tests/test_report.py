@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from data import Template
 from lab import report
 
 
@@ -60,7 +61,11 @@ def test_the_start_is_evaluated_once(asked, llava):
     with torch.no_grad():
         model.projector.linear_1.bias += 1
     report.evaluate_start(model, processor, run(), Path("e"))
-    assert asked[2::2] == ["c/pope", "d/pope", "e/pope"]
+    processor.template = "checkpoint"  # the same name for two templates
+    for name, start in (("f", "Be brief. "), ("g", "Be long. ")):
+        processor.own = Template(start, "{}:", "{}")
+        report.evaluate_start(model, processor, run(), Path(name))
+    assert asked[2::2] == ["c/pope", "d/pope", "e/pope", "f/pope", "g/pope"]
 
 
 def test_a_resumed_run_keeps_the_start_that_it_has(asked, llava):

@@ -74,7 +74,9 @@ def test_without_and_with_an_adapter(ask, checkpoint, tmp_path):
         *sample.side_by_side([before, after], 60),
         "",
     ]
-    out, _ = ask("--k", 3, "--image", "a.png")
+    out, err = ask("--k", 3, "--image", "a.png")
+    prompt = "USER: <image>\\nWhat? ASSISTANT:\", an answer ends with '</s>'"
+    assert err.count("template vicuna_v1, image aspect pad; asked as") == err.count(prompt) == 1
     assert out.count("a.png") == 2 and out == ask("--k", 3, "--image", "a.png").out
 
 
