@@ -3,7 +3,6 @@
 transformers and huggingface_hub are imported where needed: at the top it would slow every `--help`.
 """
 
-import json
 import sys
 
 import torch
