@@ -5,13 +5,16 @@ No torch here: reading a JSON file or printing `--help` must not load it.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
 
 # ---- errors and exit statuses
@@ -30,22 +33,86 @@ def run(main):
 
     Exit status: 2 for BadInput, 1 for NonFinite, 130 after Ctrl-C.
     """
-    script = Path(sys.argv[0]).name
+    script, stderr = Path(sys.argv[0]).name, sys.stderr  # of several processes, one alone prints
     try:
         main()
+        return
     except BadInput as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(2)
+        text, status = f"{script}: {error}", 2
     except NonFinite as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(1)
+        text, status = f"{script}: {error}", 1
     except KeyboardInterrupt:
-        print(
+        status = 130
+        text = (
             f"\n{script}: interrupted; the run folder keeps its last checkpoint, "
-            "go on with --resume",
-            file=sys.stderr,
+            "go on with --resume"
         )
-        sys.exit(130)
+    except Exception as error:
+        if not process_ids:
+            raise
+        of_collective = re.search("gloo|NCCL", str(error))
+        text, status = lost() if of_collective else traceback.format_exc(), 1
+    end(text, status, stderr)
+
+
+# ---- one of several processes (processes.py)
+
+process_ids = []  # of all processes of a run that torchrun started, in their order
+
+
+@functools.cache
+def first_to_fail():
+    """Is this process the first that asks? It reports the error; alone it is.
+
+    torchrun gives every process a folder, which stand beside each other in one of the run's own.
+    """
+    folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not folder:
+        return True
+    try:
+        Path(folder).parents[1].joinpath("failed").touch(exist_ok=False)
+        return True
+    except FileExistsError:
+        return False
+
+
+def is_alive(pid):
+    """Is there a process of this id?"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def lost():
+    """The sentence of a process that cannot go on because another is gone."""
+    gone = []
+    for _ in range(20):  # torchrun takes a moment to notice
+        gone = [i for i, pid in enumerate(process_ids) if not is_alive(pid)]
+        if gone:
+            break
+        time.sleep(0.1)
+    script, who = Path(sys.argv[0]).name, f"process {min(gone)}" if gone else "another process"
+    return (
+        f"{script}: {who} of {len(process_ids)} ended, and with it the run; "
+        "the run folder keeps its last checkpoint, go on with --resume"
+    )
+
+
+def end(text, status, stderr, patience=600):
+    """Print what stopped the process and end it; of several processes, the first to fail prints.
+
+    The others wait: torchrun ends them when the first has ended, and that one may have to save.
+    """
+    first = first_to_fail()
+    if first:
+        print(text, file=stderr, flush=True)
+    if not process_ids:
+        sys.exit(status)
+    if not first:
+        time.sleep(patience)
+    os._exit(status)  # at a normal end a collective may wait for those that are gone
 
 
 def one_line(error):

@@ -48,6 +48,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
+import processes
 import training
 from common import Parser, Progress, positive, run
 from formats import checkpoints, dataset
@@ -100,19 +101,25 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="d
 
 
 def reference_log_probs(model, processor, examples, batch_size):
-    """log pi_ref of both answers of each pair, (n, 2), before the first step: LoRA still adds 0."""
+    """log pi_ref of both answers of each pair, (n, 2), before the first step: LoRA still adds 0.
+
+    Of several processes, each scores a share of the batches.
+    """
 
     @torch.no_grad()
     def score():
         """All pairs, in order."""
-        log_probs = torch.empty(len(examples), 2)
-        progress = Progress("reference", len(examples))
-        processor.prefetch.expect([e.record.image for e in examples])
-        for i in range(0, len(examples), batch_size):
-            batch = processor.collate(examples[i : i + batch_size]).to(model.device)
-            log_probs[i : i + batch_size] = model.answer_log_probs(batch).view(-1, 2).cpu()
-            progress(min(i + batch_size, len(examples)))
-        return log_probs
+        starts = range(0, len(examples), batch_size)
+        parts = processes.share([examples[i : i + batch_size] for i in starts])
+        mine, log_probs, done = sum(parts, []), [], 0
+        processor.prefetch.expect([e.record.image for e in mine])
+        progress = Progress("reference", len(mine))
+        for part in parts:
+            batch = processor.collate(part).to(model.device)
+            log_probs.append(model.answer_log_probs(batch).view(-1, 2).cpu())
+            done += len(part)
+            progress(done)
+        return torch.cat(processes.joined(log_probs))
 
     name = f"reference-{training.fingerprint(model, processor, examples)}"
     return training.cached(name, score).to(model.device)

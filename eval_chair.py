@@ -327,7 +327,13 @@ def evaluate(
         image = find_image(Path(images), pictures[number].file)
         records.append(Record(f"image id {number}", image, (prompt,)))
     texts = generate(
-        model, processor, records, max_new_tokens, batch_size=batch_size, label="CHAIR"
+        model,
+        processor,
+        records,
+        max_new_tokens,
+        batch_size=batch_size,
+        label="CHAIR",
+        split=True,
     )
     described = [(number, text) for number, (text,) in zip(numbers, texts)]
     return report(described, truth, pictures, vocabulary, out)

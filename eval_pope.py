@@ -179,6 +179,7 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
             MAX_NEW_TOKENS,
             batch_size=batch_size,
             label=f"POPE {split}",
+            split=True,
         )
         answers.update((key, text) for key, (text,) in zip(new, texts))
         scores[split] = score([q["label"] for q in questions], [answers[key] for key in keys])

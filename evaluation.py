@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import processes
 import training
 from common import BadInput, positive_int
 
@@ -38,9 +39,14 @@ def check_flags(args):
 
 
 def load(args):
-    """--model with --adapter -> (model, processor)."""
+    """--model with --adapter -> (model, processor).
+
+    Of several processes, each answers a share, and process 0 alone writes: sets args.out.
+    """
     from formats import adapters, checkpoints  # brings transformers; --help does without
 
+    processes.start(args.device)
+    args.out = args.out if processes.number == 0 else None
     device, dtype = training.device_and_dtype(args)
     template, aspect = adapters.as_trained(args.adapter, args.template, args.image_aspect)
     model, processor = checkpoints.load(args.model, dtype, device, template, aspect)

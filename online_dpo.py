@@ -59,7 +59,7 @@ import torch.nn.functional as F
 import judge
 import sampling
 import training
-from common import Parser, fraction, positive, positive_int, ranged, run
+from common import Parser, first_to_fail, fraction, positive, positive_int, ranged, run
 from formats import checkpoints, dataset
 from lab import report, toy
 
@@ -253,8 +253,8 @@ def main():
                 try:
                     scores = annotator([e.record for e in online], texts)
                 except judge.NoAnswer:  # verdicts cost money: keep the state before this step
-                    if step > first:
-                        training.save_checkpoint(out, step, model, optimizer)
+                    if step > first and first_to_fail():
+                        training.save_checkpoint(out, step, model, optimizer, writes=True)
                     raise
                 for i, example, row, values in zip(places, online, answers, scores, strict=True):
                     verdict = best_and_worst(values)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import mask_and_prefix, sliding_window
+import processes
 from common import Progress
 from lora import cast_once
 from model import pack
@@ -225,19 +226,24 @@ def generate(
     batch_size=64,
     seed=0,
     label="generate",
+    split=False,
 ):
     """k answers to each record's prompt -> a list of k texts for each record, in order.
 
-    Progress is shown on stderr when it takes long.
+    Progress is shown on stderr when it takes long. split: the batches are divided among the
+    processes, all of which call this; greedy answers only, as one generator draws all.
     """
     examples = [processor.encode(replace(r, answers=())) for r in records]
     # prompts of similar length together: little padding
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     generator = torch.Generator(model.device).manual_seed(seed)
-    progress, texts = Progress(label, len(records)), [None] * len(records)
-    processor.prefetch.expect([examples[i].record.image for i in order])
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    starts = range(0, len(order), batch_size)
+    parts = [order[start : start + batch_size] for start in starts]
+    parts = processes.share(parts) if split else parts
+    mine, texts = sum(parts, []), []
+    processor.prefetch.expect([examples[i].record.image for i in mine])
+    progress = Progress(label, len(mine))
+    for chosen in parts:
         batch = [examples[i] for i in chosen]
         pixel_values, image_sizes = processor.images(batch)
         samples = sample(
@@ -251,7 +257,8 @@ def generate(
             generator=generator,
             image_sizes=image_sizes,
         )
-        for i, tokens in zip(chosen, samples.tokens):
-            texts[i] = [processor.text(t) for t in tokens]
-        progress(start + len(chosen))
-    return texts
+        texts.append([[processor.text(t) for t in tokens] for tokens in samples.tokens])
+        progress(sum(map(len, texts)))
+    texts = sum(processes.joined(texts) if split else texts, [])
+    by_place = dict(zip(order, texts))
+    return [by_place[i] for i in range(len(records))]

@@ -17,6 +17,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import processes
+import sharding
 from common import (
     BadInput,
     NonFinite,
@@ -118,14 +120,14 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, 
         type=positive_int,
         default=batch_size,
         metavar="N",
-        help="rows a forward pass (default %(default)s)",
+        help="rows a forward pass of each process (default %(default)s)",
     )
     flag(
         "--grad-accum",
         type=positive_int,
         default=1,
         metavar="N",
-        help="forward passes an optimizer step; N x batch size is the batch",
+        help="forward passes an optimizer step; N x batch size x processes is the batch",
     )
     flag(
         "--lr",
@@ -180,7 +182,10 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, 
 
 
 def parse(parser):
-    """The flags that were given, defaults for the others -> args. Nothing is loaded or made."""
+    """The flags that were given, defaults for the others -> args. Nothing is loaded or made.
+
+    Of several processes, none goes on before all have checked their flags.
+    """
     args = parser.parse_args()
     if args.resume and not (args.out and (Path(args.out) / "args.json").is_file()):
         raise BadInput(
@@ -195,6 +200,7 @@ def parse(parser):
             "--model needs --data: a data file in one of the layouts of formats/layouts.py."
         )
     args.toy_world = None  # lab.toy.fill sets it
+    processes.start(args.device)
     return args
 
 
@@ -205,6 +211,8 @@ def device_and_dtype(args):
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes.total > 1:
+        name = f"cuda:{processes.number}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -238,11 +246,13 @@ def start(args, script, skipped=(), more_data=()):
     import torch
 
     out = Path(args.out) if args.out else next_free(Path("runs"), script)
+    out = processes.from_first(out)
     flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "given")}
     packages = ("torch", "transformers", "pillow", "numpy", "safetensors")
     record = {
         "script": script,
         "flags": flags,
+        "processes": processes.total,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "data": {},
     }
@@ -252,10 +262,10 @@ def start(args, script, skipped=(), more_data=()):
         record["data"][path] = file_hash(path)
     if args.resume:
         check_same_run(read_json(out / "args.json"), record)
-    else:
+    elif processes.number == 0:
         out.mkdir(parents=True)
         write_json(out / "args.json", record)
-    if args.skip_bad_rows:
+    if args.skip_bad_rows and processes.number == 0:
         write_json(out / "skipped.json", list(skipped))
     random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -269,12 +279,20 @@ def next_free(folder, script):
 
 
 def check_same_run(old, new):
-    """Refuse to resume with other flags, versions or data, by name."""
+    """Refuse to resume with other flags, versions or data, by name.
+
+    The number of processes may change, if --grad-accum changes with it so that the batch does not.
+    """
+    old, new = (
+        r | {"flags": r["flags"] | {"grad_accum": r["flags"]["grad_accum"] * r.get("processes", 1)}}
+        for r in (old, new)
+    )
     for kind in ("flags", "versions", "data"):
         for name in old[kind].keys() | new[kind].keys():
             was, is_now = old[kind].get(name), new[kind].get(name)
             if was != is_now:
                 what = flag_name(name) if kind == "flags" else name
+                what += " x processes" * (name == "grad_accum")
                 raise BadInput(
                     f"--resume: {what} was {was} and is now {is_now}; "
                     "a resumed run must be the same run."
@@ -310,19 +328,33 @@ def show_prompt(processor, text="...", who=""):
 # ---- batches, schedule, optimizer
 
 
+def global_batch(args):
+    """Examples of an optimizer step."""
+    return args.batch_size * args.grad_accum * processes.total
+
+
 def total_steps(args, n):
     """--steps, or what --epochs makes of n examples."""
-    return args.steps or math.ceil(n * args.epochs / (args.batch_size * args.grad_accum))
+    if processes.total > n:
+        raise BadInput(f"{processes.total} processes for {n} examples; at most {n} are accepted.")
+    return args.steps or math.ceil(n * args.epochs / global_batch(args))
 
 
 def batch_of(step, args, n):
     """The examples of an optimizer step, as indices -> all of them, and the micro-batches.
 
-    The micro-batches are pairs (number, indices), at most grad_accum of them.
-    Every epoch is a new seeded permutation. The result depends on seed and step alone, so a resumed
-    run needs no saved position. With --epochs the last step takes what is left.
+    The micro-batches are pairs (number, indices), at most grad_accum of them: those of this
+    process. Every epoch is a new seeded permutation. The result depends on seed and step alone, so
+    a resumed run needs no saved position. With --epochs the last step takes what is left.
     """
-    size = args.batch_size * args.grad_accum
+    chosen, micro_batches = whole_batch(step, args, n)
+    sharding.expected = math.ceil(len(micro_batches) / processes.total)
+    return chosen, processes.share(micro_batches)
+
+
+def whole_batch(step, args, n):
+    """`batch_of` with the micro-batches of all processes."""
+    size = global_batch(args)
     end = (step + 1) * size if args.steps else min((step + 1) * size, n * args.epochs)
     chosen = shuffled(step * size, end, n, args.seed)
     starts = range(0, len(chosen), args.batch_size)
@@ -331,8 +363,8 @@ def batch_of(step, args, n):
 
 def prefetch(processor, examples, step, args):
     """Decode the images of this step and the next on --workers threads, in the order of their use."""
-    ahead = [batch_of(i, args, len(examples))[1] for i in (step, step + 1)]
-    chosen = [i for micro_batches in ahead for _, micro in micro_batches for i in micro]
+    ahead = [whole_batch(i, args, len(examples))[1] for i in (step, step + 1)]
+    chosen = [i for whole in ahead for _, micro in processes.share(whole) for i in micro]
     processor.prefetch.workers = args.workers
     processor.prefetch.expect([examples[i].record.image for i in chosen])
 
@@ -367,14 +399,17 @@ def optimizer_for(model, lr, projector_lr, vision_lr=0.0):
     """AdamW without weight decay, a learning rate for each part; groups remember it as `base_lr`.
 
     beta2 is .98 where the papers' scripts keep .999, for which hundreds of steps are too few.
+    Of several processes, each keeps a part of an LLM that trains whole (sharding.py).
     """
     import torch
 
+    processes.check_same(trainable(model))
+    sharding.shard(model)
     rates = {"llm": lr, "projector": projector_lr, "vision": vision_lr, "heads": lr}
     groups = []
     for name, rate in rates.items():
-        params = [p for p in getattr(model, name).parameters() if p.requires_grad]
-        if params:
+        trained = [p for p in getattr(model, name).parameters() if p.requires_grad]
+        for params in sharding.apart(trained):
             groups.append({"params": params, "lr": rate, "base_lr": rate, "name": name})
     if not groups:
         raise BadInput("nothing trains: --lr, --projector-lr and the other rates are all 0.")
@@ -385,22 +420,33 @@ def numbers(metrics):
     """{name: number or tensor ()} -> {name: float}, 0 for a name without a number.
 
     One transfer, and the only place where a step waits for the device: until here it queues work.
+    The numbers of several processes are added.
     """
     import torch
+
+    sharding.finish_passes()
 
     tensors = {name: x for name, x in metrics.items() if torch.is_tensor(x)}
     if tensors:
         values = torch.stack([x.detach().double() for x in tensors.values()]).tolist()
         metrics = {**metrics, **dict(zip(tensors, values))}
-    return defaultdict(float, metrics)
+    return defaultdict(float, processes.summed(metrics))
 
 
 def clip_gradients(optimizer, max_norm):
-    """Scale the gradient of all trained parameters down to `max_norm` -> its norm before."""
+    """Scale the gradient of all trained parameters down to `max_norm` -> its norm before.
+
+    It is the sum of the gradients of all processes.
+    """
     import torch
 
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return float(torch.nn.utils.clip_grad_norm_(params, max_norm))
+    whole, parts = [], []
+    for group in optimizer.param_groups:
+        (parts if sharding.is_part(group["params"][0]) else whole).extend(group["params"])
+    processes.add_gradients(whole)
+    if parts:
+        return sharding.clip(whole, parts, max_norm)
+    return float(torch.nn.utils.clip_grad_norm_(whole, max_norm))
 
 
 def check_finite(loss, grad_norm, where):
@@ -427,20 +473,28 @@ def trainable(model):
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(out, step, model, optimizer, state=None, keep=2):
+def save_checkpoint(out, step, model, optimizer, state=None, keep=2, writes=None):
     """Write `out/checkpoints/step-<step>/` aside, flush, rename; then point `latest` to it.
 
     Saved are what trains, the optimizer, the random generators, and the algorithm's own `state`, a
     dict of JSON values (a running mean, say). The last `keep` checkpoints remain.
+    writes: whether this process does; by default process 0 does.
     """
     import torch
 
     from formats.weights import write_tensors
 
-    params = trainable(model)
-    tensors = {f"model.{n}": p.detach().contiguous() for n, p in params.items()}
-    for n, p in params.items():
-        tensors |= {f"optimizer.{n}.{k}": v.contiguous() for k, v in optimizer.state[p].items()}
+    writes = processes.number == 0 if writes is None else writes
+    tensors = {}
+    for n, p in trainable(model).items():
+        saved = {f"model.{n}": p.detach()}
+        saved |= {f"optimizer.{n}.{k}": v for k, v in optimizer.state[p].items()}
+        for name, tensor in saved.items():
+            tensor = sharding.whole(tensor)  # all processes take part, and one keeps it
+            if writes:
+                tensors[name] = tensor.contiguous()
+    if not writes:
+        return
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -485,10 +539,10 @@ def load_checkpoint(out, model, optimizer, state=None):
         )
     with torch.no_grad():
         for n, p in params.items():
-            p.copy_(tensors[f"model.{n}"])
+            p.copy_(sharding.part_like(p, tensors[f"model.{n}"]))
             prefix = f"optimizer.{n}."
             saved = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            optimizer.state[p] = {k: v.to(p.device) for k, v in saved.items()}
+            optimizer.state[p] = {k: sharding.part_like(p, v) for k, v in saved.items()}
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -507,14 +561,15 @@ def save_result(out, model, processor, args):
     """
     from formats import adapters, checkpoints
 
-    if args.resume:
+    if args.resume and processes.number == 0:
         for name in ("adapter", "model"):
             shutil.rmtree(out / name, ignore_errors=True)
     lora = args.lora_rank and args.lr
-    if lora:
+    if lora and processes.number == 0:
         adapters.save_adapter(model, out / "adapter", args.model, processor=processor)
     if args.merge or not lora or not args.model:
         checkpoints.save(model, processor, out / "model")
+    sharding.gather(model)
 
 
 def fingerprint(model, processor, examples):
@@ -542,12 +597,13 @@ def cached(name, compute):
     from formats.weights import write_tensors
 
     folder = Path(".cache") / name
-    if folder.is_dir():
+    if processes.from_first(folder.is_dir()):
         print(f"from the cache: {folder}", file=sys.stderr)
         return load_file(folder / "tensor.safetensors")["tensor"]
     tensor = compute()
-    with whole_folder(folder) as aside:
-        write_tensors({"tensor": tensor}, aside / "tensor.safetensors")
+    if processes.number == 0:
+        with whole_folder(folder) as aside:
+            write_tensors({"tensor": tensor}, aside / "tensor.safetensors")
     return tensor
 
 
@@ -555,9 +611,14 @@ def cached(name, compute):
 
 
 class Log:
-    """metrics.jsonl, a line a step (`step` = updates done before it), and the progress line."""
+    """metrics.jsonl, a line a step (`step` = updates done before it), and the progress line.
+
+    Process 0 writes it.
+    """
 
     def __init__(self, out, first, steps):
+        if processes.number:
+            return
         path = out / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [
@@ -569,6 +630,8 @@ class Log:
 
     def __call__(self, step, show, metrics):
         """Write one step's metrics; `show` names those on the progress line."""
+        if processes.number:
+            return
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
         values = "".join(f"{name} {metrics[name]:.4f}  " for name in show)

@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+import processes
+import sharding
 from common import BadInput, new_folder, one_line, read_json, whole_folder, write_json
 from data import OWN, Processor
 from formats import chat
@@ -382,6 +384,7 @@ def merged(model, kept):
     for name, tensor in model.state_dict().items():
         if not_of_base(name) or name == "llm.lm_head.weight" and is_tied(model.llm):
             continue
+        tensor = sharding.whole(tensor)
         if name in adapted:
             lora = adapted[name]
             update = lora.scale * (lora.lora_B @ lora.lora_A)
@@ -510,7 +513,8 @@ def save(model, processor, folder, dtype=None):
         bfloat16, the file would keep 65 % of the log-prob margin that LoRA learned.
 
     config.json notes the share of LoRA's update that bfloat16 would keep (`bfloat16_keeps`, a
-    projection on the update): `load` says so to whoever asks for bfloat16.
+    projection on the update): `load` says so to whoever asks for bfloat16. Of several processes,
+    all call this, and process 0 writes.
 
     transformers 4.46 to 5.23 read it, with AutoProcessor. `folder` must not exist; it appears when
     it is complete.
@@ -526,6 +530,10 @@ def save(model, processor, folder, dtype=None):
             widest = torch.promote_types(widest, tensor.dtype)
             yield name, tensor
 
+    if processes.number:
+        for _ in merged(model, kept):  # takes part in gathering what is divided, and keeps nothing
+            pass
+        return
     with whole_folder(new_folder(folder)) as aside:
         write_shards(tensors(), aside)
         config = hub_config(model, processor, widest)

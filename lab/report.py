@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import eval_chair
 import eval_pope
+import processes
 from common import read_json, whole_folder, write_json
 from formats.files import open_image
 from training import fingerprint
@@ -50,7 +51,7 @@ def evaluate(model, processor, args, out):
     """POPE and CHAIR on the toy world's test scenes -> {"pope": figures, "chair": figures}.
 
     Writes the evaluations' files to `out`. None with --no-eval, and for a run on another model. A
-    resumed run reads the figures that it wrote before.
+    resumed run reads the figures that it wrote before. Of several processes, each answers a share.
     """
     if args.toy_world is None or args.no_eval:
         return None
@@ -62,8 +63,9 @@ def evaluate(model, processor, args, out):
     images = world / "images"
     questions = [world / f"pope_{split}.json" for split in SPLITS]
     truth = [world / "instances.json"], [world / "captions.json"], world / "synonyms.txt"
-    pope = eval_pope.evaluate(model, processor, questions, images, out / "pope")
-    chair = eval_chair.evaluate(model, processor, *truth, images, out / "chair")
+    where = (out / "pope", out / "chair") if processes.number == 0 else (None, None)
+    pope = eval_pope.evaluate(model, processor, questions, images, where[0])
+    chair = eval_chair.evaluate(model, processor, *truth, images, where[1])
     return {"pope": pope, "chair": chair}
 
 
@@ -78,12 +80,13 @@ def evaluate_start(model, processor, args, out):
     settings = (processor.form, processor.image_aspect, str(model.device), args.toy_world)
     digest = hashlib.sha256(repr((fingerprint(model, processor, []), settings)).encode())
     cached = Path(".cache") / f"evaluation-{digest.hexdigest()[:16]}"
-    if cached.is_dir() and not out.exists():
-        print(f"evaluation before training: {cached}", file=sys.stderr)
-        shutil.copytree(cached, out)
+    with processes.first_alone():
+        if cached.is_dir() and not out.exists():
+            print(f"evaluation before training: {cached}", file=sys.stderr)
+            shutil.copytree(cached, out)
 
     result = evaluate(model, processor, args, out)
-    if not cached.is_dir():
+    if processes.number == 0 and not cached.is_dir():
         with whole_folder(cached) as aside:
             shutil.copytree(out, aside, dirs_exist_ok=True)
     return result
@@ -91,6 +94,8 @@ def evaluate_start(model, processor, args, out):
 
 def finish(out, before, after, seconds, args):
     """Write summary.json, print the table, draw report.png."""
+    if processes.number:
+        return
     seconds = {name: round(value, 1) for name, value in seconds.items()}
     summary = {"before": before, "after": after, "seconds": seconds, "seed": args.seed}
     write_json(out / "summary.json", summary)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 from common import Parser, file_hash, flag_name, whole_folder
 from lab import drawing, toyworld
 
@@ -38,15 +39,16 @@ def fill(args, settings):
     for name, value in used.items():
         setattr(args, name, value)
 
-    args.toy_world = str(world(args.seed))
-    if "data" not in args.given:
-        args.data = [str(data_file(args.seed, name)) for name in settings["data"]]
-        if "images" not in args.given:
-            args.images = str(Path(args.toy_world) / "images")
-    if "vision" in settings:  # sft.py composes a new model
-        args.vision, args.llm = (str(parts(args.seed) / settings[n]) for n in ("vision", "llm"))
-    else:
-        args.model = str(base(args.seed))
+    with processes.first_alone():
+        args.toy_world = str(world(args.seed))
+        if "data" not in args.given:
+            args.data = [str(data_file(args.seed, name)) for name in settings["data"]]
+            if "images" not in args.given:
+                args.images = str(Path(args.toy_world) / "images")
+        if "vision" in settings:  # sft.py composes a new model
+            args.vision, args.llm = (str(parts(args.seed) / settings[n]) for n in ("vision", "llm"))
+        else:
+            args.model = str(base(args.seed))
 
     shown = {k: v for k, v in used.items() if k not in ("data", "vision", "llm")}
     flags = " ".join(f"{flag_name(name)} {value}" for name, value in shown.items())
@@ -144,7 +146,8 @@ def weights(seed):
 def script(name, *arguments):
     """Run a script of this project with the user's own command line."""
     command = [sys.executable, str(HOME / name), *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    environment = processes.environment()
+    subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
 
 
 def main():

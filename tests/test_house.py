@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "common",
-    "attention lora noise prefetch formats.files formats.anyres formats.weights lab.drawing",
+    "processes attention lora noise prefetch formats.files formats.anyres formats.weights "
+    "lab.drawing",
     "model lab.toyworld",
-    "data formats.adapters",
+    "sharding data formats.adapters",
     "sampling facts formats.layouts formats.llava_original formats.chat",
     "formats.dataset formats.instruct formats.checkpoints",
     "formats.inspector training lab.oracle",

@@ -659,7 +659,8 @@ def test_a_run_folder_and_its_args(folder):
     out = training.start(flags(given={"lr"}), "dpo", [], ["more.json"])
     assert out == Path("runs/dpo-0") and sorted(p.name for p in out.iterdir()) == ["args.json"]
     record = json.loads((out / "args.json").read_text())
-    assert record.keys() == {"script", "flags", "versions", "data"} and record["script"] == "dpo"
+    assert record.keys() == {"script", "flags", "processes", "versions", "data"}
+    assert record["script"] == "dpo" and record["processes"] == 1
     assert record["flags"] == {
         "seed": 0,
         "data": ["rows.json"],
