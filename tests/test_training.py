@@ -643,7 +643,7 @@ def test_a_checkpoint_of_another_model_is_refused(build, tmp_path, saved, now):
 
 def flags(**more):
     given = {"out": None, "resume": False, "seed": 0, "data": ["rows.json"], "lr": 0.5, "steps": 9}
-    given |= {"skip_bad_rows": False}
+    given |= {"skip_bad_rows": False, "grad_accum": 1}
     return argparse.Namespace(**given | more)
 
 
@@ -663,6 +663,7 @@ def test_a_run_folder_and_its_args(folder):
     assert record["script"] == "dpo" and record["processes"] == 1
     assert record["flags"] == {
         "seed": 0,
+        "grad_accum": 1,
         "data": ["rows.json"],
         "lr": 0.5,
         "steps": 9,
@@ -714,6 +715,18 @@ def test_a_resumed_run_is_the_same_run(folder, key, name, value, said):
     file.write_text(json.dumps(record))
     with pytest.raises(BadInput, match=said):
         training.start(flags(out="run", resume=True), "dpo")
+
+
+def test_a_run_resumes_with_another_number_of_processes(folder):
+    """Where the batch stays: 2 processes that accumulate 3 times are one that does 6 times."""
+    training.start(flags(out="run", grad_accum=3), "dpo")
+    file = folder / "run" / "args.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"processes": 2}))
+    training.start(flags(out="run", grad_accum=6, resume=True), "dpo")
+    said = "--grad-accum x processes was 6 and is now 3"
+    with pytest.raises(BadInput, match=said):
+        training.start(flags(out="run", grad_accum=3, resume=True), "dpo")
 
 
 def test_the_log_of_a_resumed_run(tmp_path, capsys):
