@@ -122,7 +122,7 @@ def reference_log_probs(model, processor, examples, batch_size):
         return torch.cat(processes.joined(log_probs))
 
     name = f"reference-{training.fingerprint(model, processor, examples)}"
-    return training.cached(name, score).to(model.device)
+    return training.cached(name, score)
 
 
 def main():
@@ -172,7 +172,9 @@ def main():
 
             # 2. score
             chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T  # (M,) -> (B,), (B,)
-            ref_chosen, ref_rejected = reference[micro].T  # (B,), (B,)
+            ref_chosen, ref_rejected = reference[micro].T.to(
+                device, non_blocking=True
+            )  # (B,), (B,)
 
             # 3. loss: the mean over all pairs of the step
             tokens = batch.lengths.view(-1, 2).T  # (2, B)

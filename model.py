@@ -119,16 +119,11 @@ class Batch:
     index: torch.Tensor  # (N,) flat position b * L + l whose hidden state predicts ...
     targets: torch.Tensor  # (N,) ... this token
     owner: torch.Tensor  # (N,) number of its answer, counted row by row: 0 .. M - 1
+    lengths: torch.Tensor  # (M,) scored tokens of each answer
     last: torch.Tensor  # (M,) flat position of each answer's last token; of an empty one, before it
-    n_answers: int  # M
-    shortest_prompt: int
+    shortest_prompt: int  # tokens
     pixel_values: torch.Tensor | None = None  # (I, 3, H, W) in row order; NeXT: all their tiles
     image_sizes: torch.Tensor | None = None  # (I, 2) height and width in pixels; LLaVA-NeXT only
-
-    @property
-    def lengths(self):
-        """Scored tokens of each answer, (M,)."""
-        return torch.bincount(self.owner, minlength=self.n_answers)
 
     def to(self, device):
         """The same batch with its tensors on `device`; `image_sizes`, which Python reads, stay.
@@ -179,12 +174,11 @@ def pack(prompts, answers, scored=None, pixel_values=None, pad_id=0, image_sizes
             start += R
             last.append(b * L + start - 1)
 
-    M = len(owner)
     parts = [torch.cat(x or [torch.zeros(0).long()]) for x in (index, targets, owner)]
+    lengths = torch.tensor([len(one) for one in owner], dtype=torch.long)
     last, shortest = torch.tensor(last, dtype=torch.long), min(map(len, prompts))
-    return Batch(
-        input_ids, position_ids, segments, *parts, last, M, shortest, pixel_values, image_sizes
-    )
+    rows = input_ids, position_ids, segments
+    return Batch(*rows, *parts, lengths, last, shortest, pixel_values, image_sizes)
 
 
 # ---- the model
@@ -406,7 +400,7 @@ class MLLM(nn.Module):
     def answer_log_probs(self, batch):
         """log p(answer | prompt): the sum over its scored tokens, (M,)."""
         log_p, _ = self.log_probs(batch)
-        return log_p.new_zeros(batch.n_answers).index_add(0, batch.owner, log_p)
+        return log_p.new_zeros(len(batch.lengths)).index_add(0, batch.owner, log_p)
 
     def values(self, batch, wanted, head):
         """A scalar head on the hidden states at the flat positions (N,) -> (N,) float32."""

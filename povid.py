@@ -116,7 +116,9 @@ def distorted_log_probs(model, batch, wrong, k):
     sums = []
     for targets in (batch.targets, wrong):
         log_p, _ = fused_log_probs(h, model.head_weight(), targets)  # (N,)
-        sums.append(log_p.new_zeros(batch.n_answers).index_add(0, batch.owner, log_p).view(-1, k).T)
+        sums.append(
+            log_p.new_zeros(len(batch.lengths)).index_add(0, batch.owner, log_p).view(-1, k).T
+        )
     true, distorted = sums  # (k, B) each
     return torch.cat([true[:1], distorted[:1], true[1:]])
 

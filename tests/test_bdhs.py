@@ -1051,7 +1051,7 @@ def test_a_chosen_answer_is_one_task(run, files, checkpoint, say):
 def by_text(call, processor):
     """{answer: its log-probability} of a call of the scorer."""
     batch, found = call.batch, call.result.tolist()
-    texts = [processor.text(batch.targets[batch.owner == i]) for i in range(batch.n_answers)]
+    texts = [processor.text(batch.targets[batch.owner == i]) for i in range(len(batch.lengths))]
     return dict(zip(texts, found))
 
 

@@ -720,7 +720,7 @@ def test_collate_pairs_pictures_with_rows(images):
     processor = processor_of(byte_level())
     records = read_records([HERE / "povid.json"], images)
     batch = processor.collate([processor.encode(r) for r in records])
-    assert batch.n_answers == 6 and batch.pixel_values.shape == (
+    assert len(batch.lengths) == 6 and batch.pixel_values.shape == (
         2,
         3,
         SIDE,

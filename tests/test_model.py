@@ -240,7 +240,7 @@ def test_pack_by_hand():
     assert batch.targets.tolist() == [10, 11, 20, 22, 30, 40, 41]
     assert batch.index.tolist() == [2, 3, 2, 6, 8, 8, 10]
     assert batch.owner.tolist() == [0, 0, 1, 1, 2, 3, 3]
-    assert batch.n_answers == 4
+    assert len(batch.lengths) == 4
 
 
 def test_attention_mask_against_three_loops():
