@@ -71,7 +71,7 @@ Dark patches are hidden from attention, `|` is the cut, red words are not in the
 
 ## More about speed
 
-The README's table is of `python -m lab.bench --only step --repeat 3 --json results/bench.json`: LoRA DPO steps of a LLaVA-shaped
+The README's table is of `python -m lab.bench --only step step-bfloat16 --json results/bench.json`: LoRA DPO steps of a LLaVA-shaped
 model with random weights (62 M parameters, 576 image tokens, vocabulary 32064, 4 pairs, float32, one thread of a Xeon). Each
 method runs in a process of its own. The script stops unless all of them agree in loss and log-probs. Our time includes the one
 reference pass, spread over one epoch and over three; three is the fewest of the papers' DPO runs. Cells are the median of three

@@ -41,11 +41,26 @@ def test_ours_and_naive_compute_the_same(tmp_path, monkeypatch):
         assert mine == pytest.approx(theirs, abs=1e-3)
 
 
+def test_bfloat16_computes_the_same(tmp_path, monkeypatch):
+    """Ours and TRL's, in this process: in bfloat16 indeed, and the same as in float32 but for rounding."""
+    bench.build(tmp_path, TINY)
+    monkeypatch.chdir(tmp_path)
+    first = bench.ours(tmp_path)
+    for name, way in bench.SECTIONS["step-bfloat16"].items():
+        result = way(tmp_path)
+        bench.check_same(name, result, first)
+        mean = torch.tensor(first["log_probs"]).mean(0)
+        apart = (torch.tensor(result["log_probs"]).mean(0) - mean).abs().max()
+        assert apart > 1e-4, f"{name} is in float32"
+    with pytest.raises(RuntimeError, match="ours-bfloat16 computed something else"):
+        bench.check_same("ours-bfloat16", result | {"log_probs": [[0.0, 0.0]]}, first)
+
+
 def test_json_and_table(tmp_path, capsys):
     """The command line, with one competitor in a process of its own."""
     bench.main(["--json", str(tmp_path / "bench.json"), "--repeat", "1", "--only", "ours"], TINY)
     figures = json.loads((tmp_path / "bench.json").read_text())
-    assert figures.keys() == {"machine", "workload", "step", "head", "negatives"}
+    assert figures.keys() == {"machine", "workload", *bench.SECTIONS}
     assert figures["machine"].keys() == {"cpu", "cores", "torch", "threads", "load"}
     assert figures["step"].keys() == {"ours"} and figures["head"] == {}
     ours, kinds = figures["step"]["ours"], {"seconds", "seconds_3_epochs", "peak_mib"}

@@ -349,6 +349,49 @@ def test_readme_names_every_file():
         assert (ROOT / "results" / image).is_file(), image
 
 
+def test_table_of_gpus():
+    """A table for each card; what was not measured is empty, and a column of nothing is left out."""
+    row = lambda cell, card, seconds, **more: {
+        "cell": cell, "card": card, "torch": "2", "transformers": "5", "seconds": [seconds, 0, 9], "peak_gib": 20.0, **more,
+    }  # fmt: skip
+    gpu = [
+        row("step/1.5/b1", "A", 0.5),
+        row("naive/1.5/b1", "A", 1.0),
+        {"cell": "step/next/b1", "card": "A", "torch": "2", "does_not_fit": "out of memory"},
+        row("step/1.5/b4/checkpointing", "B", 0.25, flop_share=0.412, commit="abc"),
+        row("trl/1.5/b4/default", "B", 1.0, trl="1.16.0"),
+        row("head/fused", "B", 0.1),
+    ]
+    assert pages.gpu_table(gpu).splitlines() == [
+        "A, torch 2, transformers 5:",
+        "",
+        "|  | s a step | plain: s a step | plain: ratio | peak GiB | plain: peak GiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| LLaVA-1.5-7B, 1 pair | 0.50 | 1.00 | 2.0 | 20.0 | 20.0 |",
+        "| LLaVA-NeXT-7B, 1 pair | does not fit |  |  |  |  |",
+        "",
+        "B, torch 2, transformers 5, trl 1.16.0, commit abc:",
+        "",
+        "|  | s a step | TRL: s a step | TRL: ratio | peak GiB | TRL: peak GiB | share of the matrix rate |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| LLaVA-1.5-7B, 4 pairs, checkpointing | 0.25 | 1.00 | 4.0 | 20.0 | 20.0 | 41% |",
+    ]
+
+
+def test_bfloat16_columns_of_the_benchmark():
+    bench = json.loads((ROOT / "results" / "bench.json").read_text()) | {"step-bfloat16": {}}
+    table, said = pages.bench_table(bench).split("\n\n")
+    assert "left out" in said and table.splitlines()[0].count("|") == 7
+    ways = {"ours": "ours-bfloat16", "trl": "trl-bfloat16"}
+    bench["step-bfloat16"] = {new: bench["step"][old] for old, new in ways.items()}
+    head, _, ours, naive, trl, default = pages.bench_table(bench).splitlines()
+    assert head.count("float32: ") == head.count("bfloat16: ") == 5
+    for line in (ours, trl):  # the same figures twice
+        cells = line.split(" | ")[1:]
+        assert [c.rstrip(" |") for c in cells[:5]] == [c.rstrip(" |") for c in cells[5:]]
+    assert naive.endswith("|  |  |  |  |  |") and default.endswith("|  |  |  |  |  |")
+
+
 def test_readme_shows_the_benchmark():
     step, readme = (
         json.loads((ROOT / "results" / "bench.json").read_text())["step"],
