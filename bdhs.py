@@ -730,7 +730,13 @@ def main():
         needs_image="BDHS would hide",  # completes the message: no image, which ...
     )
     model, processor = checkpoints.load(
-        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+        args.model,
+        dtype,
+        device,
+        args.template,
+        args.image_aspect,
+        args.max_length,
+        args.quantize,
     )
     examples = rows.encode(processor)
     out = training.start(args, "bdhs", rows.skipped)

@@ -135,7 +135,13 @@ def main():
     device, dtype = training.device_and_dtype(args)
     rows = dataset.read(args.data, args.images, answers=2, skip_bad_rows=args.skip_bad_rows)
     model, processor = checkpoints.load(
-        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+        args.model,
+        dtype,
+        device,
+        args.template,
+        args.image_aspect,
+        args.max_length,
+        args.quantize,
     )
     examples = rows.encode(processor)
     out = training.start(args, "dpo", rows.skipped)

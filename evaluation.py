@@ -48,8 +48,11 @@ def load(args):
     processes.start(args.device)
     args.out = args.out if processes.number == 0 else None
     device, dtype = training.device_and_dtype(args)
-    template, aspect = adapters.as_trained(args.adapter, args.template, args.image_aspect)
-    model, processor = checkpoints.load(args.model, dtype, device, template, aspect)
+    given = args.template, args.image_aspect, args.quantize
+    template, aspect, quantize = adapters.as_trained(args.adapter, *given)
+    model, processor = checkpoints.load(
+        args.model, dtype, device, template, aspect, quantize=quantize
+    )
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     training.show_prompt(processor)

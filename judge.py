@@ -236,7 +236,12 @@ def score_by_reward_model(folder, facts, device="cpu", dtype=torch.float32):
     """
     settings = adapters.reward_settings(folder)
     model, processor = checkpoints.load(
-        settings["base_name"], dtype, device, settings["template"], settings["image_aspect"]
+        settings["base_name"],
+        dtype,
+        device,
+        settings["template"],
+        settings["image_aspect"],
+        quantize=settings.get("quantize"),
     )
     adapters.load_reward(model, folder)
     training.show_prompt(processor, who="annotator: ")

@@ -21,7 +21,8 @@ class LoRA(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
-        self.to(base.weight.device)  # drawn on the CPU: a seed gives the same on every device
+        # drawn on the CPU: a seed gives the same on every device
+        self.to(next(iter(base.state_dict().values())).device)
         self.ready = None  # A and B in another dtype, inside `cast_once`
 
     def weights(self, dtype):

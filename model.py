@@ -23,6 +23,7 @@ from torch import nn
 from attention import install_attention, mask_and_prefix
 from common import BadInput
 from lora import LoRALinear, add_adapter
+from nf4 import quantised
 
 
 # ---- fused log-probs
@@ -243,6 +244,8 @@ class MLLM(nn.Module):
         if llm and lora_rank:
             add_adapter(self.llm, "policy", lora_rank)
         elif llm:
+            if quantised(self.llm) != "none":
+                raise BadInput("4-bit weights do not train: --quantize nf4 needs --lora-rank.")
             if keep_reference:
                 self.initial_llm = [copy.deepcopy(self.llm)]
             self.llm.float().requires_grad_(True)

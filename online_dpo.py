@@ -204,7 +204,13 @@ def main():
     )
     annotator = judge.make(args, device, dtype, rows.records)
     model, processor = checkpoints.load(
-        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+        args.model,
+        dtype,
+        device,
+        args.template,
+        args.image_aspect,
+        args.max_length,
+        args.quantize,
     )
     examples = rows.encode(processor, room=args.max_new_tokens)
     out = training.start(args, "online_dpo", rows.skipped)

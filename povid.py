@@ -141,7 +141,13 @@ def main():
         needs_image="POVID would distort",
     )
     model, processor = checkpoints.load(
-        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+        args.model,
+        dtype,
+        device,
+        args.template,
+        args.image_aspect,
+        args.max_length,
+        args.quantize,
     )
     examples = rows.encode(processor)
     out = training.start(args, "povid", rows.skipped)

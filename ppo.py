@@ -677,7 +677,7 @@ def main():
     toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
     args.samples = args.samples or (TOY_SAMPLES if args.toy_world else SAMPLES)[args.advantage]
     if args.reward_model is None:
-        args.reward_model = str(toy.reward_model(args.seed))
+        args.reward_model = str(toy.reward_model(args.seed, args.quantize))
 
     # ---- load data, model and reward model
     device, dtype = training.device_and_dtype(args)
@@ -689,7 +689,13 @@ def main():
         unique=lambda record: record.prompt_key,
     )
     model, processor = checkpoints.load(
-        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+        args.model,
+        dtype,
+        device,
+        args.template,
+        args.image_aspect,
+        args.max_length,
+        args.quantize,
     )
     examples = rows.encode(processor, prompts_only=True, room=args.max_new_tokens)
     settings = None

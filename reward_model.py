@@ -403,7 +403,13 @@ def main():
     ]
     known = {} if args.no_facts else captions(args.facts)
     model, processor = checkpoints.load(
-        args.model, dtype, device, args.template, args.image_aspect, args.max_length
+        args.model,
+        dtype,
+        device,
+        args.template,
+        args.image_aspect,
+        args.max_length,
+        args.quantize,
     )
     encoded = [rows.encode(processor) for rows in files]  # for each file its Examples
     skipped = [row for rows in files for row in rows.skipped]

@@ -80,8 +80,9 @@ def main():
     args = parse()
     device, dtype = training.device_and_dtype(args)
     name = args.model or str(toy.base(args.seed))
-    template, aspect = adapters.as_trained(args.adapter, args.template, args.image_aspect)
-    model, processor = checkpoints.load(name, dtype, device, template, aspect)
+    given = args.template, args.image_aspect, args.quantize
+    template, aspect, quantize = adapters.as_trained(args.adapter, *given)
+    model, processor = checkpoints.load(name, dtype, device, template, aspect, quantize=quantize)
     training.show_prompt(processor, args.prompt)
     records = [Record(f"--image {file}", Path(file), (args.prompt,)) for file in args.image]
 

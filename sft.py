@@ -80,6 +80,8 @@ def parse():
             "--vision-lr trains the tower, which an adapter does not hold; "
             "give --lora-rank 0 with it."
         )
+    if args.quantize == "nf4" and not args.model:
+        raise BadInput("--quantize is for a model that is read; give --model.")
     if bool(args.vision) != bool(args.llm):
         raise BadInput("--vision and --llm go together: a model is composed of both.")
     if args.vision and not args.data:
@@ -124,7 +126,13 @@ def main():
     rows = dataset.read(args.data, args.images, answers=1, skip_bad_rows=args.skip_bad_rows)
     if args.model:
         model, processor = checkpoints.load(
-            args.model, dtype, device, args.template, args.image_aspect, args.max_length
+            args.model,
+            dtype,
+            device,
+            args.template,
+            args.image_aspect,
+            args.max_length,
+            args.quantize,
         )
     else:
         model, processor = checkpoints.compose(

@@ -56,6 +56,12 @@ def add_model_flags(parser, without):
         "that has it, else float32",
     )
     flag(
+        "--quantize",
+        choices=("none", "nf4"),
+        help="nf4: the linear layers of the LLM's blocks in 4 bits, an eighth of float32, a quarter "
+        "of bfloat16; only LoRA trains on them (default: what --adapter was trained on, else none)",
+    )
+    flag(
         "--template",
         help="prompt: vicuna_v1, mistral, chatml, plain, or checkpoint, its chat template (default: "
         "what the checkpoint was trained with)",
@@ -198,6 +204,11 @@ def parse(parser):
     if args.model and not args.data:
         raise BadInput(
             "--model needs --data: a data file in one of the layouts of formats/layouts.py."
+        )
+    if args.quantize == "nf4" and (not args.lora_rank or not args.lr):
+        raise BadInput(
+            f"--quantize nf4 with --lora-rank {args.lora_rank} and --lr {args.lr}: "
+            "4-bit weights do not train; LoRA on them does, with a rank and a rate above 0."
         )
     args.toy_world = None  # lab.toy.fill sets it
     processes.start(args.device)
@@ -577,8 +588,10 @@ def fingerprint(model, processor, examples):
 
     Weights and images are known by their files (`file_identity`), none of which is read.
     """
+    from nf4 import quantised
+
     parts = [
-        (model.source, model.dtype, model.device.type),
+        (model.source, quantised(model), model.dtype, model.device.type),
         (processor.image_aspect, processor.image_size, processor.image_mean, processor.image_std),
         (model.feature_layer, model.keep_cls, model.anyres, model.image_token_id),
         (model.vision.config, model.llm.config),

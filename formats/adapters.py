@@ -18,6 +18,7 @@ from formats.weights import (
     write_tensors,
 )
 from lora import LoRALinear, add_adapter
+from nf4 import quantised
 
 CONDITIONS = ("template", "image_aspect")  # of the processor
 ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors", "alignment.json")
@@ -103,7 +104,7 @@ def save_adapter(model, folder, base_name, adapter="policy", processor=None):
         "base_name": str(base_name),
         "base": base_hash(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantize": None,
+        "quantize": quantised(model),
     }
     if processor:
         conditions |= {name: getattr(processor, name) for name in CONDITIONS}
@@ -127,13 +128,13 @@ def adapter_folder(name):
     raise BadInput(f"{name}: no adapter_config.json there; the folder of a PEFT adapter is needed.")
 
 
-def as_trained(name, template=None, image_aspect=None):
-    """(template, image_aspect) for a model that gets this adapter; no adapter: as given.
+def as_trained(name, template=None, image_aspect=None, quantize=None):
+    """(template, image_aspect, quantize) for a model that gets this adapter; no adapter: as given.
 
     None stands for a flag that was not given: it takes the value that the adapter was trained with.
     Another value is refused. Adapters of other programs do not say, so anything goes with them.
     """
-    given = {"template": template, "image_aspect": image_aspect}
+    given = {"template": template, "image_aspect": image_aspect, "quantize": quantize}
     if name:
         conditions = read_json(adapter_folder(name) / "alignment.json", {})
         for key, value in given.items():
@@ -144,11 +145,21 @@ def as_trained(name, template=None, image_aspect=None):
                     "leave the flag out."
                 )
             given[key] = value or trained
-    return given["template"], given["image_aspect"]
+    return tuple(given.values())
 
 
 def check_base(model, conditions, folder):
-    """Refuse a trained part on another base than its own, by the hash of the weights."""
+    """Refuse a trained part on another base than its own, by the hash of the weights.
+
+    That includes LoRA trained on 4 bits above the weights in 16: they differ by more than many
+    adapters change. `checkpoints.save` merges into what the 4 bits stand for.
+    """
+    trained, loaded = conditions.get("quantize") or quantised(model), quantised(model)
+    if trained != loaded:
+        raise BadInput(
+            f"{folder}: it was trained with --quantize {trained}; "
+            f"the model that is loaded has --quantize {loaded}."
+        )
     base = base_hash(model)
     if conditions["base"] != base:
         raise BadInput(
@@ -240,6 +251,11 @@ def load_adapter(model, folder, adapter="policy"):
 
 def merge(model):
     """Add LoRA to the weights that it adapts, in float32, and remove it. Returns the model."""
+    if quantised(model) != "none":
+        raise BadInput(
+            "merging into 4-bit weights would round LoRA away; `checkpoints.save` "
+            "merges into a copy of their values."
+        )
     for name, lora in adapters(model):
         base = model.get_submodule(name).base
         base.weight.copy_(base.weight.float() + lora.scale * (lora.lora_B @ lora.lora_A))
@@ -281,7 +297,7 @@ def save_reward(model, folder, base_name, settings, name="reward"):
     save_adapter(model, folder / "adapter", base_name, name)
     head = {k: v.detach().cpu().contiguous() for k, v in model.heads[name].state_dict().items()}
     write_tensors(head, folder / "head.safetensors")
-    base = {"base_name": str(base_name), "base": base_hash(model)}
+    base = {"base_name": str(base_name), "base": base_hash(model), "quantize": quantised(model)}
     write_json(folder / "reward.json", base | settings)
 
 

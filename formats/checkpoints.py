@@ -26,6 +26,7 @@ from formats.weights import (
     write_shards,
 )
 from model import MLLM, Projector
+from nf4 import NF4Linear, born_quantised, linears, quantised, slots, summary
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -53,17 +54,19 @@ def empty(make, config, dtype, device):
     return model
 
 
-def empty_llm(config, embeddings, dtype, device):
+def empty_llm(config, embeddings, dtype, device, quantize=None):
     """An LLM without weights yet, with as many token rows as the file has.
 
     Early LLaVA configs name another number of rows. embeddings: (file, name, shape), or None.
+    quantize: "nf4" makes the layers of its blocks 4-bit layers.
     """
     import transformers
 
     if embeddings:
         config.vocab_size = embeddings[2][0]
     try:
-        llm = empty(transformers.AutoModelForCausalLM.from_config, config, dtype, device)
+        with born_quantised(quantize == "nf4"):
+            llm = empty(transformers.AutoModelForCausalLM.from_config, config, dtype, device)
     except Exception as error:  # not a causal LM, or sizes that do not fit together
         raise BadInput(
             f"no LLM can be built of a {config.model_type!r} config ({one_line(error)})."
@@ -73,7 +76,21 @@ def empty_llm(config, embeddings, dtype, device):
             f"an LLM of type {config.model_type!r} is not accepted; "
             "llama, mistral, qwen2 and the like are."
         )
+    if quantize == "nf4":
+        linears(llm)  # refuses a layer that it does not know
     return llm
+
+
+def refuse_quantised(config, path):
+    """Refuse a checkpoint whose own weights are quantized. config: its config.json."""
+    for part in (config, config.get("text_config") or {}):
+        found = part.get("quantization_config")
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise BadInput(
+                f"{path}: quantization_config: its weights are quantized already ({method}); "
+                "accepted are those in float32, bfloat16 or float16, with --quantize nf4 for 4 bits."
+            )
 
 
 def tower_config(folder):
@@ -221,7 +238,15 @@ def read_config(raw, path):
 
 @torch.no_grad()
 @torch.random.fork_rng(devices=[])
-def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=None, max_length=0):
+def load(
+    name,
+    dtype=torch.float32,
+    device="cpu",
+    template=None,
+    image_aspect=None,
+    max_length=0,
+    quantize=None,
+):
     """Read a LLaVA-1.5 or LLaVA-NeXT checkpoint -> (MLLM, Processor).
 
     name: a folder or a hub id. transformers or LLaVA's own code wrote the checkpoint. LLaVA's own
@@ -231,6 +256,8 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=No
         not read). Without that `chat.choose` decides.
     image_aspect: by default what `save` noted in config.json, else "pad".
     device: on "meta" no weight is read.
+    quantize: "nf4" keeps the linear layers of the LLM's blocks in 4 bits (nf4.py). Each is
+        quantized as it is read: beside the 4-bit weights, one layer is there whole.
 
     The caller's random state (that of the CPU) is left unchanged.
     """
@@ -240,6 +267,7 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=No
     folder = find(name)
     path = folder / "config.json"
     raw = read_json(path)
+    refuse_quantised(raw, path)
     original = "mm_vision_tower" in raw  # LLaVA's own code wrote it
     if original:
         index, tokenizer_folder, image_folder, lora = original_parts(folder, raw)
@@ -248,6 +276,11 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=No
         index = weights(folder)
         tokenizer_folder = image_folder = folder
         lora = None
+    if lora and quantize == "nf4":
+        raise BadInput(
+            f"{folder}: --quantize nf4: LLaVA's own LoRA is merged when it is read, and 4 bits would "
+            "round it away; accepted is the merged model (checkpoints.load, then checkpoints.save)."
+        )
     config = read_config(raw, path)
     tokenizer = read_tokenizer(tokenizer_folder)
     if original:
@@ -257,7 +290,7 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=No
     # 2. build the model, without weights
     config.text_config.tie_word_embeddings = config.tie_word_embeddings
     embeddings = index.get("language_model.model.embed_tokens.weight")
-    llm = empty_llm(config.text_config, embeddings, dtype, device)
+    llm = empty_llm(config.text_config, embeddings, dtype, device, quantize)
 
     image = config.image_token_index
     in_tokenizer = tokenizer.get_vocab().get("<image>", image)
@@ -298,14 +331,16 @@ def load(name, dtype=torch.float32, device="cpu", template=None, image_aspect=No
             file=sys.stderr,
         )
     if torch.device(device).type != "meta":
-        slots = {our_hub_name(k): v for k, v in model.state_dict().items()}
+        places = {our_hub_name(k): v for k, v in slots(model).items()}
         tied = ("language_model.lm_head.weight",) if is_tied(llm) else ()
-        fill(slots, index, folder, tied)
+        fill(places, index, folder, tied)
         model.source = source(index, tensor_index(lora, "adapter_model") if lora else {})
         if lora:
             merge(load_adapter(model, lora))
         if original:
             add_rows(llm, len(tokenizer))
+        if quantize == "nf4":
+            print(f"--quantize nf4: {summary(llm)}", file=sys.stderr)
 
     # 4. the processor
     aspect = image_aspect or getattr(config, "image_aspect", None) or "pad"
@@ -342,6 +377,7 @@ def compose(
     clip_folder = find(vision)
     llm_folder = find(llm)
     clip_config = tower_config(clip_folder)
+    refuse_quantised(read_json(llm_folder / "config.json", {}), llm_folder / "config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(str(llm_folder), **LOCAL)
     except Exception as error:  # type checks of transformers and of huggingface_hub
@@ -379,12 +415,17 @@ def merged(model, kept):
 
     kept: a list that gets, for each merged layer, (<R, U>, <U, U>): U is what LoRA adds, R what is
     left of it when the layer is rounded to bfloat16.
+
+    A 4-bit weight is written as what it stands for, in the dtype of the arithmetic. So LoRA is
+    merged into the base that it was trained on: the original one would differ from that by more
+    than many adapters change, and merging into 4 bits would round the adapter away.
     """
     adapted = {f"{name}.base.weight": lora for name, lora in adapters(model)}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in slots(model).items():
         if not_of_base(name) or name == "llm.lm_head.weight" and is_tied(model.llm):
             continue
-        tensor = sharding.whole(tensor)
+        in_4_bits = isinstance(tensor, NF4Linear)
+        tensor = tensor.dequantise() if in_4_bits else sharding.whole(tensor)
         if name in adapted:
             lora = adapted[name]
             update = lora.scale * (lora.lora_B @ lora.lora_A)
@@ -534,6 +575,8 @@ def save(model, processor, folder, dtype=None):
         for _ in merged(model, kept):  # takes part in gathering what is divided, and keeps nothing
             pass
         return
+    if quantised(model) == "nf4":
+        print(f"{folder}: 4-bit weights are written as what they stand for", file=sys.stderr)
     with whole_folder(new_folder(folder)) as aside:
         write_shards(tensors(), aside)
         config = hub_config(model, processor, widest)

@@ -191,7 +191,7 @@ def check_values(tensor, name, file):
 def fill(slots, found, folder, tied=()):
     """Copy tensors from files into the model, one at a time: memory holds one copy of the model.
 
-    slots: {name: tensor of the model}.
+    slots: {name: tensor of the model, or another thing with `shape` and `copy_`}.
     found: {name: (file, name in the file, shape)}, as from `tensor_index`.
     tied: names in `slots` that share the memory of another. A file may lack them; if it holds one,
         it must be equal to the other.

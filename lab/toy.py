@@ -127,14 +127,15 @@ def data_file(seed, name):
     return folder / name
 
 
-def reward_model(seed):
+def reward_model(seed, quantize=None):
     """The reward model of the toy base, trained by reward_model.py's own command line."""
+    more = ["--quantize", quantize] if quantize == "nf4" else []
     code = sources("reward_model", "facts", "model", "attention", "lora", "data")
-    folder = CACHE / f"reward-{made_of(*code, world(seed).name, weights(seed))}"
+    folder = CACHE / f"reward-{made_of(*code, world(seed).name, weights(seed), *more)}"
     if not folder.exists():
         print(f"training the toy reward model of seed {seed}, once", file=sys.stderr)
         with whole_folder(folder) as aside:
-            script("reward_model.py", "--seed", seed, "--out", aside / "run")
+            script("reward_model.py", "--seed", seed, "--out", aside / "run", *more)
     return folder / "run"
 
 

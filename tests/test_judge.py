@@ -325,8 +325,8 @@ def test_a_reward_model_reads_what_it_was_trained_on(
     (tmp_path / "facts.json").write_text(json.dumps({"0.png": known}))
     seen, load, turn = [], checkpoints.load, judge.evaluation_turn
 
-    def loaded(*args):
-        model, processor = load(*args)
+    def loaded(*args, **more):
+        model, processor = load(*args, **more)
         seen.append((processor.template, processor.image_aspect, model.dtype))
         return model, processor
 
@@ -370,8 +370,8 @@ def test_how_the_annotator_is_made(record, checkpoint, tmp_path, monkeypatch):
     plain = reward_run(tmp_path / "plain", checkpoint, question="Good?", facts=None)
     seen, load = [], checkpoints.load
 
-    def loaded(*args):
-        model, processor = load(*args)
+    def loaded(*args, **more):
+        model, processor = load(*args, **more)
         seen.append(model.dtype)
         return model, processor
 

@@ -105,15 +105,15 @@ def test_an_adapter_says_what_it_was_trained_with(trained, checkpoint):
         "base_name": str(checkpoint),
         "base": base,
         "dtype": "float32",
-        "quantize": None,
+        "quantize": "none",
         "template": "plain",
         "image_aspect": "checkpoint",
     }
 
 
-@pytest.mark.parametrize("given", [(None, None), ("plain", "checkpoint")])
+@pytest.mark.parametrize("given", [(None, None, None), ("plain", "checkpoint", "none")])
 def test_an_adapter_brings_its_conditions(trained, checkpoint, given):
-    assert as_trained(trained[0], *given) == ("plain", "checkpoint")
+    assert as_trained(trained[0], *given) == ("plain", "checkpoint", "none")
     assert as_trained(None, *given) == given
 
 
@@ -122,6 +122,7 @@ def test_an_adapter_brings_its_conditions(trained, checkpoint, given):
     [
         (("vicuna_v1", None), "--template vicuna_v1: .* trained with plain"),
         ((None, "pad"), "--image-aspect pad: .* trained with checkpoint"),
+        ((None, None, "nf4"), "--quantize nf4: .* trained with none"),
     ],
 )
 def test_other_conditions_are_refused(trained, given, message):
@@ -132,7 +133,13 @@ def test_other_conditions_are_refused(trained, given, message):
 def test_an_evaluation_asks_as_trained(trained, checkpoint):
     """Without the flags, template and aspect are the adapter's; the checkpoint's own would be others."""
     args = {"model": str(checkpoint), "adapter": str(trained[0]), "device": "cpu"}
-    args |= {"dtype": "float32", "template": None, "image_aspect": None}
+    args |= {
+        "dtype": "float32",
+        "template": None,
+        "image_aspect": None,
+        "quantize": None,
+        "out": None,
+    }
     _, processor = evaluation.load(Namespace(**args))
     assert (processor.template, processor.image_aspect) == ("plain", "checkpoint")
     _, processor = evaluation.load(Namespace(**args | {"adapter": None}))
@@ -164,7 +171,7 @@ def test_an_adapter_on_another_base_is_refused(trained, checkpoint, tmp_path):
 
 def test_an_adapter_of_peft_says_nothing(trained, checkpoint):
     (trained[0] / "alignment.json").unlink()
-    assert as_trained(trained[0], "mistral", None) == ("mistral", None)
+    assert as_trained(trained[0], "mistral", None) == ("mistral", None, None)
     load_adapter(checkpoints.load(checkpoint)[0], trained[0])
 
 
