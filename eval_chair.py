@@ -234,7 +234,7 @@ def read_answers(path, pictures):
     Rows, JSON lines or an array, are {"image_id": id or file name, "caption"}.
     """
     ids = {picture.file: number for number, picture in pictures.items()}
-    ids |= {number: number for number in pictures}
+    ids |= {number: number for number in pictures} | {str(number): number for number in pictures}
     captions = []
     for i, row in rows(Path(path)):
         text = field(row, "caption", str, f"{path}, row {i}")
@@ -243,6 +243,12 @@ def read_answers(path, pictures):
             raise BadInput(
                 f"{path}, row {i}: `image_id` is {name!r}; "
                 "accepted are ids and file names of --instances."
+            )
+        named = row.get("image")  # in our own files, beside the id
+        if isinstance(named, str) and Path(named).name != Path(pictures[ids[name]].file).name:
+            raise BadInput(
+                f"{path}, row {i}: the image is {named!r}, but `image_id` {name!r} is "
+                f"{pictures[ids[name]].file!r} in --instances; is the file of another split?"
             )
         captions.append((ids[name], text))
     return captions

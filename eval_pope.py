@@ -21,13 +21,15 @@ Yes is the positive class.
 
 Deviations from the official script:
 1. A ratio of nothing is 0, not a ZeroDivisionError (precision of a model that never says yes).
-2. There must be as many answers as questions. The official `zip` silently scores the shorter list.
+2. An answers file must answer these questions: see `answers_to`. The official `zip` takes the n-th
+   answer for the n-th question, whatever it says, and silently scores the shorter list.
 3. A label other than yes and no is refused, not taken as yes.
 4. An answer ends after 16 tokens. This matters only if its "no" comes later.
 """
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import BadInput, Parser, run, write_json
@@ -62,9 +64,9 @@ def read_questions(path):
 
 
 def read_answers(path):
-    """Answer file -> its texts, in the file's order.
+    """Answer file -> [(answer, what the row says of its question)], in the file's order.
 
-    Rows as POPE writes them, {"question", "answer"}, or LLaVA, {"question_id", "text"}.
+    Rows as POPE writes them, {"question", "answer"}, or LLaVA, {"question_id", "prompt", "text"}.
     """
     answers = []
     for i, row in rows(Path(path)):
@@ -74,8 +76,72 @@ def read_answers(path):
                 f"{path}, row {i}: a string `answer` (POPE) or `text` (LLaVA) is needed, "
                 f"found {text!r}."
             )
-        answers.append(text)
+        asked = row.get("question", row.get("prompt", row.get("text") if "answer" in row else None))
+        answers.append((text, Asked.of(row, asked)))
     return answers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a row names its question; None for what it does not say."""
+
+    id: str | None
+    text: str | None  # without LLaVA's SUFFIX
+    image: str | None  # the file's name, without folders
+
+    @classmethod
+    def of(cls, row, text):
+        """From a row and the text of its question."""
+        number, image = row.get("question_id"), row.get("image")
+        return cls(
+            None if number is None else str(number),
+            text.removesuffix(SUFFIX).strip() if isinstance(text, str) else None,
+            Path(image).name if isinstance(image, str) else None,
+        )
+
+    def same_as(self, other):
+        """Do two rows contradict each other in text or image? A text may have a suffix."""
+        texts = self.text is None or self.text.startswith(other.text)
+        return texts and (self.image is None or self.image == other.image)
+
+
+def places(wanted, said, names):
+    """Where the answer to each question stands, by these fields; None if they do not tell."""
+    key = lambda row: tuple(getattr(row, name) for name in names)
+    place = {key(row): i for i, row in enumerate(said)}
+    found = [place.get(key(row)) for row in wanted]
+    whole = all(None not in key(row) for row in said) and None not in found
+    return found if whole and len(set(found)) == len(said) else None
+
+
+def answers_to(questions, path):
+    """Answers file -> its texts in the order of the questions.
+
+    An answer belongs to the question with its id, else to that with its text and image. POPE's own
+    files name the text alone: it must be unique, or the order that of the questions. Whatever else
+    a row says of its question must fit as well, because all splits have the ids 1, 2, ...
+    """
+    given = read_answers(path)
+    if len(given) != len(questions):
+        raise BadInput(
+            f"{path}: {len(given)} answers to {len(questions)} questions; "
+            "one answer a question is needed."
+        )
+    wanted = [Asked.of(q, q["text"]) for q in questions]
+    said = [asked for _, asked in given]
+    by_fields = [places(wanted, said, names) for names in (("id",), ("text", "image"), ("text",))]
+    in_order = range(len(said)) if all(row.text for row in said) else None
+    for order in (*by_fields, in_order):
+        if order is not None and all(said[i].same_as(q) for i, q in zip(order, wanted)):
+            return [given[i][0] for i in order]
+
+    i = next((i for i, q in enumerate(wanted) if not (said[i].text and said[i].same_as(q))), 0)
+    told = {name: value for name, value in vars(said[i]).items() if value is not None}
+    raise BadInput(
+        f"{path}, row {i}: it names its question by {told or 'nothing'}, and question {i} is "
+        f"{wanted[i].text!r} about {wanted[i].image}; answers are matched by question_id, else by "
+        "question and image. Is the file of another split?"
+    )
 
 
 def split_name(path):
@@ -185,7 +251,8 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
         scores[split] = score([q["label"] for q in questions], [answers[key] for key in keys])
         if out:
             lines = "".join(
-                json.dumps({"question": text, "answer": answers[image, text]}) + "\n"
+                json.dumps({"question": text, "image": image, "answer": answers[image, text]})
+                + "\n"
                 for image, text in keys
             )
             Path(out).mkdir(parents=True, exist_ok=True)
@@ -203,7 +270,7 @@ def score_files(questions, answers, out=None):
     scores = {}
     for split, path in zip(splits, answers):
         labels = [q["label"] for q in splits[split]]
-        scores[split] = score(labels, read_answers(path), path)
+        scores[split] = score(labels, answers_to(splits[split], path), path)
     return report(scores, out)
 
 

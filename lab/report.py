@@ -271,10 +271,11 @@ def _yes_no(folder, world):
     """
     chosen = {}
     questions = eval_pope.read_questions(world / "pope_adversarial.json")
-    for question, row in zip(questions, _lines(folder / "answers_adversarial.jsonl")):
+    answers = eval_pope.answers_to(questions, folder / "answers_adversarial.jsonl")
+    for question, answer in zip(questions, answers):
         if question["label"] == "no":
             text_and_label = question["text"], question["label"]
-            chosen.setdefault(question["image"], (text_and_label, row["answer"]))
+            chosen.setdefault(question["image"], (text_and_label, answer))
     return chosen
 
 

@@ -269,7 +269,7 @@ def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (out / "answers_random.jsonl").read_text().splitlines()]
     assert [line["question"] for line in lines] == [q["text"] for q in first]
     assert [line["answer"] for line in lines] == ["Yes", "No, none.", "Yes", "Yes"]
-    answers = eval_pope.read_answers(out / "answers_own.jsonl")
+    answers = eval_pope.answers_to(second, out / "answers_own.jsonl")
     assert eval_pope.score([q["label"] for q in second], answers) == metrics["own"]
 
 
@@ -282,14 +282,21 @@ def test_missing_picture_is_found_before_the_first_answer(tmp_path, monkeypatch)
 
 
 def test_pope_answers_on_the_command_line(tmp_path):
-    questions = [question(), question(label="no"), question(label="no"), question()]
+    labels = {"dog": "yes", "cat": "no", "owl": "no", "cup": "yes"}
+    questions = [
+        question(thing=thing, label=label) | {"question_id": i}
+        for i, (thing, label) in enumerate(labels.items())
+    ]
     files = [write_lines(tmp_path / f"q_{s}.json", questions) for s in SPLITS[:2]]
     texts = ["Yes", "No", "Yes", "No"]
     theirs = write_lines(
-        tmp_path / "pope.jsonl", [{"question": "?", "answer": text} for text in texts]
+        tmp_path / "pope.jsonl",
+        [{"question": q["text"], "answer": text} for q, text in zip(questions, texts)],
     )
     llava = write_lines(
-        tmp_path / "llava.jsonl", [{"question_id": 9, "prompt": "?", "text": "Yes"} for _ in texts]
+        tmp_path / "llava.jsonl",
+        [{"question_id": i, "prompt": questions[i]["text"] + eval_pope.SUFFIX, "text": "Yes"}
+         for i in range(4)],
     )
     done = run(
         "eval_pope.py", "--questions", *files, "--answers", theirs, llava, "--out", tmp_path / "out"
@@ -321,6 +328,101 @@ def test_pope_answers_on_the_command_line(tmp_path):
         done.stderr
         == f"eval_pope.py: {theirs}: 3 answers to 4 questions; one answer a question is needed.\n"
     )
+
+
+ASKED = [  # of two images the same question
+    question("a.png", "dog", "yes") | {"question_id": 1},
+    question("b.png", "dog", "no") | {"question_id": 2},
+    question("b.png", "cat", "no") | {"question_id": 3},
+]
+SAID = ["Yes", "No", "No cat."]
+OTHER = [q | {"text": q["text"].replace("cat", "cup")} for q in ASKED]
+
+
+def as_pope(q):
+    return {"question": q["text"]}
+
+
+def as_llava(q):
+    return {"question_id": str(q["question_id"]), "prompt": q["text"] + eval_pope.SUFFIX}
+
+
+def as_ours(q):
+    return {"question": q["text"] + " Be brief.", "image": "val2014/" + q["image"]}
+
+
+def as_exact(q):
+    return {"question": q["text"], "image": "val2014/" + q["image"]}
+
+
+def as_whole(q):
+    return q
+
+
+def as_numbered(q):
+    return {"question_id": q["question_id"]}
+
+
+@pytest.mark.parametrize(
+    "rows, order, fits",
+    [
+        (as_llava, [2, 0, 1], True),
+        (as_exact, [1, 2, 0], True),
+        (as_whole, [1, 2, 0], True),  # the question's own row with an answer
+        (as_numbered, [1, 2, 0], True),
+        (as_pope, [0, 1, 2], True),
+        (as_ours, [0, 1, 2], True),  # another suffix: in order alone
+        (as_pope, [2, 1, 0], False),  # of which image is the answer about the dog?
+        (as_ours, [1, 2, 0], False),
+        (lambda q: {}, [0, 1, 2], False),
+    ],
+)
+def test_an_answer_is_that_of_its_question(tmp_path, rows, order, fits):
+    """By id, else by text and image, wherever it stands; where neither tells, the order must be the same."""
+    key = "text" if rows in (as_llava, as_numbered) else "answer"
+    path = write_lines(tmp_path / "a.jsonl", [rows(ASKED[i]) | {key: SAID[i]} for i in order])
+    if fits:
+        assert eval_pope.answers_to(ASKED, path) == SAID
+        return
+    with pytest.raises(BadInput, match="a.jsonl, row 0: .*matched by question_id, else by question"):
+        eval_pope.answers_to(ASKED, path)
+
+
+@pytest.mark.parametrize("rows", [as_pope, as_llava, as_exact, as_whole])
+@pytest.mark.parametrize("other", [OTHER, [q | {"image": f"x{q['image']}"} for q in ASKED]])
+def test_a_file_of_other_questions_is_refused(tmp_path, rows, other):
+    """All splits number their questions alike; what else a row says tells them apart."""
+    if rows in (as_pope, as_llava) and other is not OTHER:
+        pytest.skip("these files name no image")
+    key = "text" if rows is as_llava else "answer"
+    path = write_lines(tmp_path / "random.jsonl", [rows(q) | {key: "No"} for q in other])
+    with pytest.raises(BadInput, match="Is the file of another split?"):
+        eval_pope.answers_to(ASKED, path)
+
+
+def test_an_id_that_is_there_twice_names_nothing(tmp_path):
+    rows = [as_llava(ASKED[i]) | {"text": "No"} for i in (0, 2, 2)]
+    with pytest.raises(BadInput, match="row 1: "):
+        eval_pope.answers_to(ASKED, write_lines(tmp_path / "a.jsonl", rows))
+
+
+@official
+@pytest.mark.parametrize("rows", [as_pope, as_llava, as_exact])
+def test_the_official_splits_are_told_apart(tmp_path, rows):
+    """An answers file of each fits its own split alone, whatever its name; POPE's order is needed for POPE's files."""
+    files = {s: OFFICIAL / f"coco_pope_{s}.json" for s in SPLITS}
+    asked = {s: eval_pope.read_questions(path) for s, path in files.items()}
+    key = "text" if rows is as_llava else "answer"
+    for one in SPLITS:
+        said = [rows(q) | {key: q["label"]} for q in asked[one]]
+        said = said if rows is as_pope else said[::-1]
+        path = write_lines(tmp_path / "answers.jsonl", said)
+        for other in SPLITS:
+            if one == other:
+                assert eval_pope.answers_to(asked[one], path) == [q["label"] for q in asked[one]]
+                continue
+            with pytest.raises(BadInput, match="Is the file of another split?"):
+                eval_pope.answers_to(asked[other], path)
 
 
 @pytest.mark.parametrize(
@@ -633,6 +735,19 @@ def test_chair_answers_on_the_command_line(coco):
         "eval_chair.py", *files, "--answers", coco / "out" / "captions.jsonl"
     )  # its own file is one too
     assert again.stdout == first.stdout and "chair_i     0.3333\n" in first.stdout
+
+
+def test_a_caption_is_that_of_its_image(coco):
+    """Ids may be strings. A row of ours names the image too: with another image of that id it is of other data."""
+    pictures = eval_chair.read_pictures(
+        [coco / "instances.json"], [], eval_chair.read_synonyms(coco / "synonyms.txt")
+    )
+    row = {"image_id": "42", "caption": "A dog.", "image": f"val2014/{pictures[42].file}"}
+    path = write_lines(coco / "a.jsonl", [row])
+    assert eval_chair.read_answers(path, pictures) == [(42, "A dog.")]
+    write_lines(path, [row | {"image": "other.jpg"}])
+    with pytest.raises(BadInput, match="row 0: the image is 'other.jpg', but `image_id` '42' is"):
+        eval_chair.read_answers(path, pictures)
 
 
 def change(coco, name, **values):

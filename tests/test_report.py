@@ -189,7 +189,10 @@ def test_the_picture_of_a_run(tmp_path, drawing):
     for side, (caption, absent, answer) in said.items():
         for name in ("pope", "chair"):
             (out / side / name).mkdir(parents=True)
-        answers = [{"answer": text} for text in ("Yes", answer, "Maybe")]
+        answers = [
+            {"question": row["text"], "image": "a.png", "answer": text}
+            for row, text in zip(rows, ("Yes", answer, "Maybe"))
+        ][::-1]
         (out / side / "pope" / "answers_adversarial.jsonl").write_text(lines(answers))
         row = {"image": "a.png", "caption": caption, "hallucinated": absent}
         (out / side / "chair" / "captions.jsonl").write_text(lines([row]))
