@@ -10,6 +10,9 @@ aligned to the lower right. No mask is needed, so flash kernels can do it.
     varlen      one call of PyTorch's kernel for sequences of unequal lengths; it reads a copy of the
                 prompt's keys for each answer, and needs no padding
 
+On a CPU (one thread, the rows of lab/bench.py, in turns, CPU seconds) `own` took 1.05 to 1.16 times
+as long as `prefix`, and `dense` 1.3 times.
+
 Not among them: answers x prompt and answers x themselves, joined by their log-sum-exp. The kernels
 return that sum without a gradient.
 
