@@ -18,7 +18,7 @@ NeXT: 2340, a photograph of 640 x 480), two answers of 100 tokens. Pictures are 
 run's data loading is not in these figures.
 
 Cells, by what their names begin with; b4 = 4 pairs (or prompts) at a time, the words behind it say
-in what they differ, r16 a LoRA of rank 16:
+in what they differ, r16 a LoRA of rank 16, nf4 a base in 4 bits (nf4.py):
     step/       a DPO step as dpo.py's loop takes it, batch to the device, forward, backward, clip,
                 AdamW; `checkpointing`: with --gradient-checkpointing; `dense`: the attention of the
                 prompt also under the mask
@@ -51,9 +51,8 @@ in what they differ, r16 a LoRA of rank 16:
 Figures: `seconds`, median (min - max) over 5 runs after 2 to warm up (sample/ and negative/: 2
 after 1; ppo/, tests/, toy/: one), the device idle before and after each. `peak_gib`: most memory
 that tensors held, weights included; `reserved_gib`: what the allocator had taken for that, near
-what nvidia-smi shows; `held_gib`: held before the cell. `tokens_a_second`: new tokens of the whole
-batch. A cell that runs out of memory says "does not fit", which is a figure too; one that fails
-says why, and the exit status is 1.
+what nvidia-smi shows; `held_gib`: held before the cell. `tokens_a_second`: new tokens of the whole batch. A cell that runs out of memory
+says "does not fit", which is a figure too; one that fails says why, and the exit status is 1.
 
 `flop_share` of a step: operations of the model that the step needs (`step_flops`) a second, as a
 share of the bfloat16 matrix rate that card/matmul finds on the same card.
@@ -84,6 +83,7 @@ import transformers
 import bdhs
 import dpo
 import model as modelling
+import nf4
 import ppo
 import sampling
 import training
@@ -173,43 +173,44 @@ class Bench:
 
     def __init__(self, shape, device):
         self.shape, self.device, self.models = shape, torch.device(device), {}
-        self.made = None  # the rank of the model in memory
-        self.rank = shape["rank"]  # what the next cell asks for
+        self.made = None  # rank and nf4 of the model in memory
+        self.rank, self.nf4 = shape["rank"], False  # what the next cell asks for
         self.once = False  # for --dry
         self.rate = None  # bfloat16 operations a second of a matrix product
         torch.backends.cuda.enable_cudnn_sdp(False)  # as attention.py
 
     # ---- model and batches
 
+    def parts(self, device):
+        """A tower, a projector and an LLM with random weights in bfloat16."""
+        vision = transformers.CLIPVisionConfig(**self.shape["vision"])
+        llm = transformers.LlamaConfig(**self.shape["llm"], pad_token_id=0)
+        with torch.device(device), default_dtype(torch.bfloat16):
+            return (
+                transformers.CLIPVisionModel(vision),
+                Projector(vision.hidden_size, llm.hidden_size),
+                transformers.LlamaForCausalLM(llm),
+            )
+
     def model(self, kind):
         """The model as "1.5" or as "next": the same tower, projector and LLM, with tiles or without."""
-        if not self.models or self.made != self.rank:
-            self.models, self.made = {}, self.rank
+        if not self.models or self.made != (self.rank, self.nf4):
+            self.models, self.made = {}, (self.rank, self.nf4)
             self.free()
             torch.manual_seed(0)
-            vision, llm = (
-                transformers.CLIPVisionConfig(**self.shape["vision"]),
-                transformers.LlamaConfig(**self.shape["llm"], pad_token_id=0),
-            )
-            with torch.device(self.device), default_dtype(torch.bfloat16):
-                parts = (
-                    transformers.CLIPVisionModel(vision),
-                    Projector(vision.hidden_size, llm.hidden_size),
-                    transformers.LlamaForCausalLM(llm),
-                )
-                patches = vision.image_size // vision.patch_size
-                anyres = AnyRes(self.shape["pinpoints"], vision.image_size, patches)
-                self.models = {
-                    "1.5": MLLM(*parts, llm.vocab_size - 1),
-                    "next": MLLM(*parts, llm.vocab_size - 1, anyres=anyres),
-                }
-            square, tiled = self.models.values()
+            vision, _, llm = parts = self.parts(self.device)
+            if self.nf4:
+                nf4.quantise_linears(llm)
+            image, side = llm.config.vocab_size - 1, vision.config.image_size
+            anyres = AnyRes(self.shape["pinpoints"], side, side // vision.config.patch_size)
+            square, tiled = MLLM(*parts, image), MLLM(*parts, image, anyres=anyres)
             square.prepare(self.rank)
             tiled.initial_projector = square.initial_projector
             tiled.image_newline.requires_grad_(False)
             with torch.no_grad():  # away from 0: a product with zeros can be faster
                 for p in training.trainable(square).values():
                     p.add_(torch.randn_like(p), alpha=1e-3)
+            self.models = {"1.5": square, "next": tiled}
         return self.models[kind]
 
     def prompts(self, kind, n):
@@ -693,7 +694,7 @@ def dense_attention(on):
 CELLS = """
 step/1.5/b4  step/1.5/b4/checkpointing  step/next/b1  step/next/b1/checkpointing  reference/1.5/b4  naive/1.5/b4
 trl/1.5/b4  trl/1.5/b4/default  trl/next/b1  trl/next/b1/default  naive/next/b1
-step/1.5/b4/r16  step/1.5/b4/checkpointing/r16
+step/1.5/b4/r16  step/1.5/b4/checkpointing/r16  step/1.5/b4/nf4  step/1.5/b1/checkpointing/r16/nf4  step/next/b1/checkpointing/r16/nf4
 attention/1.5/b4/prefix  attention/1.5/b4/own  attention/1.5/b4/varlen  attention/1.5/b4/dense
 attention/1.5/b4/prefix/unequal  attention/1.5/b4/own/unequal  attention/1.5/b4/varlen/unequal
 attention/next/b1/prefix  attention/next/b1/own  attention/next/b1/varlen
@@ -703,17 +704,19 @@ step/next/b4/checkpointing  step/next/b4  naive/1.5/b1  reference/next/b4  naive
 naive/1.5/b4/checkpointing  naive/next/b4/checkpointing  card/matmul  card/copy  head/fused  head/answer-rows  head/all-rows
 sample/1.5/b8/t0  negative/1.5/b8  negative/1.5/b8/plain  sample/1.5/b8/generate  step/1.5/b4/dense
 step/next/b1/dense  step/1.5/b16/checkpointing  sample/1.5/b8/t1  sample/1.5/b32/t0  sample/1.5/b32/generate
-sample/next/b8/t0  negative/next/b4  naive/next/b1/checkpointing  step/1.5/b8  step/1.5/b16  step/next/b8/checkpointing
+sample/next/b8/t0  sample/1.5/b8/t1/nf4  negative/next/b4  naive/next/b1/checkpointing  step/1.5/b8  step/1.5/b16  step/next/b8/checkpointing
 """.split()
 
 
 def run_cell(bench, name):
     """-> {figure: value}; running out of memory is one."""
     what, *how = name.split("/")
-    ranks = [word for word in how if re.fullmatch(r"r\d+", word)]
+    base = [word for word in how if re.fullmatch(r"r\d+|nf4", word)]
     how = [int(word[1:]) if re.fullmatch(r"b\d+", word) else word for word in how]
-    how = [word for word in how if word not in ranks]
-    bench.rank = int(ranks[0][1:]) if ranks else bench.shape["rank"]
+    how = [word for word in how if word not in base]
+    bench.nf4 = "nf4" in base
+    ranks = [int(word[1:]) for word in base if word != "nf4"]
+    bench.rank = ranks[0] if ranks else bench.shape["rank"]
     torch.manual_seed(0)
     try:
         return getattr(bench, what)(*how)
@@ -729,11 +732,12 @@ def row(name, figures, card):
         if key in figures:
             said = "does not fit" if key == "does_not_fit" else figures[key]
             return f"| {name} | {said} | | | | {card} |"
-    memory = [f"{figures[k]:.2f}" if k in figures else "" for k in ("peak_gib", "reserved_gib")]
+    kinds = ("peak_gib", "reserved_gib")
+    sizes = [f"{figures[k]:.2f}" if k in figures else "" for k in kinds]
     rest = [k for k, v in figures.items() if isinstance(v, (int, float)) and not k.endswith("_gib")]
     more = ", ".join(f"{k} {figures[k]:.4g}" for k in rest)
     median, low, high = figures["seconds"]
-    cells = [name, f"{median:.4g} ({low:.4g} - {high:.4g})", *memory, more, card]
+    cells = [name, f"{median:.4g} ({low:.4g} - {high:.4g})", *sizes, more, card]
     return f"| {' | '.join(cells)} |"
 
 
@@ -790,7 +794,8 @@ def main(argv=None):
     lines = json.loads(path.read_text()) if path and path.exists() else []
     known = {line["cell"]: line for line in lines if made.items() <= line.items()}
 
-    print("| cell | seconds | peak GiB | reserved GiB | | card |\n|---|---|---|---|---|---|")
+    print("| cell | seconds | peak GiB | reserved GiB | | card |")
+    print("|---|---|---|---|---|---|")
     for i, name in enumerate(names):
         if name in known:
             print(row(name, known[name], f"{made['card']}, from {path}"))

@@ -35,6 +35,7 @@ from test_ppo import command as run_ppo  # noqa: F401
 import bdhs
 import dpo
 import model as modelling
+import nf4
 import sampling
 import training
 from formats.anyres import AnyRes
@@ -61,13 +62,15 @@ def twice(build, device):
     prepare: what to train, moved away from where it starts.
     """
 
-    def make(kind="llama", dtype=torch.float32, prepare=None, tiles=False, **more):
+    def make(kind="llama", dtype=torch.float32, prepare=None, tiles=False, quantise=False, **more):
         models = []
         for where in ("cpu", device):
             model = build(kind, dtype, **more)
             if tiles:
                 model = MLLM(model.vision, model.projector, model.llm, IMAGE, anyres=ANYRES)
                 model.image_newline.data.normal_(generator=torch.Generator().manual_seed(0))
+            if quantise:
+                nf4.quantise_linears(model.llm)
             models.append(model.to(where))
             if prepare is not None:
                 model.prepare(**prepare)
@@ -205,6 +208,33 @@ def test_fused_log_probs_in_bfloat16(device, p):
         for i in (2, 3):
             ours_off, plain_off = (row_error(x[i], truth[i]).mean() for x in (ours, plain))
             assert ours_off <= 1.01 * plain_off, i
+
+
+# ---- a base in 4 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_bits_are_those_of_the_cpu(device, dtype):
+    """The same codes for the same weights, and for the same codes the same values, bit for bit."""
+    linear = torch.nn.Linear(200, 300, bias=False)
+    torch.nn.init.normal_(linear.weight, std=0.02)
+    linear.requires_grad_(False).to(dtype)
+    here = nf4.NF4Linear(linear).copy_(linear.weight)
+    there = nf4.NF4Linear(linear.to(device)).copy_(linear.weight)
+    assert torch.equal(there.codes.cpu(), here.codes)
+    assert torch.equal(here.to(device).dequantise().cpu(), here.to("cpu").dequantise())
+
+
+def test_gradients_and_answers_of_a_4_bit_base(twice):
+    """qwen2 has biases."""
+    here, there = twice("qwen2", prepare={"lora_rank": 3}, quantise=True)
+    batch = pairs()
+    want, got = dpo_gradients(here, batch), dpo_gradients(there, batch)
+    assert_same(got, want, 2e-4)
+    assert sum(g is not None for g in got[1].values()) >= 20
+    rows, images = prompts(), pixels()
+    how = {"max_new_tokens": 12, "temperature": 0, "stop_ids": STOP}
+    assert_same_samples(sample(there, rows, images, **how), sample(here, rows, images, **how))
 
 
 # ---- bfloat16
