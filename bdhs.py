@@ -70,6 +70,7 @@ count as 0 in the means of the step.
 
 import json
 import math
+import os
 import random
 import re
 import statistics
@@ -82,6 +83,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import processes
 import training
 from common import BadInput, Parser, Progress, fraction, not_negative, positive, positive_int
 from common import ranged, run, write_json, write_text
@@ -495,6 +497,8 @@ def offline(args, out, examples, drawer):
     """Write preferences.json (POVID's layout), statistics.json and a picture."""
     records = [e.record for e in examples]
     negatives, drawn, seconds = draw_all(args, out, examples, drawer)
+    if processes.number:
+        return
 
     rows = []
     for record, negative in zip(records, negatives):
@@ -541,6 +545,7 @@ def offline(args, out, examples, drawer):
 def draw_all(args, out, examples, drawer):
     """negatives.jsonl, written as they come; a resumed run goes on after its last whole batch.
 
+    Of several processes, each draws every other batch, and process 0 writes.
     -> all negatives as dicts, how many were drawn now, and in how many seconds.
     """
     path, size = out / "negatives.jsonl", args.batch_size
@@ -548,19 +553,27 @@ def draw_all(args, out, examples, drawer):
     lines = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
     if len(lines) < len(examples):
         lines = lines[: len(lines) // size * size]
-    write_text(path, "".join(lines))
+    lines = processes.from_first(lines)
+    if processes.number == 0:
+        write_text(path, "".join(lines))
 
     first, begin = len(lines), time.time()
     progress = Progress("negatives", len(examples), first)
-    drawer.processor.prefetch.expect([e.record.image for e in examples[first:]])
-    with open(path, "a", encoding="utf-8") as file:
-        for start in range(first, len(examples), size):
-            batch = examples[start : start + size]
-            for i, negative in enumerate(drawer.hallucinate(batch, f"{args.seed}/{start}")):
-                file.write(json.dumps({"row": start + i} | asdict(negative)) + "\n")
+    starts = range(first, len(examples), size)
+    mine = [e.record.image for i in processes.share(starts) for e in examples[i : i + size]]
+    drawer.processor.prefetch.expect(mine)
+    with open(path if processes.number == 0 else os.devnull, "a", encoding="utf-8") as file:
+        for i in range(0, len(starts), processes.total):  # a batch of each process at a time
+            drawn = []
+            for start in processes.share(starts[i : i + processes.total]):
+                batch = drawer.hallucinate(examples[start : start + size], f"{args.seed}/{start}")
+                drawn.append([{"row": start + j} | asdict(n) for j, n in enumerate(batch)])
+            new = [json.dumps(n) + "\n" for batch in processes.joined(drawn) for n in batch]
+            file.writelines(new)
             file.flush()
-            progress(start + len(batch))
-    negatives = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            lines += new
+            progress(len(lines))
+    negatives = [json.loads(line) for line in lines]
     return negatives, len(negatives) - first, time.time() - begin
 
 

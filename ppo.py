@@ -3,7 +3,7 @@
     maximise E[r(x, y)] - beta KL(pi || pi_ref)        Amirloo et al. 2024, eq. 2; Sun et al. 2023
                                                        x = image and prompt
 
-One step is an iteration over batch-size x grad-accum x minibatches prompts:
+One step is an iteration over batch-size x grad-accum x minibatches prompts (x processes):
 1. sample      k answers to each prompt from the policy, at temperature 1
 2. score       r = reward model + correctness + length + unfinished: four terms, logged apart
 3. KL          kl_t = log pi(y_t) - log pi_ref(y_t)
@@ -94,6 +94,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import judge
+import processes
 import sampling
 import training
 from common import BadInput, Parser, finite, fraction, not_negative, positive, positive_int, run
@@ -305,11 +306,14 @@ def with_answers(example, answers):
 
 @torch.no_grad()
 def draw_rollout(model, processor, prompts, args, step):
-    """--samples answers of the current policy to each of B prompts (Examples) -> Rollout."""
-    seed = random.Random(f"{args.seed}/{step}").getrandbits(62)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    examples, finished, log_probs = [], [], []
-    for part in chunks(prompts, args.batch_size):
+    """--samples answers of the current policy to each of B prompts (Examples) -> Rollout.
+
+    Of several processes, each draws a share, and all have the whole Rollout.
+    """
+    drawn = []  # for each part: the answers to each prompt, which are finished, log-probs
+    for number, part in processes.share(list(enumerate(chunks(prompts, args.batch_size)))):
+        seed = random.Random(f"{args.seed}/{step}/{number}").getrandbits(62)
+        generator = torch.Generator(model.device).manual_seed(seed)
         pixel_values, image_sizes = processor.images(part)
         samples = sampling.sample(
             model,
@@ -322,10 +326,10 @@ def draw_rollout(model, processor, prompts, args, step):
             generator=generator,
             image_sizes=image_sizes,
         )
-        examples += [with_answers(e, answers) for e, answers in zip(part, samples.tokens)]
-        finished += samples.finished
-        log_probs += sum(samples.log_probs, [])
-    return Rollout(examples, finished, torch.cat(log_probs).to(model.device))
+        drawn.append((samples.tokens, samples.finished, samples.log_probs))
+    tokens, finished, log_probs = (sum(rows, []) for rows in zip(*processes.joined(drawn)))
+    examples = [with_answers(e, answers) for e, answers in zip(prompts, tokens)]
+    return Rollout(examples, finished, torch.cat(sum(log_probs, [])).to(model.device))
 
 
 # ---- 2. score
@@ -411,13 +415,13 @@ class Reward:
     def by_reward_model(self, examples, step):
         """The reward model's scores in units of their spread on held-out pairs, (M,)."""
         rng = random.Random(f"{self.args.seed}/{step}/facts")  # which captions, in which order
+        read = [self.with_turn(e, self.facts[e.record.prompt_key], rng) for e in examples]
         scores = []
-        for part in chunks(examples, self.args.batch_size):
-            read = [self.with_turn(e, self.facts[e.record.prompt_key], rng) for e in part]
-            batch = self.processor.collate(read).to(self.model.device)
+        for part in processes.share(chunks(read, self.args.batch_size)):
+            batch = self.processor.collate(part).to(self.model.device)
             with self.model.use("reward"):
                 scores.append(self.model.values(batch, batch.last, "reward"))
-        return (torch.cat(scores) - self.mean) / self.std
+        return (processes.joined_tensor(scores, self.model.device) - self.mean) / self.std
 
     @torch.no_grad()
     def terms(self, rollout, step):
@@ -449,7 +453,7 @@ def with_reference_and_values(model, processor, rollout, args):
     In bfloat16 also log pi_old again, as the update will compute it.
     """
     reference, values, log_probs = [], [], []
-    for part in chunks(rollout.examples, args.batch_size):
+    for part in processes.share(chunks(rollout.examples, args.batch_size)):
         batch = processor.collate(part).to(model.device)
         with model.reference():
             reference.append(model.log_probs(batch)[0])
@@ -458,11 +462,12 @@ def with_reference_and_values(model, processor, rollout, args):
                 values.append(model.values(batch, batch.index, "value"))
         if model.dtype != torch.float32:
             log_probs.append(model.log_probs(batch)[0])
+    whole = lambda parts: processes.joined_tensor(parts, model.device)  # None without any
     return replace(
         rollout,
-        reference=torch.cat(reference),
-        values=torch.cat(values) if values else None,
-        log_probs=torch.cat(log_probs) if log_probs else rollout.log_probs,
+        reference=whole(reference),
+        values=whole(values),
+        log_probs=rollout.log_probs if model.dtype == torch.float32 else whole(log_probs),
     )
 
 
@@ -559,11 +564,11 @@ def update(model, processor, optimizer, factor, rollout, args, step):
     for number in range(args.passes):
         order = list(range(len(rollout.examples)))
         random.Random(f"{args.seed}/{step}/{number}").shuffle(order)
-        for places in chunks(order, args.batch_size * args.grad_accum):
+        for places in chunks(order, training.global_batch(args)):
             minibatch = rollout.take(places)
             M, N = len(minibatch.lengths), sum(minibatch.lengths)
             metrics = Counter()
-            for micro_places in chunks(places, args.batch_size):
+            for micro_places in processes.share(chunks(places, args.batch_size)):
                 micro = rollout.take(micro_places)  # m answers, n tokens
                 batch = processor.collate(micro.examples).to(model.device)
 
@@ -677,7 +682,8 @@ def main():
     toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
     args.samples = args.samples or (TOY_SAMPLES if args.toy_world else SAMPLES)[args.advantage]
     if args.reward_model is None:
-        args.reward_model = str(toy.reward_model(args.seed, args.quantize))
+        with processes.first_alone():
+            args.reward_model = str(toy.reward_model(args.seed, args.quantize))
 
     # ---- load data, model and reward model
     device, dtype = training.device_and_dtype(args)
@@ -731,7 +737,8 @@ def main():
         for number in range(step * args.minibatches, (step + 1) * args.minibatches):
             indices, _ = training.batch_of(number, args, len(examples))
             prompts += [examples[i] for i in indices]
-        processor.prefetch.expect([e.record.image for e in prompts])
+        mine = sum(processes.share(chunks(prompts, args.batch_size)), [])
+        processor.prefetch.expect([e.record.image for e in mine])
         metrics = {}
 
         # 1. sample

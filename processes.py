@@ -33,14 +33,15 @@ def start(device):
     import torch
     import torch.distributed as dist
 
-    number, total = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if total != int(os.environ["LOCAL_WORLD_SIZE"]):
-        raise BadInput(f"{total} processes on several machines; those of one machine are accepted.")
+    n = int(os.environ["WORLD_SIZE"])
+    if n != int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise BadInput(f"{n} processes on several machines; those of one machine are accepted.")
     if device not in ("auto", "cpu", "cuda"):
-        raise BadInput(f"--device {device} with {total} processes; accepted are auto, cpu, cuda.")
+        raise BadInput(f"--device {device} with {n} processes; accepted are auto, cpu, cuda.")
     gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if 0 < gpus < total:
-        raise BadInput(f"{total} processes and {gpus} GPUs; each process needs one of its own.")
+    if 0 < gpus < n:
+        raise BadInput(f"{n} processes and {gpus} GPUs; each process needs one of its own.")
+    number, total = int(os.environ["RANK"]), n
     if gpus:
         torch.cuda.set_device(number)
 
@@ -133,6 +134,15 @@ def first_alone():
 
 
 # ---- tensors
+
+
+def joined_tensor(parts, device):
+    """As `joined`, of tensors, one after another along their first dimension; None without any."""
+    if total > 1:
+        parts = joined([x.cpu() for x in parts])
+    import torch
+
+    return torch.cat(parts).to(device) if parts else None
 
 
 def add_gradients(params, bucket=2**25):

@@ -85,6 +85,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import processes
 import training
 from common import BadInput, Parser, Progress, not_negative, positive_int, run, write_json
 from facts import evaluation_turn, facts_for, longest_facts, with_evaluation
@@ -194,17 +195,17 @@ def parse():
 # ---- what is read, the scores, the loss
 
 
-def collate(processor, examples, facts, rng, max_facts=None):
-    """Pairs -> Batch: an evaluation turn follows each answer, the same for both answers of a pair.
+def with_turns(processor, examples, facts, rng, max_facts=None):
+    """Pairs -> the same with an evaluation turn after each answer, one for both answers of a pair.
 
     facts: {`Record.prompt_key`: captions of the image}.
     """
-    with_turns = []
+    longer = []
     for example in examples:
         captions_of = facts[example.record.prompt_key]
         turn = evaluation_turn(QUESTION, FACTS, captions_of, rng, max_facts)
-        with_turns.append(with_evaluation(processor, example, turn))
-    return processor.collate(with_turns)
+        longer.append(with_evaluation(processor, example, turn))
+    return longer
 
 
 def check_lengths(processor, examples, facts, max_facts=None):
@@ -347,20 +348,28 @@ def figures(chosen, rejected, lengths):
 
 @torch.no_grad()
 def evaluate(model, processor, held, facts, args, label):
-    """{data file: figures of its held-out pairs}; the same captions are drawn every time."""
-    result, done = {}, 0
-    progress = Progress(label, sum(map(len, held.values())))
+    """{data file: figures of its held-out pairs}; the same captions are drawn every time.
+
+    Of several processes, each scores a share.
+    """
+    shares = {}  # of each file: lists of a batch's examples
     for path, examples in held.items():
         rng = random.Random(f"{args.seed}/{Path(path).name}")
+        read = with_turns(processor, examples, facts, rng, args.max_facts)
+        starts = range(0, len(read), args.batch_size)
+        shares[path] = processes.share([read[i : i + args.batch_size] for i in starts])
+
+    result, done = {}, 0
+    progress = Progress(label, sum(len(part) for parts in shares.values() for part in parts))
+    for path, examples in held.items():
         scores = []
-        for start in range(0, len(examples), args.batch_size):
-            part = examples[start : start + args.batch_size]
-            batch = collate(processor, part, facts, rng, args.max_facts).to(model.device)
+        for part in shares[path]:
+            batch = processor.collate(part).to(model.device)
             with model.use("reward"):
                 scores.append(score(model, batch).cpu())  # (2, B)
             done += len(part)
             progress(done)
-        chosen, rejected = torch.cat(scores, 1)  # (n,), (n,)
+        chosen, rejected = torch.cat(processes.joined(scores), 1)  # (n,), (n,)
         lengths = torch.tensor([[len(tokens) for tokens in e.answers] for e in examples])  # (n, 2)
         result[path] = figures(chosen, rejected, lengths)
     return result
@@ -453,7 +462,8 @@ def main():
         for number, micro in micro_batches:
             rng = random.Random(f"{args.seed}/{step}/{number}")  # which captions, in which order
             examples = [train[i] for i in micro]
-            batch = collate(processor, examples, facts, rng, args.max_facts).to(device)
+            read = with_turns(processor, examples, facts, rng, args.max_facts)
+            batch = processor.collate(read).to(device)
 
             with model.use("reward"):
                 # 2. score

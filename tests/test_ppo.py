@@ -356,7 +356,7 @@ def test_without_a_rate_nothing_moves(llava, advantage):
     metrics = iteration(model, processor, some, first_token_is(5), optimizer, 1.0, args, 0)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert metrics["policy/approxkl"] < 1e-10 and metrics["policy/clipfrac"] == 0
-    generator = torch.Generator().manual_seed(random.Random("0/0").getrandbits(62))
+    generator = torch.Generator().manual_seed(random.Random("0/0/0").getrandbits(62))
     drawn = [
         sampling.sample(
             model,

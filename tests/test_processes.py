@@ -1,8 +1,11 @@
 """processes.py and sharding.py: two gloo processes do what one does on the same global batch."""
 
+import argparse
+import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+import common
+import processes
+import training
+from common import BadInput
 
 ROOT = Path(__file__).parents[1]
 # runs the scripts of a list, one after another: the start of a process costs more than a run
@@ -24,11 +32,31 @@ for script, *flags in json.load(open(sys.argv[1])):
     sys.argv = [script, *flags]
     run(importlib.import_module(script).main)
 """
+# fails in one of two processes, while the other waits for it
+FAILING = """
+import os, signal, sys
+import processes
+from common import BadInput
+def main():
+    processes.start("cpu")
+    print("process 0 says so", file=sys.stderr)
+    if processes.number == 1 and sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if processes.number == 1:
+        raise BadInput("a.json, row 3: it is bad.")
+    processes.gathered(0)
+"""
+TRAINED = "dpo dpo-full sft sft-full povid online_dpo online_dpo-full bdhs ppo ppo-rloo".split()
+TRAINED += ["reward_model"]
+QUESTIONS = [
+    {"image": f"{i % 5}.png", "text": f"Is there a {name} in the image?", "label": label}
+    for i, (name, label) in enumerate([("cup", "yes"), ("dog", "no"), ("bowl", "yes")] * 3)
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Five pairs, two of them text alone, as POVID's layout; a toy world's truth about the images."""
+    """Five pairs in POVID's layout, and a toy world's truth about their images."""
     folder = tmp_path_factory.mktemp("several")
     (folder / "images").mkdir()
     rows, scenes = [], {}
@@ -51,18 +79,24 @@ def folder(tmp_path_factory):
             }
         )
     (folder / "povid.json").write_text(json.dumps(rows))
-    (folder / "scenes.json").write_text(json.dumps({"test": scenes}))
+    (folder / "scenes.json").write_text(json.dumps(scenes))
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
+    (folder / "failing.py").write_text(FAILING)
+    (folder / "random.json").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    images = [{"id": i, "file_name": f"{i}.png"} for i in range(5)]
+    instances = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
+    captions = [{"image_id": i, "caption": "A dog."} for i in range(5)]
+    (folder / "instances.json").write_text(json.dumps(instances))
+    (folder / "captions.json").write_text(json.dumps({"annotations": captions}))
+    (folder / "synonyms.txt").write_text("dog\ncup\nbanana")
     return folder
 
 
-def launch(folder, processes, *runs):
-    """Run scripts in so many processes -> the finished launcher."""
+def launch(folder, *runs):
+    """Run scripts in two processes -> the finished launcher."""
     (folder / "runs.json").write_text(json.dumps([[str(word) for word in row] for row in runs]))
-    command = [sys.executable, "driver.py", "runs.json"]
-    if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command[1:1] = [*torchrun, str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, "driver.py", "runs.json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -70,30 +104,76 @@ def launch(folder, processes, *runs):
 
 
 def same_runs(checkpoint, processes):
-    """The command lines of all trainers for this number of processes, with one global batch.
+    """{name: command line} of all trainers and evaluations for this number of processes.
 
-    4 examples a step, 2 a micro-batch: 10 examples are 3 steps, the last with one micro-batch, so
-    that one of two processes has none.
+    The global batch is the same: 4 examples, 2 a micro-batch. 10 examples are 3 steps, the last
+    with one micro-batch, so that one of two processes has none.
     """
-    common = ["--model", checkpoint, "--data", "povid.json", "--images", "images", "--lr", 1e-3,
-              "--batch-size", 2, "--grad-accum", 2 // processes, "--epochs", 2]  # fmt: skip
-    lora = [*common, "--lora-rank", 4, "--projector-lr", 1e-4]
-    full = [*common, "--lora-rank", 0, "--projector-lr", 1e-4]
-    out = lambda name: ["--out", f"{name}-{processes}"]
-    return [
-        ["dpo", *lora, *out("dpo")],
-        ["sft", *lora, *out("sft")],
-        ["dpo", *full, *out("dpo-full")],
-        ["sft", *full, *out("sft-full")],
-    ]
+    short, lora, no_lora = ["--max-new-tokens", 6], ["--lora-rank", 4], ["--lora-rank", 0]
+    rate = ["--projector-lr", 1e-4]
+    judged = [*short, "--annotator", "reward_model-1", *rate]
+    frozen = [*short, *lora, "--projector-lr", 0]
+    runs = {
+        "dpo": [*lora, *rate, "--save-every", 1],
+        "dpo-full": [*no_lora, *rate, "--save-every", 1, "--gradient-checkpointing"],
+        "sft": [*lora, *rate],
+        "sft-full": [*no_lora, *rate, "--vision-lr", 1e-5],
+        "povid": [*lora, *rate],
+        "reward_model": ["--no-facts", *lora, "--projector-lr", 0, "--held-out", 1],
+        "online_dpo": [*judged, *lora, "--mix", 0.3],
+        "online_dpo-full": [*judged, *no_lora],
+        "bdhs": [*short, *lora, *rate, "--online"],
+        "bdhs-offline": [*short, *lora, *rate],
+        "ppo": [*frozen, "--reward-model", "reward_model-1", "--minibatches", 1],
+        "ppo-rloo": [*frozen, "--reward-model", "oracle", "--advantage", "rloo"],
+    }
+    model = ["--model", checkpoint, "--images", "images", "--batch-size", 2]
+    train = ["--data", "povid.json", "--lr", 1e-3, "--epochs", 2, "--grad-accum", 2 // processes]
+    runs = {name: [*model, *train, *flags] for name, flags in runs.items()}
+    truth = ["--instances", "instances.json", "--captions", "captions.json"]
+    runs["eval_chair"] = [*model, *truth, "--synonyms", "synonyms.txt", *short]
+    runs["eval_pope"] = [*model, "--questions", "random.json"]
+    return {
+        name: [name.split("-")[0], *flags, "--out", f"{name}-{processes}"]
+        for name, flags in runs.items()
+    }
+
+
+def cut_back(run, copy):
+    """A copy of a run folder as it was after its second step."""
+    shutil.copytree(run, copy)
+    (copy / "checkpoints" / "latest").write_text("step-000002")
+    shutil.rmtree(copy / "checkpoints" / "step-000003")
+
+
+def resumed(runs, name, run):
+    """The command line that goes on in the folder `run`."""
+    return [*runs[name][:-1], run, "--resume"]
 
 
 @pytest.fixture(scope="module")
 def both(folder, checkpoint):
-    """All trainers by one process, and by two."""
-    for processes in (1, 2):
-        done = launch(folder, processes, *same_runs(checkpoint, processes))
-        assert done.returncode == 0, done.stderr
+    """All runs by one process and by two, and runs of each that the other goes on with."""
+
+    def alone(*runs):
+        """Run them in this process."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            for script, *flags in runs:
+                patch.setattr(sys, "argv", [script, *map(str, flags)])
+                importlib.import_module(script).main()
+
+    one, two = (same_runs(checkpoint, processes) for processes in (1, 2))
+    alone(*one.values())
+    for name in ("dpo", "dpo-full"):
+        cut_back(folder / f"{name}-1", folder / f"{name}-1-2")
+    done = launch(
+        folder, *two.values(), *(resumed(two, n, f"{n}-1-2") for n in ("dpo", "dpo-full"))
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("dpo", "dpo-full"):
+        cut_back(folder / f"{name}-2", folder / f"{name}-2-1")
+        alone(resumed(one, name, f"{name}-2-1"))
     return folder
 
 
@@ -109,13 +189,113 @@ def weights(out):
     return load_file(adapter if adapter.exists() else out / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft", "dpo-full", "sft-full"])
-def test_two_processes_are_one(both, name):
-    one, two = (both / f"{name}-{n}" for n in (1, 2))
-    assert len(metrics(one)) == 3
-    for a, b in zip(metrics(one), metrics(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-    a, b = weights(one), weights(two)
-    assert a.keys() == b.keys()
-    gap = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
-    assert (gap > 1e-6).float().mean() < 1e-3 and gap.max() < 5e-5
+@pytest.mark.parametrize(
+    "a, b, steps",
+    [
+        (f"{name}-1", f"{name}-2", 2 if name in ("reward_model", "ppo-rloo") else 3)
+        for name in TRAINED
+    ]
+    + [(f"{n}-1", f"{n}-{way}", 3) for n in ("dpo", "dpo-full") for way in ("1-2", "2-1")],
+)
+def test_two_processes_are_one(both, a, b, steps):
+    """Metrics and weights, also of a run that goes on with another number of processes."""
+    ours, others = metrics(both / a), metrics(both / b)
+    assert len(ours) == steps and ours[-1]["grad_norm"] > 0
+    for line, other in zip(ours, others, strict=True):
+        assert line == pytest.approx(other, rel=1e-6, abs=1e-6)
+    ours, others = weights(both / a), weights(both / b)
+    assert ours.keys() == others.keys()
+    for name in ours:
+        assert torch.allclose(ours[name], others[name], rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        ("bdhs-offline", ["negatives.jsonl", "preferences.json"]),
+        ("eval_pope", ["answers_random.jsonl", "metrics.json"]),
+        ("eval_chair", ["captions.jsonl", "metrics.json"]),
+        ("reward_model", ["metrics.json", "reward.json"]),
+    ],
+)
+def test_answers_are_divided_and_joined(both, name, files):
+    """The same files, byte for byte."""
+    for file in files:
+        assert (both / f"{name}-1" / file).read_bytes() == (both / f"{name}-2" / file).read_bytes()
+
+
+def test_one_run_folder(both):
+    """Nothing else was made: no second folder, no line twice, no file of process 1."""
+    names = lambda run: {str(p.relative_to(both / run)) for p in (both / run).rglob("*")}
+    for name in same_runs("", 1):
+        assert names(f"{name}-1") == names(f"{name}-2") != set(), name
+    kept = {f"{name}-{n}" for name in same_runs("", 1) for n in (1, 2)}
+    kept |= {f"{name}-{way}" for name in ("dpo", "dpo-full") for way in ("1-2", "2-1")}
+    folders = {p.name for p in both.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    assert folders - {"images"} == kept
+
+
+# ---- a process that fails
+
+
+@pytest.mark.parametrize(
+    "how, sentence, status",
+    [
+        (
+            "killed",
+            "failing: process 1 of 2 ended, and with it the run; the run folder keeps its",
+            -9,
+        ),
+        ("refused", "failing: a.json, row 3: it is bad.", 2),
+    ],
+)
+def test_one_sentence_ends_all(folder, how, sentence, status):
+    """Whichever process fails, and how: no traceback of ours, and torchrun names the first."""
+    done = launch(folder, ["failing", how])
+    assert done.returncode == 1
+    ours, theirs = done.stderr.split("Traceback (most recent call last)")  # torchrun's own
+    lines = [line for line in ours.splitlines() if line.startswith(("failing", "process"))]
+    failed, started = sorted(lines)
+    assert started == "process 0 says so" and failed.startswith(sentence)
+    first = theirs.split("Root Cause")[1]
+    assert "rank      : 1" in first and f"exitcode  : {status} " in first
+
+
+def test_of_several_processes_the_first_reports(tmp_path, monkeypatch):
+    """Those of one run stand in folders beside each other."""
+    assert common.first_to_fail.__wrapped__()
+    answers = []
+    for process in range(3):
+        (tmp_path / str(process)).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(process) / "error.json"))
+        answers.append(common.first_to_fail.__wrapped__())
+    assert answers == [True, False, False]
+
+
+# ---- what is refused
+
+
+def test_more_processes_than_examples(monkeypatch):
+    args = argparse.Namespace(steps=None, epochs=3, batch_size=2, grad_accum=1)
+    monkeypatch.setattr(processes, "total", 4)
+    assert training.total_steps(args, 4) == 2  # 12 examples, 8 a step
+    with pytest.raises(BadInput, match="4 processes for 3 examples; at most 3 are accepted"):
+        training.total_steps(args, 3)
+
+
+@pytest.mark.parametrize(
+    "device, machine, gpus, said",
+    [
+        ("cuda:1", 2, 2, "--device cuda:1 with 2 processes; accepted are auto, cpu, cuda"),
+        ("auto", 2, 1, "2 processes and 1 GPUs; each process needs one of its own"),
+        ("cpu", 1, 0, "2 processes on several machines"),
+    ],
+)
+def test_refused_processes(monkeypatch, device, machine, gpus, said):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(machine))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(BadInput, match=said):
+        processes.start(device)
+    assert processes.total == 1

@@ -62,7 +62,8 @@ def scores(model, processor, examples, facts=None, seed=0):
     """r(x, y+), r(x, y-) of these examples, (2, B)."""
     facts = facts or no_facts(examples)
     return reward_model.score(
-        model, reward_model.collate(processor, examples, facts, random.Random(seed))
+        model,
+        processor.collate(reward_model.with_turns(processor, examples, facts, random.Random(seed))),
     )
 
 
