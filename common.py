@@ -31,7 +31,8 @@ class NonFinite(RuntimeError):
 def run(main):
     """Call main(). An error that the user can mend ends with one sentence, not with a traceback.
 
-    Exit status: 2 for BadInput, 1 for NonFinite, 130 after Ctrl-C.
+    Exit status: 2 for BadInput and for files that the system refuses (rights, a full disk), 1 for
+    NonFinite, 130 after Ctrl-C.
     """
     script, stderr = Path(sys.argv[0]).name, sys.stderr  # of several processes, one alone prints
     try:
@@ -41,6 +42,10 @@ def run(main):
         text, status = f"{script}: {error}", 2
     except NonFinite as error:
         text, status = f"{script}: {error}", 1
+    except OSError as error:
+        if error.filename is None:  # not about a file
+            raise
+        text, status = f"{script}: {error.filename}: {error.strerror}.", 2
     except KeyboardInterrupt:
         status = 130
         text = (
@@ -278,6 +283,13 @@ def whole_folder(path, flush=True):
             os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_below_file(out):
+    """Refuse a folder of --out that cannot be made, before hours of work end in it."""
+    for parent in Path(out or ".").parents:
+        if parent.exists() and not parent.is_dir():
+            raise BadInput(f"--out {out}: {parent} is a file; a folder is accepted.")
 
 
 def new_folder(path):

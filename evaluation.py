@@ -4,7 +4,7 @@ from pathlib import Path
 
 import processes
 import training
-from common import BadInput, positive_int
+from common import BadInput, positive_int, refuse_below_file
 
 
 def add_flags(parser):
@@ -36,6 +36,7 @@ def check_flags(args):
     out = Path(args.out) if args.out else None
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"--out {args.out} exists and is not an empty folder; give another.")
+    refuse_below_file(args.out)
 
 
 def load(args):

@@ -27,8 +27,10 @@ from common import (
     flag_name,
     natural,
     not_negative,
+    one_line,
     positive_int,
     read_json,
+    refuse_below_file,
     whole_folder,
     write_json,
     write_text,
@@ -201,6 +203,7 @@ def parse(parser):
         raise BadInput(
             f"--out {args.out} exists; give another folder, or --resume to go on with it."
         )
+    refuse_below_file(args.out)
     if args.model and not args.data:
         raise BadInput(
             "--model needs --data: a data file in one of the layouts of formats/layouts.py."
@@ -294,6 +297,11 @@ def check_same_run(old, new):
 
     The number of processes may change, if --grad-accum changes with it so that the batch does not.
     """
+    for kind in ("flags", "versions", "data"):
+        if not isinstance(old.get(kind), dict):
+            raise BadInput(
+                f"--resume: args.json has no {kind}; the file that the run wrote is needed."
+            )
     old, new = (
         r | {"flags": r["flags"] | {"grad_accum": r["flags"]["grad_accum"] * r.get("processes", 1)}}
         for r in (old, new)
@@ -531,36 +539,89 @@ def save_checkpoint(out, step, model, optimizer, state=None, keep=2, writes=None
 def load_checkpoint(out, model, optimizer, state=None):
     """Restore a run's last checkpoint -> the step to go on with; 0 without a checkpoint.
 
+    One whose files cannot be read gives way to the one before it, which is said. What can be read
+    but cannot be right is refused: another model's parameters, NaN, a step that is not the folder's.
+
     `state`, the dict that was given to `save_checkpoint`, is updated in place.
     """
     import torch
+
+    folder, tensors, saved = last_checkpoint(out / "checkpoints")
+    if not folder:
+        return 0
+    check_checkpoint(folder, tensors, saved, trainable(model))
+    with torch.no_grad():
+        for n, p in trainable(model).items():
+            p.copy_(sharding.part_like(p, tensors[f"model.{n}"]))
+            prefix = f"optimizer.{n}."
+            mine = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            optimizer.state[p] = {k: sharding.part_like(p, v) for k, v in mine.items()}
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if state is not None:
+        state.update(saved["state"])
+    return saved["step"]
+
+
+def last_checkpoint(folder):
+    """The newest checkpoint whose files can be read -> (its folder, tensors, state.json).
+
+    (None, None, None) if none was ever written. `latest` may name an older one than the newest.
+    """
     from safetensors.torch import load_file
 
-    pointer = out / "checkpoints" / "latest"
-    if not pointer.is_file():
-        return 0
-    folder = out / "checkpoints" / pointer.read_text().strip()
-    tensors = load_file(folder / "state.safetensors")
-    params = trainable(model)
+    # 1. candidates, newest first
+    number = lambda path: int(path.name.removeprefix("step-"))
+    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    found.sort(key=number, reverse=True)
+    pointer = folder / "latest"
+    if not found and not pointer.exists():
+        return None, None, None
+    named = folder / (pointer.read_text(errors="replace").strip() if pointer.is_file() else "")
+    if named.name.removeprefix("step-").isdigit():
+        found = [p for p in found if number(p) <= number(named)]
+        found = found if named in found else [named, *found]
+
+    # 2. the first that is whole
+    damaged = []
+    for path in found:
+        try:
+            tensors = load_file(path / "state.safetensors")
+            saved = json.loads((path / "state.json").read_text())
+            saved["step"], saved["state"], tensors["rng.cpu"]
+        except Exception as error:  # missing, cut short, no JSON; safetensors has its own class
+            damaged.append(f"{path} is damaged ({one_line(error)})")
+            continue
+        if damaged:
+            print(f"{'; '.join(damaged)}: going on from {path}", file=sys.stderr)
+        return path, tensors, saved
+    raise BadInput(f"--resume: {'; '.join(damaged) or folder}; no whole checkpoint is left.")
+
+
+def check_checkpoint(folder, tensors, saved, params):
+    """Refuse a checkpoint that is readable, but cannot be one of this run."""
+    from formats.weights import check_values
+
+    file = folder / "state.safetensors"
     one_side = {f"model.{n}" for n in params} ^ {k for k in tensors if k.startswith("model.")}
     if one_side:
         raise BadInput(
             f"{folder}: parameter {min(one_side)} is only on one side; "
             "the checkpoint is of another model."
         )
-    with torch.no_grad():
-        for n, p in params.items():
-            p.copy_(sharding.part_like(p, tensors[f"model.{n}"]))
-            prefix = f"optimizer.{n}."
-            saved = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            optimizer.state[p] = {k: sharding.part_like(p, v) for k, v in saved.items()}
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    saved = json.loads((folder / "state.json").read_text())
-    if state is not None:
-        state.update(saved["state"])
-    return saved["step"]
+    if not any(name.startswith("optimizer.") for name in tensors):
+        raise BadInput(f"{file}: holds nothing of the optimizer, which cannot start anew.")
+    for name, tensor in tensors.items():
+        if not name.startswith("rng."):
+            check_values(tensor, name, file)
+    for name, p in params.items():
+        for kind in (f"model.{name}", f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq"):
+            shape = tuple(tensors[kind].shape) if kind in tensors else tuple(p.shape)
+            if shape != tuple(p.shape):
+                raise BadInput(f"{file}: {kind} has the shape {shape}, not {tuple(p.shape)}.")
+    if saved["step"] != int(folder.name.removeprefix("step-")):
+        raise BadInput(f"{folder}/state.json: step is {saved['step']!r}; its folder says another.")
 
 
 def save_result(out, model, processor, args):
@@ -630,14 +691,22 @@ class Log:
     """
 
     def __init__(self, out, first, steps):
+        if first > steps:
+            raise BadInput(f"{out}: its checkpoint is of step {first}; this run has {steps} steps.")
         if processes.number:
             return
         path = out / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [
-            line for line in lines if line.endswith("\n")
-        ]  # a killed run may leave half a line
-        write_text(path, "".join(line for line in whole if json.loads(line)["step"] < first))
+        kept = []
+        for i, line in enumerate(lines, 1):
+            if not line.endswith("\n"):
+                continue  # a killed run may leave half a line
+            try:
+                before = json.loads(line)["step"] < first
+            except (ValueError, TypeError, KeyError):
+                raise BadInput(f"{path}, line {i}: not a step of a run.") from None
+            kept += [line] * before
+        write_text(path, "".join(kept))
         self.file, self.first = open(path, "a", encoding="utf-8"), first
         self.progress = Progress("step", steps, first)
 

@@ -9,7 +9,15 @@ import torch
 
 import processes
 import sharding
-from common import BadInput, new_folder, one_line, read_json, whole_folder, write_json
+from common import (
+    BadInput,
+    new_folder,
+    one_line,
+    read_json,
+    refuse_lfs_pointer,
+    whole_folder,
+    write_json,
+)
 from data import OWN, Processor
 from formats import chat
 from formats.adapters import adapters, load_adapter, merge, not_of_base
@@ -93,6 +101,27 @@ def refuse_quantised(config, path):
             )
 
 
+def find_model(name):
+    """`find` for a whole model. An adapter, or the folder of a run, is refused by what it is."""
+    folder = find(name)
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise BadInput(
+            f"{name}: an adapter, where a whole model is needed; its base is {base}. "
+            "A run with --merge writes model/, which holds both."
+        )
+    inside = [p for p in (folder / "model", folder / "adapter") if p.is_dir()]
+    if (folder / "args.json").exists():
+        what = " and ".join(map(str, inside)) or "neither model/ nor adapter/"
+        raise BadInput(
+            f"{name}: the folder of a run, where a model is needed; it holds {what}. "
+            "A run with --merge writes model/."
+        )
+    raise BadInput(f"{name}: no config.json there; the folder of a model is needed.")
+
+
 def tower_config(folder):
     """The CLIPVisionConfig in the folder of a CLIP."""
     import transformers
@@ -116,6 +145,8 @@ def read_tokenizer(folder):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except Exception as error:  # each kind of tokenizer file fails in its own way
+        for file in [*folder.glob("*.json"), *folder.glob("tokenizer.model")]:
+            refuse_lfs_pointer(file)
         sentencepiece = (folder / "tokenizer.model").exists()
         if sentencepiece and not (folder / "tokenizer.json").exists():
             raise BadInput(
@@ -128,6 +159,11 @@ def read_tokenizer(folder):
         raise BadInput(
             f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; "
             "one of tokenizer.json is accepted."
+        )
+    if tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"{folder}/tokenizer_config.json: eos_token is {tokenizer.eos_token!r}; "
+            "a token that ends an answer is needed."
         )
     return tokenizer
 
@@ -264,7 +300,7 @@ def load(
     import transformers
 
     # 1. find the parts, read the config
-    folder = find(name)
+    folder = find_model(name)
     path = folder / "config.json"
     raw = read_json(path)
     refuse_quantised(raw, path)
@@ -374,8 +410,8 @@ def compose(
     import transformers
 
     # 1. find the parts, read the configs
-    clip_folder = find(vision)
-    llm_folder = find(llm)
+    clip_folder = find_model(vision)
+    llm_folder = find_model(llm)
     clip_config = tower_config(clip_folder)
     refuse_quantised(read_json(llm_folder / "config.json", {}), llm_folder / "config.json")
     try:
@@ -500,14 +536,16 @@ def write_processor(model, processor, folder):
     side = processor.image_size
     anyres = processor.anyres
     kind = "LlavaNextProcessor" if anyres else "LlavaProcessor"
-    pads = processor.image_aspect == "pad"
-    image_processor_type = "LlavaImageProcessor" if pads else "CLIPImageProcessor"
-    more = {"do_pad": True} if pads else {}
     if anyres:
-        image_processor_type = "LlavaNextImageProcessor"
-        more = {"image_grid_pinpoints": anyres.pinpoints, "do_pad": True}
+        own = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True}
+        own["image_grid_pinpoints"] = anyres.pinpoints
+    elif processor.image_aspect == "pad":
+        # no type: LLaVA's own from 4.49 on, which pads; before it CLIP's, which crops. To name
+        # LLaVA's would stop the older versions
+        own = {"do_pad": True}
+    else:
+        own = {"image_processor_type": "CLIPImageProcessor"}
     image_processor = {
-        "image_processor_type": image_processor_type,
         "processor_class": kind,
         "do_convert_rgb": True,
         "do_resize": True,
@@ -520,7 +558,7 @@ def write_processor(model, processor, folder):
         "rescale_factor": 1 / 255,
         "image_mean": processor.image_mean,
         "image_std": processor.image_std,
-        **more,
+        **own,
     }
     write_json(folder / "preprocessor_config.json", image_processor)
 

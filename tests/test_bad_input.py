@@ -1,5 +1,6 @@
 """What a user can get wrong: one sentence on stderr that names file, row and key, no traceback, exit status 2."""
 
+import argparse
 import json
 import shutil
 import struct
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import dpo
+import evaluation
 from common import BadInput
 from data import Record
 from formats import files, inspector, layouts
@@ -562,6 +564,13 @@ def test_run_folder(folder, say):
         "--resume needs --out with the folder of a run; mine/args.json",
     )
     say(dpo.main, [*args, "--resume"], "--resume needs --out with the folder of a run")
+    out = ["--out", "mine/notes.txt/deep/run"]
+    say(
+        dpo.main, [*args, *out], "--out mine/notes.txt/deep/run: mine/notes.txt is a file; a folder"
+    )
+    asked = argparse.Namespace(answers=None, model="m", adapter=None, images="i", out=out[1])
+    with pytest.raises(BadInput, match="mine/notes.txt is a file; a folder is accepted"):
+        evaluation.check_flags(asked)
     assert [p.name for p in (folder / "mine").iterdir()] == ["notes.txt"] and not (
         folder / "runs"
     ).exists()
@@ -608,7 +617,7 @@ def test_dpo_a_cut_picture(folder, checkpoint):
 
 def test_dpo_non_finite(folder, checkpoint):
     def spoil(tensors):
-        tensors["multi_modal_projector.linear_2.bias"][3] = torch.nan
+        tensors["multi_modal_projector.linear_2.weight"].fill_(3e38)  # finite; its products are not
         return tensors
 
     broken = changed(checkpoint, folder / "broken", spoil)

@@ -109,3 +109,26 @@ def test_progress_of_a_run_that_goes_on(monkeypatch, capsys):
         "",
         "step 100/100  loss 1  1.00/s  50 s\n",
     ]
+
+
+def test_what_the_system_refuses_is_one_sentence(tmp_path, capsys):
+    """A folder where a file is read: the path and the system's reason, exit status 2. Other errors stay tracebacks."""
+    with pytest.raises(SystemExit, match="2"):
+        common.run(lambda: open(tmp_path))
+    assert capsys.readouterr().err.endswith(f"{tmp_path}: Is a directory.\n")
+
+    def broken():
+        raise OSError("no file has to do with it")
+
+    with pytest.raises(OSError, match="no file"):
+        common.run(broken)
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    """Only such a file is refused; one that is not there is not its business."""
+    (tmp_path / "weights").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:7")
+    with pytest.raises(BadInput, match="weights: a git-lfs pointer"):
+        common.refuse_lfs_pointer(tmp_path / "weights")
+    (tmp_path / "text").write_text("version 2")
+    common.refuse_lfs_pointer(tmp_path / "text")
+    common.refuse_lfs_pointer(tmp_path / "nothing")

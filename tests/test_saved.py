@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import evaluation
+import training
 from common import BadInput
 from formats import adapters, checkpoints
 from formats.adapters import as_trained, load_adapter, save_adapter
@@ -271,3 +272,67 @@ def test_old_names_of_special_tokens(checkpoint, tmp_path):
         again = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     assert again.encode("<more>", add_special_tokens=False) == [again.get_vocab()["<more>"]]
     assert "<more>" in again.all_special_tokens
+
+
+# ---- what was given is not what was meant
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    (tmp_path / "run" / "args.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def test_an_adapter_where_a_model_is_needed(run_folder, checkpoint):
+    """And a run folder; the message says what it is, its base, and what to give instead."""
+    for name, message in (
+        (run_folder / "adapter", f"an adapter, where a whole model .* its base is {checkpoint}"),
+        (run_folder, rf"folder of a run, .* {run_folder}/model and {run_folder}/adapter"),
+        (run_folder.parent, "no config.json there; the folder of a model is needed"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            checkpoints.load(name)
+        with pytest.raises(BadInput, match=message):
+            checkpoints.compose(name, name)
+
+
+def test_something_else_where_an_adapter_is_needed(run_folder, checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        (run_folder, f"the folder of a run; its adapter is {run_folder}/adapter"),
+        (checkpoint, "a model; an adapter .* is needed here"),
+        (tmp_path / "empty", "no adapter_config.json there"),
+        (tmp_path / "nowhere", "no such folder; a folder or a hub id"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            load_adapter(checkpoints.load(checkpoint)[0], name)
+        with pytest.raises(BadInput, match=message):
+            as_trained(name)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 123456\n"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_clone_without_git_lfs(checkpoint, tmp_path, file):
+    shutil.copytree(checkpoint, tmp_path / "m")
+    (tmp_path / "m" / file).write_text(POINTER)
+    with pytest.raises(BadInput, match=f"{file}: a git-lfs pointer, .* `git lfs pull`"):
+        checkpoints.load(tmp_path / "m")
+
+
+def test_a_tokenizer_without_an_end(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "m")
+    edit(tmp_path / "m" / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(BadInput, match="eos_token is None; a token that ends an answer is needed"):
+        checkpoints.load(tmp_path / "m")
+
+
+def test_a_composed_base_is_kept(llava, tmp_path):
+    """LoRA on a base that is on no disk: an adapter alone would be of no use, so model/ is written too."""
+    args = Namespace(resume=False, lora_rank=2, lr=1e-3, merge=False, model=None)
+    model, processor = llava
+    model.prepare(lora_rank=2)
+    training.save_result(tmp_path, model, processor, args)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model"]
+    checkpoints.load(tmp_path / "model")

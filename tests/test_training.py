@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import read_records
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dpo
 import online_dpo
@@ -638,6 +639,106 @@ def test_a_checkpoint_of_another_model_is_refused(build, tmp_path, saved, now):
         training.load_checkpoint(tmp_path, other, training.optimizer_for(other, 1e-2, 1e-3))
 
 
+@pytest.fixture
+def two(small, tmp_path):
+    """(folder of the checkpoints of steps 3 and 6, the projector at step 3, model, optimizer)."""
+    model, optimizer = small
+    training.save_checkpoint(tmp_path, 3, model, optimizer)
+    third = copy.deepcopy(model.projector.state_dict())
+    moves(model, optimizer, 1.0)
+    training.save_checkpoint(tmp_path, 6, model, optimizer)
+    return tmp_path / "checkpoints", third, model, optimizer
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: cut_short(f / "step-000006" / "state.safetensors"),
+        lambda f: (f / "step-000006" / "state.safetensors").unlink(),
+        lambda f: cut_short(f / "step-000006" / "state.json"),
+        lambda f: (f / "step-000006" / "state.json").write_text(""),
+        lambda f: (f / "step-000006" / "state.json").write_text('{"step": 6}'),
+        lambda f: shutil.rmtree(f / "step-000006"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(two, tmp_path, capsys, damage):
+    folder, third, model, optimizer = two
+    damage(folder)
+    assert training.load_checkpoint(tmp_path, model, optimizer) == 3
+    assert all(torch.equal(v, third[k]) for k, v in model.projector.state_dict().items())
+    said = capsys.readouterr().err
+    assert (
+        f"{folder}/step-000006 is damaged" in said and f"going on from {folder}/step-000003" in said
+    )
+
+
+def test_without_a_whole_checkpoint_a_run_does_not_start_anew(two, tmp_path):
+    """Steps that were done are not thrown away in silence."""
+    folder, _, model, optimizer = two
+    for step in (3, 6):
+        cut_short(folder / f"step-{step:06d}" / "state.safetensors")
+    with pytest.raises(
+        BadInput, match="step-000006 is damaged .*step-000003 is damaged .* no whole"
+    ):
+        training.load_checkpoint(tmp_path, model, optimizer)
+
+
+@pytest.mark.parametrize("pointer", [None, "", "step-x"])
+def test_a_lost_pointer(two, tmp_path, pointer):
+    """Without a `latest` that can be read, the newest checkpoint is meant."""
+    folder, _, model, optimizer = two
+    (folder / "latest").unlink() if pointer is None else (folder / "latest").write_text(pointer)
+    assert training.load_checkpoint(tmp_path, model, optimizer) == 6
+
+
+def altered(folder, change):
+    """Change the tensors of the checkpoint of step 6."""
+    file = folder / "step-000006" / "state.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+BIAS = "projector.linear_2.bias"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t[f"model.{BIAS}"].fill_(math.nan), f"model.{BIAS} has NaN or infinity"),
+        (lambda t: t[f"optimizer.{BIAS}.exp_avg"].fill_(math.inf), "exp_avg has NaN or infinity"),
+        (
+            lambda t: t.update({f"model.{BIAS}": t[f"model.{BIAS}"].int()}),
+            f"model.{BIAS} is stored as int32",
+        ),
+        (lambda t: t.update({f"model.{BIAS}": torch.ones(1)}), r"shape \(1,\), not \(64,\)"),
+        (
+            lambda t: [t.pop(k) for k in list(t) if k.startswith("optimizer.")],
+            "holds nothing of the optimizer",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_right(two, tmp_path, change, message):
+    """It can be read, so it is not passed over: it is refused by the name of the tensor."""
+    folder, _, model, optimizer = two
+    altered(folder, change)
+    with pytest.raises(BadInput, match=message):
+        training.load_checkpoint(tmp_path, model, optimizer)
+
+
+def test_a_step_that_the_run_never_had(two, tmp_path):
+    folder, _, model, optimizer = two
+    (folder / "step-000006" / "state.json").write_text('{"step": 9999, "state": {}}')
+    with pytest.raises(BadInput, match="state.json: step is 9999; its folder says another"):
+        training.load_checkpoint(tmp_path, model, optimizer)
+    with pytest.raises(BadInput, match="its checkpoint is of step 6; this run has 5 steps"):
+        training.Log(tmp_path, 6, 5)
+
+
 # ---- run folder and log
 
 
@@ -729,10 +830,29 @@ def test_a_run_resumes_with_another_number_of_processes(folder):
         training.start(flags(out="run", grad_accum=3, resume=True), "dpo")
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "args.json: not readable as JSON"),
+        ("{}", "args.json has no flags; the file that the run wrote is needed"),
+        ('{"flags": 3}', "args.json has no flags"),
+    ],
+)
+def test_a_damaged_args_json(folder, text, said):
+    training.start(flags(out="run"), "dpo")
+    (folder / "run" / "args.json").write_text(text)
+    with pytest.raises(BadInput, match=said):
+        training.start(flags(out="run", resume=True), "dpo")
+
+
 def test_the_log_of_a_resumed_run(tmp_path, capsys):
     """Steps from the checkpoint on are cut off, with the half line of a kill; what comes is appended at once."""
     old = [{"step": i, "loss": 1.0} for i in range(6)]
-    text = "".join(json.dumps(line) + "\n" for line in old) + '{"step": 6, "lo'
+    text = "".join(json.dumps(line) + "\n" for line in old)
+    (tmp_path / "metrics.jsonl").write_text(text + "no json\n")
+    with pytest.raises(BadInput, match="metrics.jsonl, line 7: not a step of a run"):
+        training.Log(tmp_path, 4, 8)
+    text += '{"step": 6, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
     log = training.Log(tmp_path, 4, 8)
     assert lines_of(tmp_path) == old[:4]
