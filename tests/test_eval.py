@@ -295,8 +295,10 @@ def test_pope_answers_on_the_command_line(tmp_path):
     )
     llava = write_lines(
         tmp_path / "llava.jsonl",
-        [{"question_id": i, "prompt": questions[i]["text"] + eval_pope.SUFFIX, "text": "Yes"}
-         for i in range(4)],
+        [
+            {"question_id": i, "prompt": questions[i]["text"] + eval_pope.SUFFIX, "text": "Yes"}
+            for i in range(4)
+        ],
     )
     done = run(
         "eval_pope.py", "--questions", *files, "--answers", theirs, llava, "--out", tmp_path / "out"
@@ -384,7 +386,9 @@ def test_an_answer_is_that_of_its_question(tmp_path, rows, order, fits):
     if fits:
         assert eval_pope.answers_to(ASKED, path) == SAID
         return
-    with pytest.raises(BadInput, match="a.jsonl, row 0: .*matched by question_id, else by question"):
+    with pytest.raises(
+        BadInput, match="a.jsonl, row 0: .*matched by question_id, else by question"
+    ):
         eval_pope.answers_to(ASKED, path)
 
 
