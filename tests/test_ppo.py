@@ -356,7 +356,7 @@ def test_without_a_rate_nothing_moves(llava, advantage):
     metrics = iteration(model, processor, some, first_token_is(5), optimizer, 1.0, args, 0)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert metrics["policy/approxkl"] < 1e-10 and metrics["policy/clipfrac"] == 0
-    generator = torch.Generator().manual_seed(random.Random("0/0/0").getrandbits(62))
+    seeds = [random.Random(f"0/0/{number}").getrandbits(62) for number in (0, 1)]
     drawn = [
         sampling.sample(
             model,
@@ -366,9 +366,9 @@ def test_without_a_rate_nothing_moves(llava, advantage):
             4,
             1.0,
             processor.stop_ids,
-            generator=generator,
+            generator=torch.Generator().manual_seed(seed),
         )
-        for part in (some[:4], some[4:])
+        for part, seed in zip((some[:4], some[4:]), seeds)
     ]
     tokens, old = (
         sum([sum(getattr(d, name), []) for d in drawn], []) for name in ("tokens", "log_probs")
