@@ -40,7 +40,7 @@ from pathlib import Path
 from common import BadInput, Parser, positive_int, run, write_json
 from data import Record
 from evaluation import add_flags, check_flags, load
-from formats.files import find_image, rows
+from formats.files import ImageFolder, rows
 from sampling import generate
 
 PROMPT = "Describe the image."
@@ -329,9 +329,11 @@ def evaluate(
     truth = truth_of(numbers, pictures, vocabulary)
 
     records = []
+    folder = ImageFolder(images)
     for number in numbers:
-        image = find_image(Path(images), pictures[number].file)
+        image = folder.find(pictures[number].file)
         records.append(Record(f"image id {number}", image, (prompt,)))
+    folder.report()
     texts = generate(
         model,
         processor,

@@ -35,7 +35,7 @@ from pathlib import Path
 from common import BadInput, Parser, run, write_json
 from data import Record
 from evaluation import add_flags, check_flags, load
-from formats.files import find_image, rows
+from formats.files import ImageFolder, rows
 from sampling import generate
 
 SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's
@@ -222,14 +222,16 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
 
     # look for every image before the first answer
     records = {}  # (image, text) -> Record
+    folder = ImageFolder(images)
     for path, questions in zip(files, splits.values()):
         for i, q in enumerate(questions):
             where = f"{path}, row {i}"
             try:
-                image = find_image(Path(images), q["image"])
+                image = folder.find(q["image"])
             except BadInput as error:
                 raise BadInput(f"{where}: {error}") from None
             records[q["image"], q["text"]] = Record(where, image, (q["text"] + suffix,))
+    folder.report()
 
     # The splits share all questions whose answer is yes, so each question is asked once:
     # of the 9000 official ones 5127 are distinct.

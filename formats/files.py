@@ -3,18 +3,27 @@
 import base64
 import functools
 import gzip
+import hashlib
 import io
 import json
 import os
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from common import BadInput, file_hash, file_identity, whole_folder, write_json
+from common import (
+    BadInput,
+    file_hash,
+    file_identity,
+    refuse_lfs_pointer,
+    whole_folder,
+    write_json,
+)
 
 # A larger image is refused before it is decoded: it may be a decompression bomb. So is a long or
 # thin one, which padding or resizing would make large.
@@ -24,6 +33,10 @@ MAX_RATIO = 200  # of the longer side to the shorter
 
 TURNED = (5, 6, 7, 8)  # the values of EXIF's orientation that swap height and width
 
+# Pillow's modes of more than 8 bits; `convert` clips their values instead of scaling them
+DEEP_GRAY = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+
 
 @dataclass(frozen=True)
 class PackedImage:
@@ -31,10 +44,11 @@ class PackedImage:
 
     file: str
     row: int
+    column: str = "image"
 
     def read(self):
         """The encoded bytes."""
-        path, starts = _unpacked(self.file)
+        path, starts = _unpacked(self.file, self.column)
         with open(path, "rb") as file:
             file.seek(starts[self.row])
             return file.read(starts[self.row + 1] - starts[self.row])
@@ -44,8 +58,8 @@ class PackedImage:
 
 
 @functools.lru_cache(maxsize=None)
-def _unpacked(file):
-    """Unpack a file's images at the first use -> (path of the unpacked file, where each starts).
+def _unpacked(file, column):
+    """Unpack a column of images at the first use -> (path of the unpacked file, where each starts).
 
     All images lie one after another in one file, in `.cache/pictures-*`. The reason: training reads
     in random order, which parquet does not allow. There, one image costs its page, up to 1000
@@ -54,12 +68,13 @@ def _unpacked(file):
     While it unpacks, memory is bounded by the row group, about twice its size, not by the file.
     Afterwards it is bounded by one image.
     """
-    folder = Path(".cache") / f"pictures-{_file_hash(file)[:16]}"
+    made_of = f"{_file_hash(file)} {column}".encode()
+    folder = Path(".cache") / f"pictures-{hashlib.sha256(made_of).hexdigest()[:16]}"
     if not folder.is_dir():
         print(f"{file}: unpacking its images to {folder}", file=sys.stderr)
         with whole_folder(folder) as aside, open(aside / "pictures", "wb") as out:
             starts = [0]
-            for encoded in _encoded_images(Path(file)):
+            for encoded in _encoded_images(Path(file), column):
                 out.write(encoded or b"")
                 starts.append(out.tell())
             write_json(aside / "starts.json", starts)
@@ -68,8 +83,8 @@ def _unpacked(file):
     return (folder / "pictures").resolve(), starts
 
 
-def _encoded_images(path):
-    """The bytes of each row's image, or None."""
+def _encoded_images(path, column):
+    """The bytes of each row's image in a column, or None."""
     if path.suffix == ".tsv":
         for number, line in _lines(path):
             try:
@@ -83,13 +98,11 @@ def _encoded_images(path):
     import pyarrow
 
     file = _parquet(path)
-    column, _ = _columns(file)
-    leaves = [n for n in _leaves(file) if n.startswith(f"{column}.") and n.endswith(".bytes")]
-    for batch in _batches(path, file, leaves, 16):
+    for batch in _batches(path, file, _bytes_of(file, column), 16):
         for cell in batch.column(0).to_pylist():
-            if isinstance(cell, list) and len(cell) == 1:
-                cell = cell[0]
-            yield cell["bytes"] if isinstance(cell, dict) else None
+            cells = cell if isinstance(cell, list) else [cell]
+            encoded = (c["bytes"] if isinstance(c, dict) else c for c in cells)
+            yield next(filter(None, encoded), None)
     pyarrow.default_memory_pool().release_unused()
 
 
@@ -108,18 +121,45 @@ def _parquet(path):
         raise BadInput(f"{path}: not readable as parquet ({str(error).splitlines()[0]}).") from None
 
 
-def _leaves(file):
-    """All columns that a parquet file stores, as "image.bytes" or "images.list.element.path"."""
-    return [file.schema.column(i).path for i in range(len(file.schema))]
+def _image_columns(file):
+    """The columns that hold encoded images: bytes, structs with `bytes`, or lists of these."""
+    from pyarrow import types
+
+    found = []
+    for field in file.schema_arrow:
+        kind = field.type
+        if types.is_list(kind) or types.is_large_list(kind):
+            kind = kind.value_type
+        is_struct = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        if is_struct or types.is_binary(kind) or types.is_large_binary(kind):
+            found.append(field.name)
+    return found
 
 
-def _columns(file):
-    """The column of images, if there is one, and all leaves except the images' bytes."""
-    leaves = _leaves(file)
-    tops = [name.split(".")[0] for name in leaves if name.endswith(".bytes")]
-    column = next((top for top in tops if top in ("image", "images")), None)
-    small = [n for n in leaves if not (n.startswith(f"{column}.") and n.endswith(".bytes"))]
-    return column, small
+def _leaves(file, column):
+    """What a parquet file stores of a column: ["image.bytes", "image.path"]."""
+    paths = [file.schema.column(i).path for i in range(len(file.schema))]
+    return [path for path in paths if path == column or path.startswith(f"{column}.")]
+
+
+def _bytes_of(file, column):
+    """The stored column of an image column's bytes, as a list of one."""
+    leaves = _leaves(file, column)
+    return [leaf for leaf in leaves if leaf.endswith(".bytes")] or leaves
+
+
+def _every_cell_is_full(file, column):
+    """Whether the statistics say that no image is missing, and something beside it is stored.
+
+    Then the bytes need not be read to know how many images a row has.
+    """
+    (leaf,) = _bytes_of(file, column)
+    index = [file.schema.column(i).path for i in range(len(file.schema))].index(leaf)
+    groups = range(file.metadata.num_row_groups)
+    statistics = [file.metadata.row_group(g).column(index).statistics for g in groups]
+    no_nulls = all(s is not None and s.has_null_count and s.null_count == 0 for s in statistics)
+    is_list = leaf not in (column, f"{column}.bytes")
+    return no_nulls and not (is_list and len(_leaves(file, column)) == 1)
 
 
 def _batches(path, file, columns, size):
@@ -131,22 +171,31 @@ def _batches(path, file, columns, size):
 
 def _parquet_rows(path):
     file = _parquet(path)
-    column, leaves = _columns(file)
+    columns = _image_columns(file)
+    full = {column for column in columns if _every_cell_is_full(file, column)}
+    unread = {leaf for column in full for leaf in _bytes_of(file, column)}
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    leaves = [leaf for leaf in leaves if leaf not in unread]
 
     number = 0
-    for batch in _batches(path, file, leaves, 1024):
+    for batch in _batches(path, file, leaves, 1024 if len(full) == len(columns) else 16):
         for row in batch.to_pylist():
-            if column:
-                # The bytes are not read here. The path beside them shows whether the cell is null,
-                # and how long its list is.
-                cell = row.get(column, {})
-                image = PackedImage(str(path), number)
-                if isinstance(cell, list):
-                    row[column] = [image] * len(cell)
-                elif cell is not None:
-                    row[column] = image
+            for column in columns:
+                image = PackedImage(str(path), number, column)
+                row[column] = _packed(row.get(column, {}), image, column in full)
             yield number, row
             number += 1
+
+
+def _packed(cell, image, is_full):
+    """A cell of an image column with `image` in the place of bytes; a path without bytes stays."""
+    if isinstance(cell, list):
+        return [_packed(c, image, is_full) for c in cell]
+    if cell is None or is_full:
+        return cell if cell is None else image
+    if isinstance(cell, dict):
+        return image if cell["bytes"] else cell
+    return image if cell else None
 
 
 def _lines(path):
@@ -194,6 +243,9 @@ def _tsv_rows(path):
 
 def rows(path):
     """(row number from 0, row) of a parquet file, JSON array, JSON lines, or RLHF-V's tsv."""
+    refuse_lfs_pointer(path)
+    if path.is_dir():
+        raise BadInput(f"{path}: {_what_folder(path)}; --data takes files.")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
@@ -213,41 +265,119 @@ def rows(path):
             yield from enumerate(array)
         elif line.strip():
             try:
-                yield row_number, json.loads(line)
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:
+                if not row_number:
+                    _refuse_one_object(path, line + "".join(rest for _, rest in lines))
                 raise BadInput(f"{path}, line {number}: not valid JSON: {error}.") from None
+            yield row_number, row
             row_number += 1
+
+
+def _refuse_one_object(path, text):
+    """Refuse a file that is one object over several lines: settings, or rows under a key."""
+    try:
+        keys = list(json.loads(text))
+    except (ValueError, RecursionError):
+        return
+    raise BadInput(
+        f"{path}: one object with the keys {str(keys):.200}; rows are needed, in an array or an "
+        "object a line."
+    )
+
+
+def _what_folder(path):
+    """What a folder is that was given in the place of a data file."""
+    for name, what in (
+        ("preferences.json", f"a run folder, whose data are {path / 'preferences.json'}"),
+        ("args.json", "a run folder"),
+        ("adapter_config.json", "an adapter"),
+        ("config.json", "a model"),
+    ):
+        if (path / name).is_file():
+            return what
+    kinds = (".parquet", ".json", ".jsonl", ".gz", ".tsv")
+    names = sorted(p.name for p in path.iterdir() if p.suffix in kinds)
+    return f"a folder with {', '.join(names[:5])}" if names else "a folder without data files"
 
 
 # ---- images
 
 
-def find_image(images, *names):
-    """The first of these paths that is a file below `images`.
+class ImageFolder:
+    """Finds the images that a data file names. This is the whole policy for their paths:
 
-    Data files carry their author's folders ("./data/coco/x.jpg"). So leading folders are dropped
-    until a file is found.
+    1. Only files below --images are read. Without --images that is the data file's own folder.
+    2. A path that exists below --images is taken as it stands, also an absolute one. `..` must not
+       leave the folder.
+    3. Any other path is its author's ("./data/coco/x.jpg", "/home/a/coco/x.jpg", "D:\\coco\\x.jpg",
+       a URL): leading folders are dropped until a file is found, so the longest end that exists
+       counts. `notes` counts what was dropped, and names that are different and end at one file.
+    4. Links below --images are followed, because data on mounted disks and in the hub's cache are
+       links. The risk: a link that leads out of the folder is read. Data files cannot create links;
+       an archive can, when it is unpacked.
     """
-    for name in names:
-        if not isinstance(name, str) or not name:
-            continue
-        parts = Path(name).parts
-        if Path(name).is_absolute() or ".." in parts:
-            raise BadInput(
-                f"image path {name!r:.80} leaves --images; only paths below it are read."
-            )
-        for i in range(len(parts)):
-            path = images.joinpath(*parts[i:])
-            if os.path.isfile(path):  # Path.is_file raises an error if a name is too long
-                if not path.resolve().is_relative_to(images.resolve()):
-                    raise BadInput(
-                        f"image path {name!r:.80} leaves --images through a link; "
-                        "only paths below it are read."
-                    )
-                return path
 
-    listed = " or ".join(f"{name!r:.80}" for name in names)
-    raise BadInput(f"image {listed} is not below --images {images}.")
+    def __init__(self, images, notes=None):
+        folders = images if isinstance(images, list) else [images]
+        self.folders = [Path(folder) for folder in folders]
+        self.notes = Counter() if notes is None else notes
+        self.taken = {}  # the name by which each file was found without leading folders
+
+    def find(self, *names):
+        """The file of the first of these paths that exists."""
+        for name in names:
+            path, leading = self.look_up(name)
+            if path:
+                self.note(path, leading, name)
+                return path
+        listed = " or ".join(f"{name!r:.80}" for name in names)
+        raise BadInput(f"image {listed} is not below --images {self.folders[0]}.")
+
+    def look_up(self, name):
+        """(The file of a path, the leading folders that were dropped); (None, "") without a file."""
+        if not isinstance(name, str) or not name:
+            return None, ""
+        parts = name.replace("\\", "/").split("/")
+        if ".." in parts:
+            parts = os.path.normpath("/".join(parts)).split("/")
+            if parts[0] == "..":
+                raise BadInput(
+                    f"image path {name!r:.80} leaves --images; only paths below it are read."
+                )
+
+        # an absolute path as it stands
+        for folder in self.folders if parts[0] == "" and os.path.isfile(name) else ():
+            for base in (os.path.abspath(folder), os.path.realpath(folder)):
+                inside = os.path.relpath("/".join(parts), base)
+                if inside.split("/")[0] != "..":
+                    return folder / inside, ""
+
+        # the longest end
+        for i in range(len(parts)):
+            for folder in self.folders:
+                path = folder.joinpath(*parts[i:])
+                if os.path.isfile(path):  # Path.is_file raises an error if a name is too long
+                    shortened = set(parts[:i]) - {"", "."}
+                    return path, "/".join(parts[:i]) if shortened else ""
+        return None, ""
+
+    def note(self, path, leading, name):
+        """Count a path that was found without its leading folders, by those folders."""
+        if not leading:
+            return
+        begin = "image paths are read without"
+        kind = f"{begin} their leading {leading!r:.80}"
+        if kind not in self.notes and sum(note.startswith(begin) for note in self.notes) >= 10:
+            kind = f"{begin} other leading folders"
+        self.notes[kind] += 1
+        if self.taken.setdefault(path, name) != name:
+            self.notes["image paths end at the file of another path: is it the same image?"] += 1
+
+    def report(self):
+        """Print the notes."""
+        for note, count in self.notes.items():
+            print(f"{self.folders[0]}: {count} {note}", file=sys.stderr)
 
 
 def open_header(image):
@@ -255,25 +385,54 @@ def open_header(image):
     try:
         file = Image.open(io.BytesIO(image.read()) if isinstance(image, PackedImage) else image)
     except Exception as error:  # each of Pillow's decoders fails in its own way
+        if isinstance(image, Path):
+            refuse_lfs_pointer(image)
         raise BadInput(f"{image}: not a readable picture ({error}).") from None
     longest = min(MAX_SIDE, MAX_RATIO * min(file.size))
     if file.width * file.height > MAX_PIXELS or max(file.size) > longest:
         limits = f"{MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side and sides of 1 : {MAX_RATIO}"
         raise BadInput(f"{image}: {file.width} x {file.height} pixels; at most {limits} are read.")
+    if file.mode in DEEP_GRAY and gray_bits(file) is None:
+        raise BadInput(
+            f"{image}: {file.format} with gray values of Pillow's mode {file.mode}, and nothing says "
+            "which of them is white; accepted are 8 bits, and unsigned 12 or 16 in PNG, TIFF, PGM "
+            "and JPEG 2000."
+        )
     return file
+
+
+def gray_bits(file):
+    """How many bits the values of a picture in a mode of DEEP_GRAY have; None if nothing says so.
+
+    Pillow scales PGM and JPEG 2000 to 16 bits. Signed values and those of 32 bits, whole or not,
+    have no agreed white: Pillow's own `convert` would clip them to 0 .. 255, mostly white.
+    """
+    if file.mode not in DEEP_GRAY or file.mode == "F":
+        return None
+    if file.format in ("PNG", "PPM", "JPEG2000"):
+        return 16
+    if file.format == "TIFF" and file.mode.startswith("I;16"):
+        return file.tag_v2[BITS_PER_SAMPLE][0]
+    return None
 
 
 def open_image(image):
     """A Path or PackedImage -> RGB image.
 
-    It is turned as EXIF says. What is transparent becomes white, 16-bit gray is scaled to 8 bits,
-    CMYK is converted.
+    It is turned as EXIF says. What is transparent becomes white, gray of 12 or 16 bits is scaled to
+    8, other colour spaces are converted.
     """
     file = open_header(image)
     try:
+        bits = gray_bits(file)
+        inverted = file.format == "TIFF" and file.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
         file = ImageOps.exif_transpose(file)
-        if file.mode.startswith("I;16"):
-            file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+        if bits:
+            values = np.asarray(file)
+            gray = (values >> bits - 8).astype(np.uint8)
+            gray = 255 - gray if inverted else gray  # Pillow inverts 8 bits itself
+            gray[values == file.info.get("transparency", -1)] = 255
+            file = Image.fromarray(gray)
         if file.has_transparency_data:
             white = Image.new("RGBA", file.size, "white")
             file = Image.alpha_composite(white, file.convert("RGBA"))

@@ -56,6 +56,7 @@ def main():
     summary = {
         "layout": file.layout,
         "rows": file.rows,
+        "with_picture": file.with_picture,
         "pairs": sum(len(r.answers) == 2 for r in records),
         "refused": refused,
         "notes": dict(file.notes),
@@ -102,8 +103,8 @@ def show(path, summary):
     refused = summary["refused"]
     bad = len({r["row"] for r in refused})
     print(
-        f"{path}: layout {summary['layout']}, {summary['rows']} rows, {summary['pairs']} pairs, "
-        f"{bad} rows refused"
+        f"{path}: layout {summary['layout']}, {summary['rows']} rows, {summary['with_picture']} with "
+        f"a picture, {summary['pairs']} pairs, {bad} rows refused"
     )
     # reasons that differ only in paths, quotes and numbers are of one kind
     kinds = [re.sub(r"'[^']*'|\"[^\"]*\"|\S*[/\d]\S*", "..", r["why"]) for r in refused]

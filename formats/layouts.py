@@ -18,6 +18,8 @@
                     + rejected_conversations
     llava_rlhf      conversations + output_1          the output that `preference` (1 or 2) names
                     + output_2 + preference           > the other
+    llama_factory   conversations                     chosen > rejected: one turn each, the last
+                    + chosen + rejected               (LLaMA-Factory)
     llava_instruct  conversations                     none: instruction data for sft.py
     helpsteer       prompt + response + helpfulness   one per prompt: best > a worse one
                                                       (`pairs_by_quality`)
@@ -30,15 +32,16 @@ Left out, and counted: rows of hadpo whose `correct` is true; in helpsteer2, the
 and rows of strength 0.
 
 Files are parquet, JSON arrays or JSON lines; the JSON may be gzipped. rlhf_v may also be Muffin's
-.tsv. Other columns are ignored.
+.tsv.
 
-The image of a row is a path below --images, or it is inside the file itself (parquet, tsv). If it
-is missing, null, empty or NaN, the row is text-only, in layouts that have such rows. A row with
-several images is refused.
+The image of a row is a path below --images (the policy: `files.ImageFolder`), or it is inside the
+file itself (parquet, tsv). Every layout reads the same columns for it (`PICTURE`). If they are
+missing, null, empty or NaN, the row is text-only, in layouts that have such rows. A row with
+several images is refused; so is one with a picture, film or sound in a column that is not read
+(`refuse_unread_media`). Other columns are ignored.
 
-Some layouts have placeholders. There, one `<image>` in the first human turn stands for the image;
-it is moved to the front, as LLaVA does. Anywhere else, and in answers, `<image>` is text. In
-mllm_dpo and mmpr the placeholder may be missing.
+`<image>` in the first human turn is the place of the image, in every layout (`take_placeholder`).
+HelpSteer's rows have no images; there it is text.
 
 Not read: HA-DPO's desc_data.json, which names neither the question nor the image file. Written as
 rows of trl, it is read.
@@ -56,7 +59,7 @@ from pathlib import Path
 
 from common import BadInput
 from data import Record
-from formats.files import PackedImage, find_image, open_header, rows
+from formats.files import ImageFolder, PackedImage, open_header, rows
 
 
 def captions(path):
@@ -101,32 +104,100 @@ def text_field(value, key):
     return value.strip()
 
 
-def picture(images, *cells):
-    """The image that a row's cells name: Path or PackedImage; None if all cells are empty.
+# The columns that hold the image of a row, in every layout: `image`, `images`, `image_path`,
+# `img_path`, `image_file_name`, `photo_url`, ...; `image_0`, `image_1`, ... hold one each.
+PICTURE = re.compile(
+    r"(?:image|img|picture|photo)s?(?:_?(?:path|file|name|file_?name|url)s?|_?(?P<number>\d+))?",
+    re.IGNORECASE,
+)
+# What else a column of pictures, films or sounds may be called, or hold.
+MEDIA = re.compile(r"image|img|picture|photo|pixel|video|audio", re.IGNORECASE)
+MEDIA_FILE = re.compile(r"\S+\.(?:jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|wav|mp3)", re.IGNORECASE)
 
-    Of several cells, the first whose image exists counts.
+
+def picture(row, images, *more):
+    """The image that a row names: Path or PackedImage; None if it names none.
+
+    more: cells that name it in places of their own. An image inside the file counts before paths.
+    Of several paths those that exist count; they must be of one file.
     """
-    names = []
-    for cell in cells:
-        if isinstance(cell, list) and len(cell) > 1:
-            raise BadInput(f"the row has {len(cell)} pictures; one a row is accepted.")
-        if isinstance(cell, list) and cell:
-            cell = cell[0]
-        if isinstance(cell, dict) and not cell.get("bytes"):
-            cell = cell.get("path")
-        if isinstance(cell, PackedImage):
-            return cell
-        if cell and cell == cell:  # pandas writes NaN for a missing cell; NaN != NaN
-            names.append(cell)
-    return find_image(images, *names) if names else None
+    one_each, cells = [], list(more)
+    for key, cell in row.items():
+        if match := PICTURE.fullmatch(key):
+            found = named_in(cell)
+            if len(found) > 1:
+                raise BadInput(f"the row has {len(found)} pictures; one a row is accepted.")
+            cells += found
+            one_each += found if match["number"] else []
+    packed = {cell for cell in cells if isinstance(cell, PackedImage)}
+    count = max(len(one_each), len(packed))
+    if count > 1:
+        raise BadInput(f"the row has {count} pictures; one a row is accepted.")
+    if packed:
+        return packed.pop()
+    if not cells:
+        return None
+
+    if len(cells) > 1:
+        found = {images.look_up(name)[0]: name for name in cells}
+        found.pop(None, None)
+        if len(found) > 1:
+            listed = " and ".join(f"{name!r:.80}" for name in found.values())
+            raise BadInput(f"the row has the pictures {listed}; one a row is accepted.")
+    return images.find(*cells)
 
 
-def needed_picture(images, *cells):
+def named_in(cell):
+    """The images of a cell, a list of PackedImages and paths: a cell may be null, "", or NaN."""
+    if isinstance(cell, list):
+        return [name for c in cell for name in named_in(c)]
+    if isinstance(cell, dict) and not cell.get("bytes"):
+        cell = cell.get("path") or cell.get("url")
+    # pandas writes NaN for a missing cell; NaN != NaN
+    return [cell] if cell and cell == cell else []
+
+
+def needed_picture(row, images):
     """As `picture`, for a layout that has an image in every row."""
-    image = picture(images, *cells)
+    image = picture(row, images)
     if image is None:
         raise BadInput("the row names no image, which this layout has in every row.")
     return image
+
+
+def refuse_unread_media(row, layout, image):
+    """Refuse a row with a picture, film or sound where no reader looks for one.
+
+    Read as text alone, the row would have another meaning. image: what was read.
+    """
+    texts = {name for key in LAYOUTS[layout][0] for name in key.split("|")} | {"prompt"}
+    for key, cell in row.items():
+        read = PICTURE.fullmatch(key) or (layout in ("seva", "hadpo") and key == "image_id")
+        if image is None:
+            unread = holds_media(key, cell, key in texts)
+        else:
+            packed = [c for c in named_in(cell) if isinstance(c, PackedImage)]
+            film = re.search("video|audio", key, re.IGNORECASE) and named_in(cell)
+            unread = not read and (packed or film)
+        if unread:
+            raise BadInput(
+                f"`{key}` is {cell!r:.80}, which is not read as a picture; accepted are `image`, "
+                "`images`, `image_path` and `image_0`, one picture a row."
+            )
+
+
+def holds_media(key, cell, is_text=False):
+    """Whether a cell of any column may hold or name a picture, film or sound."""
+    if isinstance(cell, dict):
+        return bool(cell.get("bytes")) or any(holds_media(k, c, is_text) for k, c in cell.items())
+    if isinstance(cell, list):
+        return any(holds_media(key, c, is_text) for c in cell)
+    if isinstance(cell, (PackedImage, bytes)):
+        return True
+    if not cell or cell != cell:
+        return False
+    is_name = isinstance(cell, str) and MEDIA_FILE.fullmatch(cell)
+    return bool(MEDIA.search(key) or is_name and not is_text)
 
 
 def dialogue(conversations, key, used=None):
@@ -142,8 +213,13 @@ def dialogue(conversations, key, used=None):
             f"`{key}` is {type(conversations).__name__}; a list of {{from, value}} turns is needed."
         )
 
-    roles = [turn.get("from") for turn in conversations]
+    roles = [_role(turn) for turn in conversations]
     first = roles.index("human") if "human" in roles else len(roles)
+    if set(roles[:first]) - {"gpt"}:
+        raise BadInput(
+            f"`{key}` has the roles {roles}; before the first human turn only gpt may speak, and a "
+            "system text is written by the template."
+        )
     roles = roles[first:]
     turns = conversations[first:]
     if roles != ["human", "gpt"] * (len(roles) // 2) or not roles:
@@ -151,27 +227,38 @@ def dialogue(conversations, key, used=None):
             f"`{key}` has the roles {roles}; human and gpt must alternate, from human to gpt."
         )
     return [
-        text_field(turn.get("value"), f"{key}[{first + i}].value")
+        text_field(turn.get("value", turn.get("content")), f"{key}[{first + i}].value")
         for i, turn in enumerate(turns[:used])
     ]
 
 
-def take_placeholder(turns, image, optional=False):
-    """The turns without the `<image>` of the first.
+def _role(turn):
+    """Who speaks: human or gpt, as LLaVA writes it in `from`. user and assistant mean the same."""
+    said = turn.get("from", turn.get("role"))
+    return {"user": "human", "assistant": "gpt"}.get(said, said) if isinstance(said, str) else said
 
-    It must be there if the row has an image, and only then. optional: a row with an image may lack
-    it.
+
+def take_placeholder(turns, image, required=False):
+    """The turns without the placeholder of the image. The one rule for `<image>`, in all layouts:
+
+    Once in the first human turn of a row with an image, it is the place of the image; LLaVA moves
+    the image to the front, and so it is here. It may be missing; not so in LLaVA's conversations
+    (required), where a row with an image must hold it. A row without an image must not hold it
+    there. With the placeholder in its place, or without an image, `<image>` in any later turn is
+    text; in an answer it always is.
     """
     count = turns[0].count("<image>")
     if count > 1:
         raise BadInput(
             f"the first human turn holds `<image>` {count} times; one picture a row is accepted."
         )
-    if (count == 1) != (image is not None) and not (optional and image is not None):
+    if count and image is None or required and not count and image is not None:
         has = "an image" if image is not None else "no image"
         raise BadInput(
             f"the row has {has}, but its first human turn holds `<image>` {count} times."
         )
+    if image is not None and not count and any("<image>" in turn for turn in turns[2::2]):
+        raise BadInput("a later human turn holds `<image>`; only the first may show a picture.")
     return (text_field(turns[0].replace("<image>", ""), "first human turn"), *turns[1:])
 
 
@@ -217,10 +304,10 @@ def _rlhf_v(row, where, images, notes):
             f"`text` is {type(text).__name__}; question, chosen and rejected are needed."
         )
 
-    image = needed_picture(images, row.get("image_path"), row.get("image"))
+    image = needed_picture(row, images)
     keys = ("question", "chosen", "rejected")
     question, *pair = (text_field(text.get(key), f"text.{key}") for key in keys)
-    return [Record(where, image, (question,), tuple(pair))]
+    return [Record(where, image, take_placeholder((question,), image), tuple(pair))]
 
 
 def _flat(row, loser="rejected"):
@@ -230,13 +317,14 @@ def _flat(row, loser="rejected"):
 
 def _rlaif_v(row, where, images, notes):
     question, *pair = _flat(row)
-    image = needed_picture(images, row.get("image_path"), row.get("image"))
-    return [Record(where, image, (question,), tuple(pair))]
+    image = needed_picture(row, images)
+    return [Record(where, image, take_placeholder((question,), image), tuple(pair))]
 
 
 def _seva(row, where, images, notes):
     question, *pair = _flat(row, "reject")
-    return [Record(where, needed_picture(images, row["image_id"]), (question,), tuple(pair))]
+    image = images.find(row["image_id"])
+    return [Record(where, image, take_placeholder((question,), image), tuple(pair))]
 
 
 def _hadpo(row, where, images, notes):
@@ -246,16 +334,14 @@ def _hadpo(row, where, images, notes):
     question, *pair = _flat(row, "reject")
     n = row["image_id"]
     # Visual Genome comes in two folders
-    image = needed_picture(images, f"{n}.jpg", f"VG_100K/{n}.jpg", f"VG_100K_2/{n}.jpg")
-    return [Record(where, image, (question,), tuple(pair))]
+    image = images.find(f"{n}.jpg", f"VG_100K/{n}.jpg", f"VG_100K_2/{n}.jpg")
+    return [Record(where, image, take_placeholder((question,), image), tuple(pair))]
 
 
 def _mmpr(row, where, images, notes):
-    if row.get("video"):
-        raise BadInput("the row has a video; one picture a row is accepted.")
     question, *pair = _flat(row)
-    image = picture(images, row.get("image"))
-    return [Record(where, image, take_placeholder((question,), image, optional=True), tuple(pair))]
+    image = picture(row, images)
+    return [Record(where, image, take_placeholder((question,), image), tuple(pair))]
 
 
 def _turns(cell, key, role):
@@ -276,7 +362,7 @@ def _turns(cell, key, role):
 
 
 def _mllm_dpo(row, where, images, notes):
-    image = picture(images, row.get("image"))
+    image = picture(row, images)
     question = _turns(row["question"], "question", "human")
     chosen = _turns(row["chosen"], "chosen", "gpt")
     rejected = _turns(row["rejected"], "rejected", "gpt")
@@ -285,7 +371,7 @@ def _mllm_dpo(row, where, images, notes):
     chosen = dialogue(before + chosen[-1:], "chosen")
     rejected = dialogue((rejected[:-1] or before) + rejected[-1:], "rejected")
     turns, pair = pair_of(chosen, rejected, "chosen and rejected")
-    return [Record(where, image, take_placeholder(turns, image, optional=True), pair)]
+    return [Record(where, image, take_placeholder(turns, image), pair)]
 
 
 def _vlfeedback(row, where, images, notes):
@@ -317,9 +403,10 @@ def _vlfeedback(row, where, images, notes):
         answers.append(text_field(completion.get("response"), f"completions[{i}].response"))
         scores.append(_mean_rating(ratings))
 
-    image = picture(images, row.get("image"))
+    image = picture(row, images)
     if not image:
-        image = find_image(images, f"{row.get('id')}.jpg", f"{row.get('id')}.png")
+        image = images.find(f"{row.get('id')}.jpg", f"{row.get('id')}.png")
+    turns = take_placeholder((prompt,), image)
 
     # every two answers
     records = []
@@ -335,7 +422,7 @@ def _vlfeedback(row, where, images, notes):
                 better, worse = (i, j) if scores[i] > scores[j] else (j, i)
                 pair = (answers[better], answers[worse])
                 place = f"{where}, completions {better} > {worse}"
-                records.append(Record(place, image, (prompt,), pair))
+                records.append(Record(place, image, turns, pair))
     return records
 
 
@@ -351,14 +438,25 @@ def _mean_rating(ratings):
 
 
 def _povid(row, where, images, notes):
-    image = picture(images, row.get("image"))
+    image = picture(row, images)
     dialogues = [dialogue(row[key], key) for key in ("conversations", "rejected_conversations")]
     turns, pair = pair_of(*dialogues, "conversations and rejected_conversations")
+    return [Record(where, image, take_placeholder(turns, image, required=True), pair)]
+
+
+def _llama_factory(row, where, images, notes):
+    image = picture(row, images)
+    if row.get("system"):
+        raise BadInput("`system` is not empty; the template writes the system text.")
+    before = row["conversations"] if isinstance(row["conversations"], list) else []
+    both = [before + _turns(row[key], key, "gpt") for key in ("chosen", "rejected")]
+    dialogues = [dialogue(turns, key) for turns, key in zip(both, ("chosen", "rejected"))]
+    turns, pair = pair_of(*dialogues, "chosen and rejected")
     return [Record(where, image, take_placeholder(turns, image), pair)]
 
 
 def _llava_rlhf(row, where, images, notes):
-    image = picture(images, row.get("image"))
+    image = picture(row, images)
     # the last answer is left out: it is only a placeholder, and may be empty
     turns = dialogue(row["conversations"], "conversations", -1)
 
@@ -370,13 +468,14 @@ def _llava_rlhf(row, where, images, notes):
     if row["preference"] not in (1, 2) or isinstance(row["preference"], bool):
         raise BadInput(f"`preference` is {row['preference']!r}; 1 or 2 is needed.")
     pair = tuple(outputs if row["preference"] == 1 else outputs[::-1])
-    return [Record(where, image, take_placeholder(turns, image), pair)]
+    return [Record(where, image, take_placeholder(turns, image, required=True), pair)]
 
 
 def _llava_instruct(row, where, images, notes):
-    image = picture(images, row.get("image"))
+    image = picture(row, images)
     turns = dialogue(row["conversations"], "conversations")
-    return [Record(where, image, take_placeholder(turns[:-1], image), (turns[-1],))]
+    before = take_placeholder(turns[:-1], image, required=True)
+    return [Record(where, image, before, (turns[-1],))]
 
 
 def _helpsteer(row, where, images, notes):
@@ -414,9 +513,10 @@ def _helpsteer2(row, where, images, notes):
 
 
 def _messages(cell, key, role):
-    """A cell of trl, text or list of {role, content} -> ([(role, text), ...], number of images).
+    """A cell of trl, text or list of {role, content} -> ([(role, text), ...], [image cell, ...]).
 
-    Only the first user turn may hold images.
+    Only the first user turn may hold images: an image's block becomes `<image>`, and what it names
+    one of the cells.
     """
     if isinstance(cell, str):
         cell = [{"role": role, "content": cell}]
@@ -426,7 +526,7 @@ def _messages(cell, key, role):
         )
 
     turns = []
-    image_count = 0
+    named = []
     for i, message in enumerate(cell):
         content = message.get("content")
         name = f"{key}[{i}].content"
@@ -438,18 +538,21 @@ def _messages(cell, key, role):
                 )
             if "image" in kinds and (i or message.get("role") != "user"):
                 raise BadInput(f"`{name}` shows a picture; only the first user turn may.")
-            image_count += kinds.count("image")
-            texts = [block.get("text") or "" for block in content if block["type"] == "text"]
+            pictures = [block for block in content if block["type"] == "image"]
+            named += [block.get(k) for block in pictures for k in block.keys() - {"type", "text"}]
+            texts = [
+                "<image>" if block["type"] == "image" else block.get("text") or ""
+                for block in content
+            ]
             content = "".join(texts)
         turns.append((message.get("role"), text_field(content, name)))
-    return turns, image_count
+    return turns, named
 
 
 def _trl(row, where, images, notes):
-    image = picture(images, row.get("images"), row.get("image"))
-    prompt, image_count = [], 0
+    prompt, named = [], []
     if row.get("prompt"):
-        prompt, image_count = _messages(row["prompt"], "prompt", "user")
+        prompt, named = _messages(row["prompt"], "prompt", "user")
 
     dialogues = []
     for key in ("chosen", "rejected"):
@@ -459,8 +562,6 @@ def _trl(row, where, images, notes):
                 "nothing shows where the answer begins."
             )
         answer, in_answer = _messages(row[key], key, "assistant")
-        if prompt and in_answer:
-            raise BadInput(f"`{key}` shows a picture; only the first user turn may.")
         roles = [role for role, _ in prompt + answer]
         # a system turn is refused: the template writes the system text
         if roles != ["user", "assistant"] * (len(roles) // 2):
@@ -469,13 +570,10 @@ def _trl(row, where, images, notes):
                 "user and assistant must alternate, from user to assistant."
             )
         dialogues.append([text for _, text in prompt + answer])
-        image_count = max(image_count, in_answer)
+        named += in_answer
 
-    if image_count > (image is not None):
-        raise BadInput(
-            f"the first user turn shows {image_count} pictures, "
-            f"but the row has {int(image is not None)}."
-        )
+    image = picture(row, images, *[name for cell in named for name in named_in(cell)])
+    dialogues = [[*take_placeholder(d[:-1], image), d[-1]] for d in dialogues]
     turns, pair = pair_of(*dialogues, "chosen and rejected")
     return [Record(where, image, tuple(turns), pair)]
 
@@ -519,6 +617,7 @@ LAYOUTS = {
     "vlfeedback": (("completions", "models"), _vlfeedback),
     "povid": (("conversations", "rejected_conversations"), _povid),
     "llava_rlhf": (("conversations", "output_1", "output_2", "preference"), _llava_rlhf),
+    "llama_factory": (("conversations", "chosen", "rejected"), _llama_factory),
     "llava_instruct": (("conversations",), _llava_instruct),
     "helpsteer": (("prompt", "response", "helpfulness"), _helpsteer),
     "helpsteer2": (("prompt", "response_1", "response_2", "preference_strength"), _helpsteer2),
@@ -538,12 +637,14 @@ def _missing(row, keys):
 class DataFile:
     """What `read` returns.
 
-    refused: [{"row":, "why":}]; notes: how many pairs were left out on purpose, by reason.
+    with_picture: how many rows have an image. refused: [{"row":, "why":}]. notes: how many pairs
+    were left out on purpose, and how many paths were not read as they stand, by reason.
     """
 
     path: Path
     layout: str
     rows: int
+    with_picture: int
     records: list
     refused: list
     notes: Counter
@@ -554,10 +655,11 @@ def read(path, images=None):
 
     images: the folder below which the images lie; by default the folder of the file.
     """
-    path, images = Path(path), Path(images or Path(path).parent)
+    path = Path(path)
     layout = None
-    total = 0
+    total = with_picture = 0
     records, refused, notes = [], [], Counter()
+    folder = ImageFolder(images or path.parent, notes)
     for i, row in rows(path):
         total += 1
 
@@ -579,9 +681,13 @@ def read(path, images=None):
             keys, reader = LAYOUTS[layout]
             if key := _missing(row, keys):
                 raise BadInput(f"key `{key}` is missing; the file is in layout {layout}.")
-            new_records = reader(row, f"{path.name}, row {i}", images, notes)
-            if new_records and isinstance(new_records[0].image, Path):
-                open_header(new_records[0].image)  # pixels are decoded when they are needed
+            new_records = reader(row, f"{path.name}, row {i}", folder, notes)
+            if new_records:
+                image = new_records[0].image
+                refuse_unread_media(row, layout, image)
+                if isinstance(image, Path):
+                    open_header(image)  # pixels are decoded when they are needed
+                with_picture += image is not None
             records += new_records
         except BadInput as error:
             refused.append({"row": i, "why": str(error)})
@@ -590,4 +696,4 @@ def read(path, images=None):
         raise BadInput(f"{path}: the file holds no row.")
     if layout == "helpsteer":
         records = pairs_by_quality(records, notes)
-    return DataFile(path, layout, total, records, refused, notes)
+    return DataFile(path, layout, total, with_picture, records, refused, notes)

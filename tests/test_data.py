@@ -161,9 +161,9 @@ def test_povid(images):
 def test_rlhf_v_jsonl(images):
     file = layouts.read(HERE / "rlhf_v.jsonl", images)
     assert (file.layout, file.rows, file.refused) == ("rlhf_v", 4, [])
-    # text as object, JSON string, base64 of a list, list; both sets of key names; nothing is a placeholder here
+    # text as object, JSON string, base64 of a list, list; both sets of key names
     assert pairs(file) == [((QUESTION,), CHOSEN, REJECTED)] * 3 + [
-        (("Is <image> a word?",), "No.", "Yes.")
+        (("Is  a word?",), "No.", "Yes.")  # `<image>` was the image's place
     ]
     names = [
         "lamp.jpg",
@@ -704,16 +704,112 @@ def test_cmyk(tmp_path):
     assert np.abs(difference).max() <= 3
 
 
-@pytest.mark.parametrize("name, order", [("x.png", "<u2"), ("x.tif", "<u2"), ("big.tif", ">u2")])
+GRAYS = [0, 0x1234, 0x80FF, 65535]
+AS_8_BITS = [0, 0x12, 0x80, 255]
+
+
+def gray16(path, order="<u2", **how):
+    mode = "I;16" if order == "<u2" else "I;16B"
+    image = Image.frombytes(mode, (4, 1), np.array(GRAYS, order).tobytes())
+    return np.asarray(opened(image, path, **how))
+
+
+@pytest.mark.parametrize(
+    "name, order",
+    [("x.png", "<u2"), ("x.tif", "<u2"), ("big.tif", ">u2"), ("x.pgm", "<u2"), ("x.jp2", "<u2")],
+)
 def test_16_bit_gray_is_scaled(tmp_path, name, order):
-    values = np.array([[0, 0x1234, 0x80FF, 65535]], dtype=order)
-    shown = opened(
-        Image.frombytes("I;16" if order == "<u2" else "I;16B", (4, 1), values.tobytes()),
-        tmp_path / name,
-    )
+    shown = gray16(tmp_path / name, order)
     with Image.open(tmp_path / name) as file:
-        assert file.mode.startswith("I;16")
-    assert np.asarray(shown).tolist() == [[[0] * 3, [0x12] * 3, [0x80] * 3, [255] * 3]]
+        assert file.mode in files.DEEP_GRAY
+    assert shown.tolist() == [[[v] * 3 for v in AS_8_BITS]]
+
+
+def test_16_bit_gray_that_is_compressed_turned_or_transparent(tmp_path):
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 3  # upside down
+    assert gray16(tmp_path / "x.png", exif=exif)[0, :, 0].tolist() == AS_8_BITS[::-1]
+    assert gray16(tmp_path / "x.tif", compression="tiff_lzw")[0, :, 0].tolist() == AS_8_BITS
+    assert gray16(tmp_path / "x.png", transparency=0x1234)[0, :, 0].tolist() == [0, 255, 0x80, 255]
+
+
+def tiff(values, kind, bits, photometric=1, sample_format=1, order="<"):
+    """A TIFF of one line of gray values, by hand. kind: their struct format; photometric 0: 0 is white."""
+    data = (
+        values if isinstance(values, bytes) else struct.pack(f"{order}{len(values)}{kind}", *values)
+    )
+    width = 4
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 12 * 10 + 4}
+    tags |= {277: 1, 278: 1, 279: len(data), 339: sample_format}
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8)
+    entries = [struct.pack(order + "HHIHH", t, 3, 1, v, 0) for t, v in tags.items()]
+    return head + struct.pack(order + "H", len(tags)) + b"".join(entries) + bytes(4) + data
+
+
+def pnm(kind, maximum, fmt, *values):
+    return f"{kind} 4 1 {maximum}\n".encode() + struct.pack(fmt, *values)
+
+
+HDR = [0.0, 0.5, 1.0, 2.0]
+DEEP = {  # file: gray of 8 bits, or None where nothing says which value is white
+    "12 bits": (tiff(bytes([0x00, 0x01, 0x23, 0x80, 0xFF, 0xFF]), "", 12), [0, 0x12, 0x80, 255]),
+    "0 is white": (tiff(GRAYS, "H", 16, photometric=0), [255, 255 - 0x12, 255 - 0x80, 0]),
+    "8 bits, 0 is white": (tiff([0, 1, 200, 255], "B", 8, photometric=0), [255, 254, 55, 0]),
+    "signed": (tiff([-5, 0, 7, 30000], "h", 16, sample_format=2), None),
+    "signed, big end": (tiff([-5, 0, 7, 30000], "h", 16, sample_format=2, order=">"), None),
+    "32 bits": (tiff([0, 1, 65535, 2**31 - 1], "I", 32), None),
+    "signed 32 bits": (tiff([0, 1, 65535, -4], "i", 32, sample_format=2), None),
+    "floats": (tiff(HDR, "f", 32, sample_format=3), None),
+    "PGM to 4095": (pnm("P5", 4095, ">4H", 0, 0x123, 0x80F, 4095), [0, 0x12, 0x80, 255]),
+    "PGM in text": (b"P2 4 1 4095\n0 291 2063 4095\n", [0, 0x12, 0x80, 255]),
+    "PFM": (pnm("Pf", -1.0, "<4f", *HDR), None),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_gray_of_more_than_8_bits(tmp_path, name):
+    content, expected = DEEP[name]
+    (tmp_path / "x").write_bytes(content)
+    if expected:
+        assert np.asarray(files.open_image(tmp_path / "x")).tolist() == [
+            [[v] * 3 for v in expected]
+        ]
+        return
+    for read in (files.open_header, files.open_image):  # found before a run, too
+        with pytest.raises(BadInput, match="x: .* nothing says which of them is white"):
+            read(tmp_path / "x")
+
+
+MODES = {  # a colour in each of Pillow's modes, and what it is as RGB on white; None: refused
+    "1": (1, [255, 255, 255]),
+    "L": (100, [100] * 3),
+    "P": (7, [7] * 3),
+    "LA": ((100, 51), [224] * 3),
+    "PA": ((7, 255), [7] * 3),
+    "RGB": ((10, 20, 30), [10, 20, 30]),
+    "RGBX": ((10, 20, 30, 0), [10, 20, 30]),
+    "RGBA": ((10, 20, 30, 51), [206, 208, 210]),
+    "RGBa": ((2, 4, 6, 51), [206, 208, 210]),  # the same, premultiplied
+    "CMYK": ((0, 255, 255, 0), [255, 0, 0]),
+    "YCbCr": ((76, 85, 255), [254, 0, 0]),
+    "HSV": ((0, 255, 255), [255, 0, 0]),
+    "LAB": ((136, 208, 195), [250, 3, 11]),  # red, by LittleCMS
+    "La": ((20, 51), None),
+} | dict.fromkeys(files.DEEP_GRAY, (1000, None))  # in no container that says what is white
+
+
+def test_every_mode_of_pillow(tmp_path, monkeypatch):
+    assert MODES.keys() == set(Image.MODES)
+    for mode, (colour, expected) in MODES.items():
+        image = Image.new(mode, (20, 20), colour)
+        if mode in ("P", "PA"):
+            image.putpalette([v for v in range(256) for _ in "RGB"])
+        monkeypatch.setattr(Image, "open", lambda file: image)
+        if expected:
+            assert list(files.open_image(Path("x")).getpixel((3, 3))) == expected, mode
+        else:
+            with pytest.raises(BadInput, match="x: "):
+                files.open_image(Path("x"))
 
 
 def test_collate_pairs_pictures_with_rows(images):
@@ -1092,10 +1188,13 @@ def test_an_image_in_a_later_turn_is_refused(images, tmp_path):
     late = [turn("user", {"type": "image"}, text("And this?")), turn("assistant", text("A lamp."))]
     plain = [turn("user", text("And this?")), turn("assistant", text("A cup."))]
     row = {"prompt": prompt, "images": ["lamp.jpg"]}
-    for chosen, rejected, key in ((late, plain, "chosen"), (plain, late, "rejected")):
+    for chosen, rejected in ((late, plain), (plain, late)):
         rows = [row | {"chosen": chosen, "rejected": rejected}]
         (refused,) = layouts.read(write(tmp_path / "t.jsonl", rows), images).refused
-        assert refused["why"] == f"`{key}` shows a picture; only the first user turn may."
+        assert (
+            refused["why"]
+            == "a later human turn holds `<image>`; only the first may show a picture."
+        )
 
 
 def test_which_turn_is_bad():

@@ -60,10 +60,10 @@ def test_refused_rows_are_counted_once_and_by_kind(capsys):
         {"row": 3, "why": "completions 2 > 1: prompt of 91 tokens"},
         {"row": 8, "why": "the row has no image"},
     ]
-    summary = {"layout": "vlfeedback", "rows": 9, "pairs": 7, "refused": refused}
+    summary = {"layout": "vlfeedback", "rows": 9, "with_picture": 5, "pairs": 7, "refused": refused}
     inspector.show("v.json", summary | {"notes": {"left out": 4}, "samples": []})
     assert capsys.readouterr().out.splitlines() == [
-        "v.json: layout vlfeedback, 9 rows, 7 pairs, 2 rows refused",
+        "v.json: layout vlfeedback, 9 rows, 5 with a picture, 7 pairs, 2 rows refused",
         "  refused: 2, first row 3: completions 0 > 1: prompt of 90 tokens",
         "  refused: 1, first row 8: the row has no image",
         "  4 left out",
@@ -91,6 +91,7 @@ def test_what_a_checkpoint_refuses(inspect, monkeypatch, checkpoint, tmp_path):
     flags = ("--images", tmp_path / "images", "--json")
     found = json.loads(inspect(file, *flags))
     assert (found["rows"], found["pairs"], [r["row"] for r in found["refused"]]) == (3, 2, [1])
+    assert found["with_picture"] == 1
     assert "tokens" not in found and not seen
 
     model = ("--model", checkpoint, "--template", "plain", "--max-length", 40)

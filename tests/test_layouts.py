@@ -19,20 +19,22 @@ from formats import dataset, files, layouts
 HERE, ROOT = Path(__file__).parent / "data", Path(__file__).parents[1]
 SPLIT = ("Hi.", "Hello.", "Who are you?")
 LEFT_OUT = "prompts left out: the answers' quality differs by less than 2"
+
+
+def dropped(leading):
+    """The note about paths that were found without these folders."""
+    return f"image paths are read without their leading {leading!r}"
+
+
 FILES = {  # name: (layout, records as (row, image, turns, answers), refused rows, notes)
     "rlaif_v.jsonl": (
         "rlaif_v",
         [
             (0, "lamp.jpg", ("What is on the desk?",), ("A lamp.", "A cup.")),
-            (
-                1,
-                "desk.png",
-                ("Is <image> a word?",),
-                ("No.", "Yes."),
-            ),  # text: this layout has no placeholder
+            (1, "desk.png", ("Is  a word?",), ("No.", "Yes.")),  # `<image>` was the image's place
         ],
         {2: "the row names no image"},
-        {},
+        {dropped("img"): 1},
     ),
     "mllm_dpo.json": (
         "mllm_dpo",
@@ -47,7 +49,7 @@ FILES = {  # name: (layout, records as (row, image, turns, answers), refused row
             5: "has no image, but its first human turn",
             6: "`rejected[1].value` is None",
         },
-        {},
+        {dropped("scigraph"): 1},
     ),
     "rejection_sampling.json": (
         "llava_instruct",
@@ -65,6 +67,22 @@ FILES = {  # name: (layout, records as (row, image, turns, answers), refused row
         {},
         {},
     ),
+    "llama_factory.json": (
+        "llama_factory",
+        [
+            (0, "lamp.jpg", ("What is on the desk?",), ("A lamp.", "A cup.")),
+            (1, "desk.png", ("Is it wood?", "Yes.", "Sure?"), ("Yes, it is.", "No.")),
+            (2, None, ("Name a colour.",), ("Blue.", "A dog.")),
+        ],
+        {
+            3: "the row has 2 pictures; one",
+            4: "`system` is not empty",
+            5: "`chosen` has the roles ['human', 'human']",
+            6: "the row has no image, but its first human turn holds `<image>` 1 times",
+            7: "a later human turn holds `<image>`",
+        },
+        {dropped("mllm_demo_data"): 1},
+    ),
     "mmpr.jsonl": (
         "mmpr",
         [
@@ -72,8 +90,12 @@ FILES = {  # name: (layout, records as (row, image, turns, answers), refused row
             (1, "desk.png", ("Find y.",), ("4", "6")),
             (2, None, ("Find z.",), ("4", "6")),
         ],
-        {3: "the row has 2 pictures; one", 4: "the row has a video", 5: "`chosen` is ['4']"},
-        {},
+        {
+            3: "the row has 2 pictures; one",
+            4: "`video` is 'a.mp4', which is not read as a picture",
+            5: "`chosen` is ['4']",
+        },
+        {dropped("geo"): 1},
     ),
     "seva.json": (
         "seva",
@@ -98,7 +120,7 @@ FILES = {  # name: (layout, records as (row, image, turns, answers), refused row
         "trl",
         [
             (0, "lamp.jpg", ("What is this?",), ("A lamp.", "A bowl.")),
-            (1, "desk.png", ("Is <image> a word?", "No.", "Sure?"), ("Yes.", "No.")),
+            (1, "desk.png", ("Is  a word?", "No.", "Sure?"), ("Yes.", "No.")),
             (2, None, ("Name a colour.",), ("Blue.", "A dog.")),
             (
                 3,
@@ -109,7 +131,7 @@ FILES = {  # name: (layout, records as (row, image, turns, answers), refused row
         ],
         {
             4: "the row has 2 pictures; one",
-            5: "the first user turn shows 1 pictures, but the row has 0",
+            5: "the row has no image, but its first human turn holds `<image>` 1 times",
             6: "`prompt[2].content` shows a picture; only the first",
             7: "prompt and chosen have the roles ['system', 'user', 'assistant']",
             8: "`chosen` is a string and there is no `prompt`",
@@ -447,3 +469,342 @@ def test_files_written_by_datasets(images, tmp_path):
     assert [(r.image.name, r.turns, r.answers) for r in file.records] == [
         ("lamp.jpg", ("What?",), ("x.", "y."))
     ]
+
+
+# ---- the picture of a row, in every layout
+
+
+SAID = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A."}]
+SHOWN = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}]
+OTHER = [SHOWN[0], {"from": "gpt", "value": "B."}]
+PAIR = {"chosen": "A.", "rejected": "B."}
+rated = lambda text, rating: {"response": text, "annotations": {"H": {"Rating": rating}}}
+ROWS = {  # layout: a row with a placeholder, without a picture
+    "rlhf_v": {"text": {"question": "<image>\nWhat?", **PAIR}, "origin_dataset": "x"},
+    "rlaif_v": {"question": "<image>\nWhat?", **PAIR, "ds_name": "x"},
+    "mllm_dpo": {"question": "<image>\nWhat?", **PAIR, "ref_win_logp": 1},
+    "mmpr": {"question": "<image>\nWhat?", **PAIR},
+    "vlfeedback": {
+        "id": "none",
+        "prompt": "<image>\nWhat?",
+        "models": [],
+        "completions": [rated("A.", 5), rated("B.", 1)],
+    },
+    "povid": {"conversations": SHOWN, "rejected_conversations": OTHER},
+    "llama_factory": {
+        "conversations": SHOWN[:1],
+        "chosen": SHOWN[1],
+        "rejected": OTHER[1],
+    },
+    "llava_rlhf": {
+        "conversations": SHOWN,
+        "output_1": SHOWN[1],
+        "output_2": OTHER[1],
+        "preference": 1,
+    },
+    "llava_instruct": {"conversations": SHOWN},
+    "trl": {"prompt": "<image>\nWhat?", **PAIR},
+}
+COLUMNS = {  # how a row may name lamp.jpg
+    "image": "lamp.jpg",
+    "images": ["lamp.jpg"],
+    "image_path": "lamp.jpg",
+    "img_path": "lamp.jpg",
+    "image_0": {"path": "lamp.jpg", "bytes": None},
+    "image_1": "lamp.jpg",
+    "Image": [None, {"path": "lamp.jpg"}],
+    "image_file_name": "lamp.jpg",
+    "photo_url": "https://example.org/data/lamp.jpg",
+}
+
+
+def read_row(folder, images, /, **row):
+    """One row -> DataFile."""
+    (folder / "row.json").write_text(json.dumps([row]))
+    return layouts.read(folder / "row.json", images)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("layout", ROWS)
+def test_every_column_of_pictures_is_read_in_every_layout(images, tmp_path, layout, column):
+    """And with the picture there, `<image>` is its place, not seven letters."""
+    file = read_row(tmp_path, images, **ROWS[layout], **{column: COLUMNS[column]})
+    assert (file.layout, file.refused, file.with_picture) == (layout, [], 1)
+    (record,) = file.records
+    assert (record.image, record.turns) == (images / "lamp.jpg", ("What?",))
+    assert record.answers in (("A.", "B."), ("A.",))
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_a_placeholder_without_a_picture_is_refused(images, tmp_path, layout):
+    (refused,) = read_row(tmp_path, images, **ROWS[layout]).refused
+    names_one = layout in ("rlhf_v", "rlaif_v", "vlfeedback")  # every row of these has an image
+    assert ("no image" in refused["why"]) or (names_one and "'none.jpg'" in refused["why"])
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_two_placeholders_are_refused(images, tmp_path, layout):
+    """Two pictures were meant, whatever the row holds."""
+    row = json.loads(json.dumps(ROWS[layout]).replace("<image>", "<image> and <image>"))
+    (refused,) = read_row(tmp_path, images, **row, image="lamp.jpg").refused
+    assert "first human turn holds `<image>` 2 times" in refused["why"]
+
+
+def test_a_picture_without_a_placeholder(images, tmp_path):
+    """Only LLaVA's conversations must hold it."""
+    for layout, row in ROWS.items():
+        row = json.loads(json.dumps(row).replace("<image>\\n", ""))
+        file = read_row(tmp_path, images, **row, image="lamp.jpg")
+        if layout in ("povid", "llava_rlhf", "llava_instruct"):
+            assert "first human turn holds `<image>` 0 times" in file.refused[0]["why"]
+        else:
+            assert [r.turns for r in file.records] == [("What?",)], layout
+
+
+UNREAD = {
+    "media": ["a.png"],
+    "file": "train/x.jpeg",
+    "image_id": 7,
+    "rejected_image": "a.png",
+    "pixel_values": [[0.5]],
+    "video": "a.mp4",
+    "audios": ["a.wav"],
+    "meta": {"image": "a.png"},
+    "source": {"bytes": "AAAA", "path": None},
+}
+
+
+@pytest.mark.parametrize("column", UNREAD)
+@pytest.mark.parametrize("row", [{"prompt": "What?", **PAIR}, {"conversations": SAID}], ids=str)
+def test_a_picture_that_nobody_reads_is_refused(images, tmp_path, row, column):
+    file = read_row(tmp_path, images, **row, **{column: UNREAD[column]})
+    assert file.records == [] and f"`{column}` is " in file.refused[0]["why"]
+
+
+def test_what_is_no_picture(images, tmp_path):
+    """Columns that are empty, or only sound like a picture; and an answer that is a file's name."""
+    nothing = {
+        "image": None,
+        "images": [],
+        "image_path": "",
+        "image_0": float("nan"),
+        "video": None,
+    }
+    nothing |= {"num_images": 0, "image_1": {"bytes": None, "path": None}, "images_": [None]}
+    row = {
+        "prompt": "What is it called?",
+        "chosen": "lamp.jpg",
+        "rejected": "desk.png",
+        "id": "x/1",
+    }
+    file = read_row(tmp_path, images, **row, **nothing)
+    assert (file.refused, file.with_picture) == ([], 0)
+    (record,) = file.records
+    assert (record.image, record.answers) == (None, ("lamp.jpg", "desk.png"))
+
+
+def test_two_pictures_are_refused(images, tmp_path):
+    row = {"prompt": "What?", **PAIR}
+    for more, why in (
+        ({"image_0": "lamp.jpg", "image_1": "desk.png"}, "the row has 2 pictures"),
+        ({"image_0": "lamp.jpg", "image_1": "lamp.jpg"}, "the row has 2 pictures"),
+        ({"images": ["lamp.jpg", "desk.png"]}, "the row has 2 pictures"),
+        ({"image": "lamp.jpg", "image_path": "desk.png"}, "pictures 'lamp.jpg' and 'desk.png'"),
+        ({"image": "lamp.jpg", "video": "a.mp4"}, "`video` is 'a.mp4'"),
+    ):
+        (refused,) = read_row(tmp_path, images, **row, **more).refused
+        assert why in refused["why"]
+    # the same file twice is one picture, and so is a path that leads nowhere beside one
+    for more in (
+        {"image": "x/lamp.jpg", "image_path": "lamp.jpg"},
+        {"image": "train", "images": "lamp.jpg"},
+    ):
+        file = read_row(tmp_path, images, **row, **more)
+        assert (file.refused, file.records[0].image) == ([], images / "lamp.jpg")
+
+
+def test_a_picture_named_in_its_block(images, tmp_path):
+    """As Qwen's messages do it: with another one beside, or in a column too."""
+    block = lambda **named: [{"type": "image", **named}, {"type": "text", "text": "What?"}]
+    for named in ({"image": "lamp.jpg"}, {"path": "lamp.jpg"}, {"url": "http://a/lamp.jpg"}):
+        prompt = [{"role": "user", "content": block(**named)}]
+        file = read_row(tmp_path, images, prompt=prompt, **PAIR)
+        assert (file.refused, file.records[0].image) == ([], images / "lamp.jpg")
+        assert file.records[0].turns == ("What?",)
+        assert read_row(tmp_path, images, prompt=prompt, **PAIR, image="lamp.jpg").with_picture == 1
+        (refused,) = read_row(tmp_path, images, prompt=prompt, **PAIR, image="desk.png").refused
+        assert "one a row is accepted" in refused["why"]
+    prompt = [{"role": "user", "content": block(image="lamp.jpg") + block(image="desk.png")}]
+    assert read_row(tmp_path, images, prompt=prompt, **PAIR).records == []
+
+
+def test_a_system_turn_is_not_dropped(images, tmp_path):
+    turns = [{"from": "system", "value": "Be brief."}, *SAID]
+    (refused,) = read_row(tmp_path, images, conversations=turns).refused
+    assert "roles ['system', 'human', 'gpt']; before the first human turn" in refused["why"]
+
+
+def test_columns_of_a_parquet_file(images, tmp_path, monkeypatch):
+    """Structs, bytes and lists of both, whole or with gaps; a path where the bytes are missing."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    alone = pa.struct([("bytes", pa.binary())])
+    red, blue = png("red"), png("blue")
+    cell = lambda data, path=None: {"bytes": data, "path": path}
+    text = {"question": ["What?"] * 3, "chosen": ["A."] * 3, "rejected": ["B."] * 3}
+    RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+    def shown(**columns):
+        """The colour of each row's picture, or why the row is refused."""
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet"
+        arrays = {name: pa.array(cells, kind) for name, (kind, cells) in columns.items()}
+        pq.write_table(pa.table(text | arrays), path, row_group_size=2)
+        file = layouts.read(path, images)
+        found = {
+            r.where: files.open_image(r.image).getpixel((2, 2)) if r.image else None
+            for r in file.records
+        }
+        found |= {f"{path.name}, row {r['row']}": r["why"] for r in file.refused}
+        return [found[f"{path.name}, row {i}"] for i in range(3)]
+
+    whole = [cell(red), cell(blue), cell(red, "x.png")]
+    assert shown(image_0=(kind, whole)) == [RED, BLUE, RED]
+    assert shown(picture=(alone, [{"bytes": c["bytes"]} for c in whole])) == [RED, BLUE, RED]
+    assert shown(img=(pa.binary(), [red, blue, red])) == [RED, BLUE, RED]
+    gaps = [None, cell(blue), cell(None, "desk.png")]  # desk.png is red
+    assert shown(image=(kind, gaps)) == [None, BLUE, RED]
+    assert shown(image=(pa.binary(), [None, blue, b""])) == [None, BLUE, None]
+    for inner, put in ((kind, cell), (pa.binary(), lambda data: data)):
+        listed = [[put(red)], [], [put(red), put(blue)]]
+        *first, why = shown(images=(pa.list_(inner), listed))
+        assert first == [RED, None] and why.startswith("the row has 2 pictures")
+        assert shown(images=(pa.list_(inner), [[put(blue)], None, [None, put(red)]])) == [
+            BLUE,
+            None,
+            RED,
+        ]
+    both = {"image_0": (kind, whole), "image_1": (kind, [None, cell(red), None])}
+    assert shown(**both)[::2] == [RED, RED] and "2 pictures" in shown(**both)[1]
+    second = {"image": (kind, whole), "image_1": (kind, [None, cell(red), None])}
+    assert "2 pictures" in shown(**second)[1]
+    other = {"image": (kind, whole), "rejected_image": (kind, [None, cell(red), None])}
+    assert shown(**other)[::2] == [RED, RED] and "`rejected_image` is " in shown(**other)[1]
+    assert all("`photograph` is " in why for why in shown(photograph=(kind, whole)))
+
+
+# ---- paths: the policy is in files.ImageFolder
+
+
+def found(folder, *names, images=None):
+    """The files of paths, below the folder of images, and the notes."""
+    finder = files.ImageFolder(images or folder)
+    paths = [
+        finder.look_up(name)[0] and finder.find(name).relative_to(folder).as_posix()
+        for name in names
+    ]
+    return paths, dict(finder.notes)
+
+
+def test_paths_that_stand_as_they_are(images):
+    (images / "train").mkdir()
+    (images / "train" / "lamp.jpg").write_bytes(b"another")
+    here = str(images / "train" / "lamp.jpg")
+    names = ["train/lamp.jpg", "./lamp.jpg", here, "train\\lamp.jpg", "train/../desk.png"]
+    paths = ["train/lamp.jpg", "lamp.jpg", "train/lamp.jpg", "train/lamp.jpg", "desk.png"]
+    assert found(images, *names) == (paths, {})
+    outside = images.parent / "lamp.jpg"
+    outside.write_bytes(b"not below")
+    for name in ("../lamp.jpg", "train/../../lamp.jpg", "..\\lamp.jpg"):
+        with pytest.raises(BadInput, match="leaves --images; only paths below it"):
+            found(images, name)
+    assert found(images, "gone.jpg", str(outside.parent / "gone.jpg"), "", 7) == ([None] * 4, {})
+
+
+def test_paths_of_the_author_end_below_images(images):
+    """The longest end that exists counts, and what was dropped is told by kind, once."""
+    (images / "train").mkdir()
+    (images / "train" / "lamp.jpg").write_bytes(b"another")
+    names = {
+        "/home/a/coco/train/lamp.jpg": "train/lamp.jpg",
+        "/home/a/coco/desk.png": "desk.png",
+        "./data/coco/lamp.jpg": "lamp.jpg",
+        "D:\\coco\\lamp.jpg": "lamp.jpg",
+        "https://example.org/coco/train/lamp.jpg": "train/lamp.jpg",
+        "https://example.org/coco/lamp.jpg?size=2": None,
+    }
+    paths, notes = found(images, *names)
+    assert paths == list(names.values())
+    assert notes == {
+        dropped("/home/a/coco"): 2,
+        dropped("./data/coco"): 1,
+        dropped("D:/coco"): 1,
+        dropped("https://example.org/coco"): 1,
+        # train/lamp.jpg and lamp.jpg have two names each
+        "image paths end at the file of another path: is it the same image?": 2,
+    }
+    many = [f"{i}/x/desk.png" for i in range(30)]
+    _, notes = found(images, *many)
+    assert len(notes) == 12 and notes["image paths are read without other leading folders"] == 20
+
+
+def test_links_are_followed(images, tmp_path):
+    """Data sets lie on mounted disks and in the hub's cache; a link is the user's own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    Image.new("RGB", (8, 8)).save(disk / "a.png")
+    (images / "coco").symlink_to(disk)
+    (images / "b.png").symlink_to(disk / "a.png")
+    (images / "broken.png").symlink_to(disk / "gone.png")
+    names = ["coco/a.png", "b.png", "broken.png", str(images / "coco" / "a.png")]
+    assert found(images, *names)[0] == ["coco/a.png", "b.png", None, "coco/a.png"]
+    # --images itself is a link: the path may be that of the disk
+    (tmp_path / "link").symlink_to(images)
+    linked = files.ImageFolder(tmp_path / "link")
+    assert linked.find(str(images / "lamp.jpg")) == tmp_path / "link" / "lamp.jpg"
+
+
+def test_what_was_dropped_is_told(images, tmp_path, capsys):
+    row = {"prompt": "What?", **PAIR, "image": "/home/a/lamp.jpg"}
+    (tmp_path / "a.json").write_text(json.dumps([row] * 3))
+    read_records([tmp_path / "a.json"], images)
+    assert f"a.json: 3 {dropped('/home/a')}" in capsys.readouterr().err
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 123456\n"
+
+
+def test_pointers_of_git_lfs(images, tmp_path):
+    """A clone without git-lfs leaves them in the place of data and pictures."""
+    for name in ("a.json", "a.jsonl", "a.parquet", "a.tsv", "a.json.gz"):
+        (tmp_path / name).write_text(POINTER)
+        with pytest.raises(BadInput, match=f"{name}: a git-lfs pointer"):
+            layouts.read(tmp_path / name, images)
+    (images / "lamp.jpg").write_text(POINTER)
+    (refused,) = read_row(tmp_path, images, prompt="What?", **PAIR, image="lamp.jpg").refused
+    assert "lamp.jpg: a git-lfs pointer" in refused["why"]
+
+
+def test_what_is_given_in_the_place_of_data(tmp_path):
+    def refused(path):
+        with pytest.raises(BadInput) as error:
+            layouts.read(path)
+        return str(error.value).removeprefix(f"{path}: ")
+
+    for name, why in (
+        ("config.json", "a model; --data takes files."),
+        ("adapter_config.json", "an adapter; --data takes files."),
+        ("args.json", "a run folder; --data takes files."),
+    ):
+        (tmp_path / name).write_text('{\n "data": [1],\n "x": 2\n}')
+        assert refused(tmp_path) == why
+        assert refused(tmp_path / name).startswith("one object with the keys ['data', 'x']; rows")
+    (tmp_path / "preferences.json").write_text("[]")
+    assert refused(tmp_path).startswith(f"a run folder, whose data are {tmp_path}/preferences.json")
+    (tmp_path / "data").mkdir()
+    assert refused(tmp_path / "data").startswith("a folder without data files")
+    (tmp_path / "data" / "b.parquet").touch()
+    assert refused(tmp_path / "data").startswith("a folder with b.parquet")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"\x08\0\0\0\0\0\0\xff{}")
+    assert refused(weights).startswith("not a text file")
