@@ -780,6 +780,10 @@ def main(argv=None):
         parser.error(f"--only: no cell begins so; cells are {' '.join(CELLS)}")
     if args.dry:
         args.device, args.size = "cpu", "tiny"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     bench, begin, status = Bench(SHAPES[args.size], args.device), time.perf_counter(), 0
     bench.once = args.dry
     files, commit = code()

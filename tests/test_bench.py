@@ -241,6 +241,19 @@ def test_a_cell_that_does_not_fit_or_fails_is_a_line(tmp_path, monkeypatch, caps
     assert "| trl/1.5/b4/default | trl is not installed |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used: "),
+        (["--dry", "--only", "stop/"], "--only: no cell begins so; cells are step/1.5/b4 "),
+    ],
+)
+def test_bad_flags_of_the_gpu(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(flags)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_no_cell_is_started_late(tmp_path, capsys):
     status, lines = gpu_bench(tmp_path, "--only", "head/", "--seconds", 1e-9)
     assert status == 0 and not lines
