@@ -68,6 +68,7 @@ Metrics: those of dpo.py; `negatives/similarity` to y+, `negatives/tries`, `nega
 count as 0 in the means of the step.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -88,6 +89,7 @@ import training
 from common import BadInput, Parser, Progress, fraction, not_negative, positive, positive_int
 from common import ranged, run, write_json, write_text
 from formats import checkpoints, dataset
+from formats.files import remember_images
 from formats.weights import find
 from lab import report, toy
 from noise import diffuse
@@ -496,6 +498,7 @@ def load_embedder(name):
 def offline(args, out, examples, drawer):
     """Write preferences.json (POVID's layout), statistics.json and a picture."""
     records = [e.record for e in examples]
+    images = dataset.images_folder(records, args.data, args.images)
     negatives, drawn, seconds = draw_all(args, out, examples, drawer)
     if processes.number:
         return
@@ -504,12 +507,13 @@ def offline(args, out, examples, drawer):
     for record, negative in zip(records, negatives):
         text = " ".join(negative["text"].split())
         if text not in ("", " ".join(record.answers[0].split())):
-            rows.append(povid_row(record, negative, image_name(record.image, args, out)))
+            rows.append(povid_row(record, negative, image_name(record.image, images, out)))
     if not rows:
         raise BadInput(
             "no answer came out different from y+; hide more (--rho), or try more often (--tries)."
         )
     write_json(out / "preferences.json", rows)
+    remember_images(out, images)
 
     words = lambda texts: round(statistics.mean(len(text.split()) for text in texts), 1)
     share = lambda good: round(sum(map(good, negatives)) / len(negatives), 4)
@@ -533,11 +537,8 @@ def offline(args, out, examples, drawer):
     report.negatives(out / "negatives.png", records, negatives, drawer.processor)
     print(f"picture: {out / 'negatives.png'}", file=sys.stderr)
 
-    own = out / "images"  # of images that were inside a parquet file
-    images = own if own.is_dir() else dataset.images_folder(args.data, args.images)
     print(
-        f"train on it: python dpo.py --data {out / 'preferences.json'} --images {images} "
-        "and the same --model",
+        f"train on it: python dpo.py --data {out / 'preferences.json'} and the same --model",
         file=sys.stderr,
     )
 
@@ -588,17 +589,20 @@ def povid_row(record, negative, image):
     return row
 
 
-def image_name(image, args, out):
-    """An image's path below --images; one inside a parquet file is written to out/images first."""
-    if hasattr(image, "read"):
-        name = f"{Path(image.file).stem}_{image.row}.jpg"
-        (out / "images").mkdir(exist_ok=True)
-        (out / "images" / name).write_bytes(image.read())
-        return name
-    folder = dataset.images_folder(args.data, args.images)
-    if not image.is_relative_to(folder):
-        raise BadInput(f"{image} is not below {folder}; give the folder of all images as --images.")
-    return image.relative_to(folder).as_posix()
+def image_name(image, images, out):
+    """An image's path below the folder `images`.
+
+    One inside a parquet file is written to out/images first, under its file and row.
+    """
+    if not hasattr(image, "read"):
+        return Path(os.path.abspath(image)).relative_to(images).as_posix()
+    encoded = image.read()
+    path = out / "images" / f"{Path(image.file).stem}_{image.row}.jpg"
+    if path.exists() and path.read_bytes() != encoded:  # another file of the same name
+        path = path.with_stem(hashlib.sha256(encoded).hexdigest()[:16])
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(encoded)
+    return path.name
 
 
 # ---- online: a loss

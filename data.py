@@ -104,6 +104,7 @@ class Processor:
     max_length: int  # the longest prompt + answer, tokens
     anyres: object = None  # the AnyRes of LLaVA-NeXT; with it, image_aspect has no effect
     own: Template | None = None  # what OWN means
+    embeddings: int | None = None  # how many tokens have a row in the LLM's embeddings
 
     def __post_init__(self):
         if self.template not in TEMPLATES and self.template != OWN:
@@ -178,8 +179,9 @@ class Processor:
     def ids_of(self, turns, where=""):
         """[(pieces, scored), ...] -> ids, and for each id whether it is scored.
 
-        Texts that meet are tokenised as one, so the ids are those of the whole string. A tokenizer
-        that joins the end of a prompt with the answer is refused.
+        Texts that meet are tokenised as one, so the ids are those of the whole string. Refused: a
+        tokenizer that joins the end of a prompt with the answer; a text that it reads as the image,
+        where `<image>` is an added token but not a special one; an id without an embedding.
         """
         ids, scored = [], []
         text, start = "", 0  # the text since the last ready ids, and where its tokens begin
@@ -194,12 +196,23 @@ class Processor:
                 new = "".join(group)
                 text += new
                 before, whole = ids[start:], self.tokenise(text)
+                if self.image_token_id in whole:
+                    token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+                    what = f"the letters {token} in {new.strip()[:80]!r} as the image"
+                    raise BadInput(f"{where}: the tokenizer reads {what}.")
                 if is_scored and whole[: len(before)] != before:
                     what = f"the end of the prompt with the answer {new.strip()[:30]!r}"
                     raise BadInput(f"{where}: the tokenizer joins {what}.")
                 unscored = len(before) if is_scored else len(whole)
                 ids[start:] = whole
                 scored[start:] = [False] * unscored + [True] * (len(whole) - unscored)
+        largest = max((i for i in ids if i != self.image_token_id), default=0)
+        if self.embeddings and largest >= self.embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise BadInput(
+                f"{where}: the token {token!r} has the id {largest}; "
+                f"the model has embeddings of {self.embeddings} tokens."
+            )
         return ids, scored
 
     def encode(self, record, every_turn=False):

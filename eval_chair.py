@@ -40,7 +40,7 @@ from pathlib import Path
 from common import BadInput, Parser, positive_int, run, write_json
 from data import Record
 from evaluation import add_flags, check_flags, load
-from formats.files import ImageFolder, rows
+from formats.files import ImageFolder, image_folders, rows
 from sampling import generate
 
 PROMPT = "Describe the image."
@@ -329,7 +329,7 @@ def evaluate(
     truth = truth_of(numbers, pictures, vocabulary)
 
     records = []
-    folder = ImageFolder(images)
+    folder = ImageFolder(images or image_folders(instances[0]))
     for number in numbers:
         image = folder.find(pictures[number].file)
         records.append(Record(f"image id {number}", image, (prompt,)))

@@ -35,7 +35,7 @@ from pathlib import Path
 from common import BadInput, Parser, run, write_json
 from data import Record
 from evaluation import add_flags, check_flags, load
-from formats.files import ImageFolder, rows
+from formats.files import ImageFolder, image_folders, rows
 from sampling import generate
 
 SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's
@@ -222,7 +222,7 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
 
     # look for every image before the first answer
     records = {}  # (image, text) -> Record
-    folder = ImageFolder(images)
+    folder = ImageFolder(images or image_folders(files[0]))
     for path, questions in zip(files, splits.values()):
         for i, q in enumerate(questions):
             where = f"{path}, row {i}"

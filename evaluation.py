@@ -12,7 +12,11 @@ def add_flags(parser):
     flag = training.add_model_flags(parser, "give --answers").add_argument
     flag("--adapter", metavar="DIR", help="PEFT adapter to put on it, such as a run's adapter/")
     flag = parser.add_argument_group("evaluation").add_argument
-    flag("--images", metavar="DIR", help="folder of the images")
+    flag(
+        "--images",
+        metavar="DIR",
+        help="folder of the images (default: that of the first question file)",
+    )
     flag("--out", metavar="DIR", help="folder for answers and metrics.json; new or empty")
     flag(
         "--batch-size",
@@ -29,9 +33,9 @@ def check_flags(args):
         raise BadInput(
             "--answers scores a file without a model; --model and --adapter do not go with it."
         )
-    if not args.answers and not (args.model and args.images and args.out):
+    if not args.answers and not (args.model and args.out):
         raise BadInput(
-            "--model, --images and --out are needed, or --answers FILE to score answers that exist."
+            "--model and --out are needed, or --answers FILE to score answers that exist."
         )
     out = Path(args.out) if args.out else None
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -91,7 +91,8 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, 
     flag(
         "--images",
         metavar="DIR",
-        help="folder below which image paths are looked up (default: the data file's)",
+        help="folder below which image paths are looked up (default: the data file's, `images` in "
+        "it, and where a script that wrote the file put its images)",
     )
     flag(
         "--skip-bad-rows",

@@ -208,6 +208,7 @@ def make_processor(folder, tokenizer, model, template, image_aspect, max_length=
         max_length=min(max_length or context, context),
         anyres=anyres,
         own=own,
+        embeddings=model.llm.get_input_embeddings().num_embeddings,
     )
     if own:
         chat.check_ids(processor, folder)

@@ -5,6 +5,7 @@ model, processor = ...                 # large, so the files are read before it 
 examples = rows.encode(processor)      # rows.skipped: what was left out, for skipped.json
 """
 
+import os
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -115,6 +116,15 @@ def located(where, why):
     return {"file": file, "row": int(row), "why": f"{part.strip(', ')}: {why}" if part else why}
 
 
-def images_folder(files, images=None):
-    """The folder below which the images of a data set lie: --images, or the first file's folder."""
-    return Path(images or Path(files[0]).parent)
+def images_folder(records, files, images=None):
+    """The folder below which all images of these records lie that are files of their own.
+
+    That is --images or the first data file's folder. Where some lie elsewhere, because each data
+    file has its own, it is the nearest folder above all of them.
+    """
+    folder = os.path.abspath(images or Path(files[0]).parent)
+    paths = [os.path.abspath(r.image) for r in records if isinstance(r.image, Path)]
+    above = os.path.commonpath([folder, *map(os.path.dirname, paths)])
+    if above == folder:
+        return Path(folder)
+    return Path(os.path.commonpath([os.path.dirname(path) for path in paths]))

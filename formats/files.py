@@ -304,10 +304,36 @@ def _what_folder(path):
 # ---- images
 
 
+IMAGES_NOTE = "images.json"  # {"images_folder": path}, beside a data file
+
+
+def image_folders(path):
+    """Where the images of a data file are looked for without --images.
+
+    In its own folder, in `images` there, and where `remember_images` says.
+    """
+    folder = Path(path).parent
+    folders = [folder, folder / "images"]
+    try:
+        note = json.loads((folder / IMAGES_NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        note = None
+    noted = note.get("images_folder") if isinstance(note, dict) else None
+    if isinstance(noted, str):
+        folders.append(Path(noted))
+    return folders[:1] + [f for f in folders[1:] if f.is_dir()]
+
+
+def remember_images(folder, images):
+    """Write down where the images of the data files in a folder lie, for `image_folders`."""
+    write_json(Path(folder) / IMAGES_NOTE, {"images_folder": os.path.abspath(images)})
+
+
 class ImageFolder:
     """Finds the images that a data file names. This is the whole policy for their paths:
 
-    1. Only files below --images are read. Without --images that is the data file's own folder.
+    1. Only files below --images are read. Without --images these are the folders of
+       `image_folders`: the data file's own, and those that a script of ours wrote down.
     2. A path that exists below --images is taken as it stands, also an absolute one. `..` must not
        leave the folder.
     3. Any other path is its author's ("./data/coco/x.jpg", "/home/a/coco/x.jpg", "D:\\coco\\x.jpg",
@@ -332,7 +358,8 @@ class ImageFolder:
                 self.note(path, leading, name)
                 return path
         listed = " or ".join(f"{name!r:.80}" for name in names)
-        raise BadInput(f"image {listed} is not below --images {self.folders[0]}.")
+        folders = " or ".join(map(str, self.folders))
+        raise BadInput(f"image {listed} is not below --images {folders}.")
 
     def look_up(self, name):
         """(The file of a path, the leading folders that were dropped); (None, "") without a file."""

@@ -59,7 +59,7 @@ from pathlib import Path
 
 from common import BadInput
 from data import Record
-from formats.files import ImageFolder, PackedImage, open_header, rows
+from formats.files import ImageFolder, PackedImage, image_folders, open_header, rows
 
 
 def captions(path):
@@ -653,13 +653,13 @@ class DataFile:
 def read(path, images=None):
     """Read one data file of any known layout -> DataFile.
 
-    images: the folder below which the images lie; by default the folder of the file.
+    images: the folder below which the images lie; by default `files.image_folders`.
     """
     path = Path(path)
     layout = None
     total = with_picture = 0
     records, refused, notes = [], [], Counter()
-    folder = ImageFolder(images or path.parent, notes)
+    folder = ImageFolder(images or image_folders(path), notes)
     for i, row in rows(path):
         total += 1
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import processes
 from common import Parser, file_hash, flag_name, whole_folder
+from formats.files import remember_images
 from lab import drawing, toyworld
 
 VERSION = 1
@@ -124,6 +125,7 @@ def data_file(seed, name):
 
         with whole_folder(folder) as aside:
             oracle.answers_of(base(seed), world(seed), aside, seed)
+            remember_images(aside, world(seed) / "images")
     return folder / name
 
 
@@ -165,4 +167,5 @@ def main():
     from lab import oracle
 
     counts = oracle.answers_of(args.answers_of, world(args.seed), args.out, args.seed)
+    remember_images(args.out, world(args.seed) / "images")
     print(", ".join(f"{name}: {count}" for name, count in counts.items()))

@@ -6,6 +6,7 @@ import math
 import random
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from common import BadInput
 from data import Record
 from formats import checkpoints, layouts
 from formats.anyres import AnyRes
+from formats.files import open_image
 from model import MLLM, pack
 from sampling import Samples
 
@@ -1312,30 +1314,51 @@ def test_row_without_a_picture(run, files, checkpoint):
 
 
 def test_the_names_of_the_images_that_are_written(tmp_path):
-    """Below --images: the path with its folders. Inside a file: written out, one file for each row."""
-    args = SimpleNamespace(images=str(tmp_path / "images"), data=[str(tmp_path / "a.json")])
-    inside = tmp_path / "images" / "kitchen" / "a.png"
-    assert bdhs.image_name(inside, args, tmp_path) == "kitchen/a.png"
-    args.images = None  # the folder of the data file
-    assert bdhs.image_name(tmp_path / "b" / "a.png", args, tmp_path) == "b/a.png"
-    with pytest.raises(BadInput, match="is not below"):
-        bdhs.image_name(tmp_path.parent / "a.png", args, tmp_path)
+    """Below the folder: the path with its folders. Inside a file: written out, one file for each row."""
+    images = tmp_path / "images"
+    assert bdhs.image_name(images / "kitchen" / "a.png", images, tmp_path) == "kitchen/a.png"
 
     class Packed:
         """An image in row `row` of a parquet file."""
 
-        file = "rows.parquet"
-
-        def __init__(self, row):
-            self.row = row
+        def __init__(self, row, file="rows.parquet"):
+            self.row, self.file = row, file
 
         def read(self):
-            return f"image {self.row}".encode()
+            return f"{self.file} {self.row}".encode()
 
-    names = [bdhs.image_name(Packed(row), args, tmp_path) for row in (3, 8)]
-    assert len(set(names)) == 2
+    packed = [Packed(3), Packed(8), Packed(3, "other/rows.parquet"), Packed(3)]
+    names = [bdhs.image_name(image, images, tmp_path) for image in packed]
+    assert len(set(names)) == 3 and names[0] == names[3]
     texts = [(tmp_path / "images" / name).read_text() for name in names]
-    assert texts == ["image 3", "image 8"]
+    assert texts == [f"{image.file} {image.row}" for image in packed]
+
+
+def test_what_was_written_is_read_without_more_flags(checkpoint, tmp_path, monkeypatch):
+    """Images of two data files, each below its own folder, and images inside a parquet file."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    buffers = []
+    for i, colour in enumerate(("red", "green", "blue")):
+        Path(f"set{i}/images").mkdir(parents=True)
+        Image.new("RGB", (28, 28), colour).save(f"set{i}/images/a.png")
+        buffers.append({"bytes": Path(f"set{i}/images/a.png").read_bytes(), "path": "a.png"})
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cup."}]
+        rows = [{"image": "a.png", "conversations": turns}]
+        Path(f"set{i}/rows.json").write_text(json.dumps(rows))
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {"image": pa.array(buffers[2:], kind), "question": ["What?"], "chosen": ["A cup."]}
+    pq.write_table(pa.table(columns | {"rejected": ["A dog."]}), "set2/rows.parquet")
+
+    files = "--data set0/rows.json --data set1/rows.json --data set2/rows.parquet".split()
+    flags = ["--model", str(checkpoint), *files, "--max-new-tokens", "8", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", ["bdhs.py", *flags, "--out", "run", "--template", "plain"])
+    bdhs.main()
+    monkeypatch.chdir(tmp_path / "set1")  # the note does not depend on the working folder
+    found = layouts.read(tmp_path / "run" / "preferences.json")
+    assert (found.refused, found.notes) == ([], {})
+    shown = [open_image(record.image).getpixel((2, 2)) for record in found.records]
+    assert shown == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
 
 
 def test_images_of_unequal_sizes(parts, tmp_path, watch):

@@ -463,6 +463,49 @@ def test_a_tokenizer_that_joins_prompt_and_answer_is_refused():
         )
 
 
+def test_letters_that_are_read_as_the_image():
+    """`<image>` as an added token that is not special is found in any text: the row is named."""
+    tokenizer = byte_level()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in backend["added_tokens"]:
+        token["special"] &= token["content"] != "<image>"
+    backend = Tokenizer.from_str(json.dumps(backend))
+    processor = processor_of(
+        transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    )
+    image = Path("x.png")
+    processor.encode(Record("a.json, row 1", image, ("What?",), ("A.", "B.")))
+    for turns, answers in (
+        (("What is <image>?",), ("A.", "B.")),
+        (("What?",), ("A.", "The <image>.")),
+        (("What?", "<image>", "And?"), ("A.", "B.")),
+    ):
+        with pytest.raises(
+            BadInput, match=r"a.json, row 1: .* the letters <image> in .* as the image"
+        ):
+            processor.encode(Record("a.json, row 1", image, turns, answers))
+
+
+def test_ids_without_an_embedding():
+    """A token that was added to the tokenizer and not to the model; the image's own needs none."""
+    tokenizer = byte_level()
+    n = len(tokenizer)
+    tokenizer.add_tokens(["<bbox>"])
+    processor = processor_of(tokenizer)
+    processor.embeddings = processor.image_token_id = n
+    processor.encode(Record("a.json, row 1", Path("x.png"), ("What?",), ("A box.", "B.")))
+    processor.image_token_id = n - 1
+    processor.embeddings = n
+    for turns, answers in ((("What <bbox>?",), ("A.", "B.")), (("What?",), ("A.", "A <bbox>."))):
+        with pytest.raises(
+            BadInput, match=f"row 1: the token '<bbox>' has the id {n}; the model has"
+        ):
+            processor.encode(Record("a.json, row 1", None, turns, answers))
+        processor.embeddings = n + 1
+        processor.encode(Record("a.json, row 1", None, turns, answers))
+        processor.embeddings = n
+
+
 def test_every_turn_scores_assistant_turns_only():
     processor = processor_of(byte_level(merged=False), "plain")  # a token a letter
     record = Record("row 0", Path("x.png"), ("ab", "c", "d"), ("ef",))
@@ -1121,10 +1164,38 @@ def test_the_pair_of_a_row_is_named():
     assert dataset.located("b.json, row 4", "x") == {"file": "b.json", "row": 4, "why": "x"}
 
 
-def test_the_folder_of_the_images():
-    """Of several files without --images it is that of the first."""
-    assert dataset.images_folder(["one/a.json", "two/b.json"]) == Path("one")
-    assert dataset.images_folder(["one/a.json"], "images") == Path("images")
+def test_the_folder_of_all_images(tmp_path):
+    """--images or the first file's folder; what is above all images, if some lie elsewhere."""
+    record = lambda *parts: Record("row 0", parts and tmp_path.joinpath(*parts) or None, ("a",))
+    one, two = tmp_path / "one", tmp_path / "two"
+    folder = lambda *records, images=None: dataset.images_folder(
+        records, [one / "a.json", two / "b.json"], images
+    )
+    assert folder(record()) == folder(record("one", "x", "1.png")) == one
+    assert folder(record("two", "1.png"), images=two) == two
+    assert folder(record("one", "1.png"), record("two", "1.png")) == tmp_path
+    assert folder(record("two", "x", "1.png"), record("two", "y", "1.png")) == two
+
+
+def test_where_images_are_looked_for_without_a_flag(tmp_path):
+    """Beside the data file, in `images` there, and where a script of ours wrote down."""
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (data / "images", elsewhere):
+        folder.mkdir(parents=True)
+    for path in (data / "a.png", data / "images" / "b.png", elsewhere / "c.png"):
+        path.write_bytes(png("red"))
+    row = {"prompt": "What?", "chosen": "A.", "rejected": "B."}
+    path = write(data / "t.jsonl", [row | {"image": f"{name}.png"} for name in "abc"])
+    assert [r["row"] for r in layouts.read(path).refused] == [2]
+    files.remember_images(data, elsewhere)
+    found = layouts.read(path)
+    assert [r.image.name for r in found.records] == ["a.png", "b.png", "c.png"] and not found.notes
+    # with the flag, there alone
+    assert [r["row"] for r in layouts.read(path, elsewhere).refused] == [0, 1]
+    # another tool's images.json, and a folder that is gone
+    for text in ("[1]", "{", '{"images_folder": 3}', '{"images_folder": "/gone"}'):
+        (data / "images.json").write_text(text)
+        assert files.image_folders(path) == [data, data / "images"]
 
 
 def test_an_answer_rated_twice_gives_no_pair(images, tmp_path):

@@ -432,11 +432,8 @@ def test_the_official_splits_are_told_apart(tmp_path, rows):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--questions q_random.json", "--model, --images and --out are needed"),
-        (
-            "--questions q_random.json --model m --images .",
-            "--model, --images and --out are needed",
-        ),
+        ("--questions q_random.json", "--model and --out are needed"),
+        ("--questions q_random.json --model m", "--model and --out are needed"),
         ("--questions q_random.json --model m --answers a.jsonl", "do not go with it"),
         (
             "--questions q_random.json --answers a.jsonl a.jsonl",

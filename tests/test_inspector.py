@@ -1,11 +1,13 @@
 """data.py FILE: counts, lengths and samples of a data file, and what a checkpoint would refuse of it."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import transformers
 from PIL import Image
 
 from data import Record
@@ -107,3 +109,16 @@ def test_instruction_data_has_no_pairs(inspect, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}]))
     found = json.loads(inspect(tmp_path / "rows.json", "--json"))
     assert (found["layout"], found["rows"], found["pairs"]) == ("llava_instruct", 1, 0)
+
+
+def test_a_token_that_the_model_does_not_have(inspect, checkpoint, tmp_path):
+    """`data.py FILE --model` names the row; so does a run, before it starts."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(200)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [pair("What?", "A cup.", f"A {word}.") for word in ("dog", "<extra_199>")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = json.loads(inspect(tmp_path / "rows.json", "--model", tmp_path / "model", "--json"))
+    (refused,) = found["refused"]
+    assert refused["row"] == 1 and "the token '<extra_199>' has the id" in refused["why"]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from common import run
+from formats.files import image_folders
 from lab import oracle, toy
 
 SOURCES = "sft model attention data lab/parts lab/oracle sampling reward_model facts lora".split()
@@ -31,8 +32,9 @@ def built(monkeypatch, tmp_path):
 
     def answers_of(model, world, out, seed):
         calls.append(("answers", str(model), str(world), seed))
-        for name in toy.OWN_ANSWERS if Path(out).is_dir() else ():
-            (out / name).write_text("[]")
+        Path(out).mkdir(exist_ok=True)
+        for name in toy.OWN_ANSWERS:
+            (Path(out) / name).write_text("[]")
         return {"pairs": 3}
 
     monkeypatch.setattr(toy, "script", script)
@@ -98,6 +100,10 @@ def test_answers_of_a_model_on_the_command_line(built, monkeypatch, capsys):
     run(toy.main)
     assert built == [("answers", "runs/sft-0/model", "world-4", 4)]
     assert capsys.readouterr().out == "pairs: 3\n"
+    # a script that reads the answers finds the images without --images
+    Path("world-4/images").mkdir(parents=True)
+    found = image_folders("answers/vlfeedback.jsonl")
+    assert found == [Path("answers"), Path("world-4/images").resolve()]
 
 
 def flags(**changed):
