@@ -42,7 +42,8 @@ and reference score both answers with the whole image. One online step:
 5. step    clip the gradient, update
 6. log
 
-At step 0 `rewards/margins` is 0 and the loss is ln 2 times the share of examples with a negative.
+At step 0 `rewards/margins` is 0 and the loss is ln 2 times the share of examples with a negative
+(with --gamma, of an example without a usable one gamma ln 2).
 
 Ablations: --rho 0: guidance only; --no-guidance: mask only; --noise-steps 500 --rho 0: BDHS_noise,
 diffused pixels instead of a mask (eq. 8, 9). POVID's image distortion is povid.py.
@@ -56,16 +57,17 @@ Choices where the paper is silent, and deviations:
    swapped "Yes" is always kept, otherwise the swap would have no effect; a swapped sentence may be
    kept whole. "None" and "Not" are not "No".
 3. A sentence ends at . ! or ? before white space, or at the end of a line; a list number such as
-   "1." does not end one. A completion ends at the first such mark.
+   "1." does not end one. A completion ends at the first such mark; a line end before its first
+   word is none.
 4. Similarity is by default the cosine of word counts, with the paper's eps_s = .97. With one of n
    different words replaced it is 1 - 1/n, below .97 for n up to 33. --embedder takes the paper's
    sentence model.
 5. The paper gives no temperature: 1. An answer that equals y+ after N tries, or is empty, is left
-   out and counted.
+   out and counted. Online with --gamma the given pair still counts, eq. 5's first term.
 
 Metrics: those of dpo.py; `negatives/similarity` to y+, `negatives/tries`, `negatives/words`;
-`negatives/equal`: share of the step's examples without a usable negative. They add no gradient and
-count as 0 in the means of the step.
+`negatives/equal`: share of the step's examples without a usable negative. They add no gradient (the
+given pair aside) and count as 0 in the means of the step.
 """
 
 import hashlib
@@ -240,7 +242,8 @@ class Drawer:
         rows = model.llm.get_input_embeddings().num_embeddings
         tokens = range(min(rows, len(processor.tokenizer)))
         texts = processor.tokenizer.batch_decode([[i] for i in tokens])
-        self.sentence_ends = [i for i, text in enumerate(texts) if END.search(text)]
+        # not a bare line end: as the first token it would leave half a sentence
+        self.sentence_ends = [i for i, t in enumerate(texts) if END.search(t) and t.strip()]
         self.similarity = load_embedder(args.embedder) if args.embedder else word_cosines
 
     def hallucinate(self, examples, seed):
@@ -331,8 +334,9 @@ class Drawer:
         drawn = drawn[~torch.isin(drawn, torch.tensor(self.processor.stop_ids))]
         begun = decode(kept, skip_special_tokens=False)
         text = decode(torch.cat([kept, drawn]), skip_special_tokens=False)[len(begun) :]
-        leading = len(text) - len(text.lstrip())  # a line break there ends nothing
-        end = END.search(text, leading)
+        if "\n" in text[: len(text) - len(text.lstrip())]:  # a line end there ends nothing
+            text = " " + text.lstrip()
+        end = END.search(text)
         return text[: end.end()].rstrip("\n") if end else text
 
     def answer_freely(self, prompts, view, generator):
@@ -621,21 +625,23 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta):
 
 
 def with_negatives(examples, negatives, processor):
-    """The Examples with y- as their second answer, before a given one.
+    """The Examples with y- as their second answer, before a given one; and for each if y- is usable.
 
-    Left out where y- is empty or has the tokens of y+.
+    It is not if it is empty or has the tokens of y+. Such an example is left out; one with a given
+    answer stays for the sake of that, with y+ in the place of y-.
     """
-    usable = []
+    pairs, usable = [], []
     for example, negative in zip(examples, negatives):
-        if not negative.text:
-            continue
-        drawn = processor.encode(replace(example.record, answers=(negative.text,)))
-        if torch.equal(drawn.answers[0], example.answers[0]):
-            continue
-        answers = [example.answers[0], *drawn.answers, *example.answers[1:]]
-        scored = [example.scored[0], *drawn.scored, *example.scored[1:]]
-        usable.append(replace(example, answers=answers, scored=scored))
-    return usable
+        drawn = example
+        if negative.text:
+            drawn = processor.encode(replace(example.record, answers=(negative.text,)))
+        is_usable = not torch.equal(drawn.answers[0], example.answers[0])
+        if is_usable or len(example.answers) > 1:
+            answers = [example.answers[0], drawn.answers[0], *example.answers[1:]]
+            scored = [example.scored[0], drawn.scored[0], *example.scored[1:]]
+            pairs.append(replace(example, answers=answers, scored=scored))
+            usable.append(is_usable)
+    return pairs, usable
 
 
 def online(args, clock, device, model, processor, examples, out):
@@ -669,17 +675,18 @@ def online(args, clock, device, model, processor, examples, out):
 
             # 2. draw
             negatives = drawer.hallucinate(positives, f"{args.seed}/{step}/{number}")
-            pairs = with_negatives(positives, negatives, processor)
+            pairs, usable = with_negatives(positives, negatives, processor)
             for name, values in (
                 ("negatives/similarity", [n.similarity for n in negatives]),
                 ("negatives/tries", [n.tries for n in negatives]),
                 ("negatives/words", [len(n.text.split()) for n in negatives]),
             ):
                 metrics[name] += sum(values) / len(indices)
-            metrics["negatives/equal"] += (len(micro) - len(pairs)) / len(indices)
+            metrics["negatives/equal"] += (len(micro) - sum(usable)) / len(indices)
             if not pairs:
                 continue
             batch = processor.collate(pairs).to(device)
+            usable = torch.tensor(usable, device=device).float()  # (B,)
 
             # 3. score: with the whole image
             B = len(pairs)
@@ -693,11 +700,11 @@ def online(args, clock, device, model, processor, examples, out):
             )
             if args.gamma:  # eq. 5
                 given_losses, *_ = dpo_loss(chosen, given[0], ref_chosen, ref_given[0], args.beta)
-                losses = args.gamma * given_losses + (1 - args.gamma) * losses
+                losses = args.gamma * given_losses + (1 - args.gamma) * usable * losses
             (losses.sum() / len(indices)).backward()
 
+            metrics["loss"] += losses.detach().sum() / len(indices)
             for name, values in (
-                ("loss", losses),
                 ("rewards/chosen", reward_chosen),
                 ("rewards/rejected", reward_rejected),
                 ("rewards/accuracies", (reward_chosen > reward_rejected).float()),
@@ -705,7 +712,7 @@ def online(args, clock, device, model, processor, examples, out):
                 ("logps/chosen", chosen),
                 ("logps/rejected", drawn),
             ):
-                metrics[name] += values.detach().sum() / len(indices)
+                metrics[name] += (usable * values.detach()).sum() / len(indices)
 
         # 5. step
         where = [examples[i].record.where for i in indices]

@@ -417,6 +417,25 @@ def test_a_completion_ends_at_its_first_mark(llava, examples, say, drawn, want):
     assert negative.text == want
 
 
+@pytest.mark.parametrize("drawn", ["\n bowl. And", "\n\nbowl. And", " bowl\nAnd. Or"])
+def test_a_line_end_before_the_first_word_is_none(llava, examples, watch, drawn):
+    """The sampler stops at its stop tokens; the rest of the sentence is there all the same, in y+'s line."""
+    model, processor = llava
+    ids = processor.tokenizer.encode(drawn, add_special_tokens=False)
+
+    def speak(call):
+        stops = [i for i, token in enumerate(ids) if token in call.stop_ids]
+        tokens = torch.tensor(ids[: stops[0] + 1] if stops else ids)
+        rows = [[tokens for _, cuts in texts for _ in cuts] for texts in call.given]
+        return Samples(rows, rows, rows)
+
+    watch(SAMPLER, speak)
+    example = processor.encode(replace(examples[0].record, answers=("A red cup",)))
+    drawer = bdhs.Drawer(model, processor, settings(tries=1))
+    found = {drawer.hallucinate([example], seed)[0].text.rstrip(".") for seed in range(20)}
+    assert found == {"bowl", "A bowl", "A red bowl"}
+
+
 def test_an_unguided_answer_is_taken_as_it_is(llava, examples, say):
     """Several sentences, no given text, no end of a sentence among the stop tokens, and no token of the end in the text."""
     model, processor = llava
@@ -434,12 +453,12 @@ def test_a_guided_completion_stops_at_every_token_with_a_mark(llava, examples, s
     bdhs.Drawer(model, processor, settings(tries=1, rho=None)).hallucinate(examples, 0)
     for i in range(len(processor.tokenizer)):
         text = processor.tokenizer.decode([i])
-        marked = any(mark in text for mark in ".!?\n")
-        assert (i in calls[0].stop_ids) == (marked or i in processor.stop_ids), text
+        marked = text.strip() and any(mark in text for mark in ".!?\n")
+        assert (i in calls[0].stop_ids) == (bool(marked) or i in processor.stop_ids), text
 
 
 def test_the_drawn_text_ends_with_its_sentence(llava, examples, watch):
-    """With the model's own words: no mark but at the end of what is drawn."""
+    """With the model's own words: no mark but at the end of what is drawn, line ends aside."""
     model, processor = llava
     calls, marks = watch(SAMPLER), 0
     drawer = bdhs.Drawer(model, processor, settings(tries=1, max_new_tokens=40))
@@ -448,7 +467,7 @@ def test_the_drawn_text_ends_with_its_sentence(llava, examples, watch):
         for tokens in sum(calls[-1].result.tokens, []):
             text = processor.text(tokens)
             marks += text.endswith((".", "!", "?"))
-            assert not any(mark in text[:-1].strip() for mark in ".!?\n")
+            assert not any(mark in text[:-1] for mark in ".!?")
     assert marks
 
 
@@ -768,7 +787,8 @@ def test_equal_negatives_are_left_out(llava, examples):
     _, processor = llava
     blank = bdhs.Negative("", 0.0, 1, True, 0, 0, [], [])
     negatives = [replace(blank, text=ANSWER), blank, replace(blank, text="A dog.")]
-    (kept,) = bdhs.with_negatives(examples, negatives, processor)
+    (kept,), usable = bdhs.with_negatives(examples, negatives, processor)
+    assert usable == [True]
     assert (
         kept.record.where == "row 2"
         and processor.text(kept.answers[1]) == "A dog."
@@ -780,12 +800,45 @@ def test_the_negative_stands_between_y_plus_and_the_given_answer(llava, examples
     _, processor = llava
     record = replace(examples[0].record, answers=("Two bananas", "A dog sleeps under it."))
     drawn = bdhs.Negative("A red cup", 0.0, 1, True, 0, 0, [], [])
-    (kept,) = bdhs.with_negatives([processor.encode(record)], [drawn], processor)
+    (kept,), usable = bdhs.with_negatives([processor.encode(record)], [drawn], processor)
+    assert usable == [True]
     texts = ["Two bananas", "A red cup", "A dog sleeps under it."]
     assert [processor.text(a) for a in kept.answers] == texts
     assert [len(s) for s in kept.scored] == [len(a) for a in kept.answers]
     assert all(s.all() for s in kept.scored)
     assert len({len(a) for a in kept.answers}) == 3  # so that no two can change places unseen
+    for text in ("", "Two bananas"):
+        (kept,), usable = bdhs.with_negatives(
+            [processor.encode(record)], [replace(drawn, text=text)], processor
+        )
+        assert usable == [False]
+        assert [processor.text(a) for a in kept.answers] == [texts[0], texts[0], texts[2]]
+
+
+def test_the_given_pair_counts_without_a_usable_negative(run, files, checkpoint, llava, watch, say):
+    """Eq. 5 of four rows, of which two draw nothing usable: their first term stays, the second is 0."""
+    _, processor = llava
+    drawn = [PAIRS[0][1], "A dog", "", "Maybe"]  # y+ itself, usable, empty, usable
+    said = {q: text for (q, *_), text in zip(PAIRS, drawn)}
+    say(lambda question, begun: said[question])
+    scores = watch(SCORER)
+    run("--online", "--model", checkpoint, *write(files, "pairs.json", PAIRS), "--no-guidance",
+        "--gamma", 0.75, "--beta", 0.5, "--batch-size", 4, "--steps", 3, "--lr", "1e-2",
+        "--out", "unusable", cwd=files)  # fmt: skip
+    lines = told(files, "unusable")
+    for step, line in enumerate(lines):
+        reference, policy = (by_text(call, processor) for call in scores[2 * step : 2 * step + 2])
+        gain = {text: 0.5 * (policy[text] - reference[text]) for text in policy}
+        loss = lambda y, other: math.log1p(math.exp(gain[other] - gain[y]))
+        first = sum(loss(y, given) for _, y, given in PAIRS)
+        second = sum(loss(PAIRS[i][1], drawn[i]) for i in (1, 3))
+        assert line["loss"] == pytest.approx((0.75 * first + 0.25 * second) / 4, abs=1e-4)
+        assert line["negatives/equal"] == 0.5
+        assert line["rewards/chosen"] == pytest.approx(
+            sum(gain[PAIRS[i][1]] for i in (1, 3)) / 4, abs=1e-4
+        )
+    assert lines[0]["loss"] == pytest.approx((0.75 + 0.25 / 2) * math.log(2), abs=1e-5)
+    assert lines[2]["loss"] < lines[0]["loss"] - 0.05
 
 
 # ---- the script
