@@ -46,7 +46,7 @@ At step 0 `rewards/margins` is 0 and the loss is ln 2 times the share of example
 (with --gamma, of an example without a usable one gamma ln 2).
 
 Ablations: --rho 0: guidance only; --no-guidance: mask only; --noise-steps 500 --rho 0: BDHS_noise,
-diffused pixels instead of a mask (eq. 8, 9). POVID's image distortion is povid.py.
+a diffused image instead of a mask (eq. 8, 9; noise as in povid.py, which is POVID's distortion).
 
 Choices where the paper is silent, and deviations:
 1. rho_th = .99, as in the paper, leaves 5.8 of LLaVA-1.5's 576 tokens visible. Smaller images keep
@@ -143,7 +143,7 @@ def parse():
         type=ranged(int, "0 to 999", lambda n: 0 <= n < 1000),
         default=0,
         metavar="N",
-        help="diffuse the pixels N of 1000 steps (default %(default)s)",
+        help="diffuse the image N of 1000 steps (default %(default)s)",
     )
 
     # how often, and what is too similar
@@ -266,10 +266,10 @@ class Drawer:
             if rho is None:
                 rho = default_rho(max(int(at.sum()) for at in is_image))
             masked = image_mask(prompts, processor.image_token_id, rho, generator)  # (B, P)
+            if args.noise_steps:
+                noisy = lambda image: diffuse(image, args.noise_steps, generator)
+                images = {j: processor.images([examples[j]], noisy) for j in remaining}
             pixels = torch.cat([images[j][0] for j in remaining])
-            pixels = diffuse(
-                pixels, args.noise_steps, processor.image_mean, processor.image_std, generator
-            )
             sizes = torch.cat([images[j][1] for j in remaining]) if processor.anyres else None
             view = (pixels, sizes, masked)
 

@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import torch
+from PIL import Image
 
 
 def alpha_bar(steps):
@@ -14,14 +16,15 @@ def alpha_bar(steps):
     return float((1 - beta).cumprod(0)[steps]) if steps else 1.0
 
 
-def diffuse(pixels, steps, mean, std, generator):
-    """Eq. 8 on normalised pixels (..., 3, H, W): sqrt(abar) x + sqrt(1 - abar) eps, x in 0 .. 1.
+def diffuse(image, steps, generator):
+    """Eq. 8 on an RGB image, x in 0 .. 1: sqrt(abar) x + sqrt(1 - abar) eps, clamped -> RGB image.
 
-    The result is clamped to 0 .. 1, then normalised again with the processor's mean and std (3,).
+    As in POVID's code this is the image as it is on disk: padding gets no noise, all tiles show the
+    same, and shrinking to the tower's size averages much of it away.
     """
     if not steps:
-        return pixels
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
-    abar, x = alpha_bar(steps), pixels * std + mean
+        return image
+    x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)  # (3, H, W)
+    abar = alpha_bar(steps)
     noisy = math.sqrt(abar) * x + math.sqrt(1 - abar) * torch.randn(x.shape, generator=generator)
-    return (noisy.clamp(0, 1) - mean) / std
+    return Image.fromarray((noisy.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

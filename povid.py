@@ -13,7 +13,7 @@ a sentence.
 
 One step:
 1. batch    pairs with their images; for each micro-batch:
-2. distort      diffuse the pixels, take the most likely tokens
+2. distort      diffuse the images, take the most likely tokens
 3. score        log pi and log pi_ref of y+, of y- and of the given rejected answer
 4. loss         and its gradient
 5. step     clip the gradient, update
@@ -24,7 +24,10 @@ At step 0 `rewards/margins` is 0 and the loss is ln 2.
 Choices where the paper is silent, and deviations:
 1. POVID's code lets the reference choose its own tokens; here both score the policy's, so that step
    0 is ln 2.
-2. Noise is clamped to the range of pixels, where POVID's conversion to bytes wraps around.
+2. Noise is added to the image as it is on disk, before padding and tiling, as in POVID's code; but
+   it is clamped to the range of pixels, where POVID's conversion to bytes wraps around. So its
+   strength depends on the size: after 500 steps its deviation in a tower of 336 pixels is .15 for
+   an image of 640 pixels, .36 for one of 336, of 1 between black and white.
 3. Grid, schedule and optimizer as in dpo.py.
 
 Metrics: those of dpo.py, of the pair (y+, y-).
@@ -69,7 +72,7 @@ def parse():
         type=ranged(int, "0 to 999", lambda n: 0 <= n < 1000),
         default=500,
         metavar="N",
-        help="diffuse the pixels N of 1000 steps (default %(default)s)",
+        help="diffuse the image N of 1000 steps (default %(default)s)",
     )
     flag(
         "--gamma",
@@ -184,12 +187,10 @@ def main():
 
             # 2. distort
             seed = random.Random(f"{args.seed}/{step}/{number}").getrandbits(62)
-            noisy = diffuse(
-                batch.pixel_values.cpu(),
-                args.noise_steps,
-                processor.image_mean,
-                processor.image_std,
-                torch.Generator().manual_seed(seed),
+            generator = torch.Generator().manual_seed(seed)
+            noisy, _ = processor.images(
+                [examples[i] for i in micro],
+                lambda image: diffuse(image, args.noise_steps, generator),
             )
             wrong = distorted(model, batch, noisy.to(device))  # (N,)
 

@@ -259,6 +259,11 @@ def test_all_hidden_is_blind_and_nothing_hidden_is_ordinary(llava, examples):
     assert not same(draw(pixels, hide(1.0)), draw(pixels, None))
 
 
+def bytes_of(image):
+    """An RGB image's values, pixel after pixel."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+
+
 def test_diffusion():
     """The schedule's published numbers; a mean and a variance; step 0 leaves the pixels alone."""
     for steps, signal, spread in (
@@ -271,15 +276,48 @@ def test_diffusion():
         assert math.sqrt(abar) == pytest.approx(signal, abs=2e-3) and math.sqrt(
             1 - abar
         ) == pytest.approx(spread, abs=2e-3)
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    m, s = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    pixels = (torch.full((1, 3, 200, 200), 0.5) - m) / s
-    assert torch.equal(noise.diffuse(pixels, 0, mean, std, None), pixels)
-    noisy = noise.diffuse(pixels, 300, mean, std, torch.Generator().manual_seed(0)) * s + m
-    assert noisy.min() >= -1e-6 and noisy.max() <= 1 + 1e-6
-    assert noisy.mean() == pytest.approx(0.981 * 0.5, abs=5e-3) and noisy.std() == pytest.approx(
-        0.194, abs=5e-3
-    )
+    gray = Image.new("RGB", (220, 180), (128,) * 3)
+    assert noise.diffuse(gray, 0, None) is gray
+    noisy = noise.diffuse(gray, 300, torch.Generator().manual_seed(0))
+    assert (noisy.size, noisy.mode) == ((220, 180), "RGB")
+    x = bytes_of(noisy) / 255
+    assert x.mean() == pytest.approx(0.981 * 128 / 255, abs=5e-3)
+    assert x.std() == pytest.approx(0.194, abs=5e-3)
+
+
+def test_noise_is_clamped():
+    """Half of a black picture's noise is below 0, where a conversion to bytes would wrap around to white."""
+    generator = torch.Generator().manual_seed(0)
+    noisy = noise.diffuse(Image.new("RGB", (100, 100)), 300, generator)
+    x = bytes_of(noisy) / 255
+    assert (x == 0).float().mean() == pytest.approx(0.504, abs=0.02)  # below 1 / 510, which is 0
+    assert x.mean() == pytest.approx(0.194 / math.sqrt(2 * math.pi), abs=5e-3)
+
+
+def test_noise_is_added_before_padding_and_shrinking(llava):
+    """A wide picture of twice the tower's size, in a tower of 28: none on the padding, and less than before shrinking."""
+    _, processor = llava
+    gray, generator = Image.new("RGB", (56, 28), (128,) * 3), torch.Generator().manual_seed(0)
+    std = torch.tensor(processor.image_std).view(3, 1, 1)
+    seen = [processor.pixels(noise.diffuse(gray, 300, generator)) for _ in range(200)]
+    difference = torch.stack(seen) - processor.pixels(gray)
+    spread = (difference * std).std(0)  # (3, 28, 28)
+    assert (spread[:, :5] == 0).all() and (spread[:, -5:] == 0).all()
+    # bicubic, halved: the kernel at .25, .75, 1.25, 1.75 is .8672, .2266, -.0703, -.0234 (twice each, over 2)
+    kept = (
+        2 * (0.8672**2 + 0.2266**2 + 0.0703**2 + 0.0234**2) / 2**2
+    )  # in both directions: sqrt twice
+    assert spread[:, 9:19].mean() == pytest.approx(0.194 * kept, rel=0.03)
+
+
+def test_the_tiles_show_the_same_noise():
+    """LLaVA-NeXT: the overview of a noisy picture is its tile's mean."""
+    anyres = AnyRes(((56, 56),), 28, 2)
+    noisy = noise.diffuse(Image.new("RGB", (56, 56), (128,) * 3), 500, torch.Generator())
+    overview, *tiles = (bytes_of(t) for t in anyres.tiles(noisy))
+    whole = torch.cat([torch.cat([t.view(28, 28, 3) for t in tiles[i : i + 2]], 1) for i in (0, 2)])
+    means = whole.float().view(28, 2, 28, 2, 3).mean((1, 3)).flatten()
+    assert torch.corrcoef(torch.stack([overview.float(), means]))[0, 1] > 0.9
 
 
 # ---- completion
@@ -564,13 +602,15 @@ def test_alpha_bar_by_hand():
 
 def test_noise_is_drawn_for_every_pixel():
     """Two equal pictures get other noise, as do two colours; a generator repeats itself."""
-    pixels = torch.zeros(2, 3, 40, 40)
-    draw = lambda seed: noise.diffuse(
-        pixels, 100, (0.5,) * 3, (0.5,) * 3, torch.Generator().manual_seed(seed)
-    )
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        pictures = [Image.new("RGB", (40, 40), (128,) * 3)] * 2
+        return torch.stack([bytes_of(noise.diffuse(p, 100, generator)) for p in pictures]).float()
+
     a = draw(0)
     assert torch.equal(a, draw(0)) and not torch.equal(a, draw(1))
-    planes = a.flatten(0, 1).flatten(1)
+    planes = a.view(2, 1600, 3).transpose(1, 2).flatten(0, 1)
     assert (torch.corrcoef(planes) - torch.eye(6)).abs().max() < 0.2
 
 
