@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import test_bdhs
 import torch
+from PIL import Image
 from test_bdhs import PAIRS, noise_of, told, write
 
 import common
@@ -231,6 +232,20 @@ def test_noise_follows_flags(run, files, checkpoint, llava, watch):
     levels = [noise_of(p, example, processor) for p in noisy]
     assert levels[0] == 0 and all(0.005 < level < 0.03 for level in levels[1:])
     assert torch.equal(noisy[1], noisy[2]) and not torch.equal(noisy[1], noisy[3])
+
+
+def test_no_noise_on_padding(run, files, checkpoint, llava, watch):
+    """A wide picture is padded to a square of 28 pixels after the noise: rows 7 to 20 hold it."""
+    _, processor = llava
+    Image.new("RGB", (56, 28), (128,) * 3).save(files / "images" / "wide.png")
+    rows = json.loads((files / "povid.json").read_text())[:1]
+    (files / "wide.json").write_text(json.dumps([rows[0] | {"image": "wide.png"}]))
+    images = watch(ENCODER)
+    run("--model", checkpoint, "--data", "wide.json", "--images", "images", "--steps", 1,
+        "--batch-size", 1, "--out", "wide", cwd=files)  # fmt: skip
+    difference = images[0].pixel_values[0] - processor.pixels(files / "images" / "wide.png")
+    assert (difference[:, [*range(5), *range(23, 28)]] == 0).all()
+    assert (difference[:, 7:21] != 0).float().mean() > 0.9
 
 
 def test_resumed_is_uninterrupted(run, files, checkpoint):
