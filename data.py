@@ -29,6 +29,7 @@ class Record:
     turns: tuple  # user, assistant, ..., user: the dialogue up to the answer
     answers: tuple = ()
     quality: float | None = None  # of the only answer, in a layout that rates single answers
+    right: str | None = None  # what Fact-RLHF's rows say: a letter, "No", "Yes", "": none of these
 
     @property
     def prompt_key(self):

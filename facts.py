@@ -15,7 +15,10 @@ import torch
 
 from common import BadInput
 
-CHOICE = re.compile(r"^A[.)] .+\n+B[.)] ", re.M)  # the options of a multiple-choice question
+# the options of a multiple-choice question, on lines or on one: A. x B. y, A) x B) y, (A) x (B) y
+CHOICE = re.compile(
+    r"(?:^|[?:.;]\s+)A[.):]\s.+?\sB[.):]\s|(?:^|\s)([(\[])A[)\]].+?\s\1B[)\]]", re.M | re.S
+)
 
 
 # ---- facts of a record

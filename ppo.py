@@ -7,7 +7,8 @@ One step is an iteration over batch-size x grad-accum x minibatches prompts (x p
 1. sample      k answers to each prompt from the policy, at temperature 1
 2. score       r = reward model + correctness + length + unfinished: four terms, logged apart
 3. KL          kl_t = log pi(y_t) - log pi_ref(y_t)
-               reward of token t: -beta kl_t; at the last token of the answer also + r
+               reward of token t: -beta kl_t; at the last token of the answer also + r;
+               with GAE all times --reward-scale
 4. GAE         A_t = sum_j (gamma lambda)^j (reward_{t+j} + gamma V_{t+j+1} - V_{t+j})
                return_t = A_t + V_t                                       Schulman et al. 2016
                with gamma = lambda = 1, the defaults: all rewards from t on, minus V_t
@@ -33,12 +34,14 @@ pi_ref. The value network starts from the reward model's adapter (from a new one
 its head at 0. It reads the policy's prompt; V_t is its value before token t.
 
     correctness   --correct-weight 2 times c. Multiple choice: c = 1 for the right letter, else 0.
-                  If the right answer is "No": c = .5 for "No", -.5 for "Yes".
+                  A yes/no question whose answer is "No": c = .5 for "No", -.5 for "Yes".
     length        --length-weight -10 times tokens / --max-new-tokens
     unfinished    --unfinished-weight -8 for an answer that was cut off
 
 The prompts are those of --data, in any layout. For `correctness`, the data's answer (of a pair: the
-chosen one) counts as right.
+chosen one) counts as right. The kind of question is the `caption_type` of LLaVA-RLHF's rows; where
+there is none, it is read from the question: lettered options, or a verb such as "Is" at its
+beginning.
 
 In the toy world, over three seeds, CHAIR_s goes from .64 to .06 and recall loses .016; RLOO does
 the same. The result depends on the reward model, and rounding alone changes it: one such run, with
@@ -51,24 +54,32 @@ Corrected from the code of Sun et al.:
 2. kl_t is log pi - log pi_ref, whose mean is the KL divergence. Theirs is clamped at 0, token by
    token (--kl clamped): it overestimates the KL, and a move away from pi_ref is never paid back.
    The other unbiased estimator is k3 = pi_ref / pi - 1 + log(pi / pi_ref).
-3. A multiple-choice answer that is the bare letter counts as right; theirs accepts only "B." and
-   "correct option is B.".
+3. A multiple-choice answer "B", "B)" or "(B)" counts as right; theirs accepts only "B." and
+   "correct option is B.". "No" and "Yes" are whole words; theirs takes "Nothing" for "No".
+4. Their code multiplies r and KL by 10. Whitening cancels that for the policy. The value network
+   then has to reach ten times the return, while clipping still stops it .2 from where it was: one
+   iteration moves V to .7 % of the return, with a factor of 1 to 7 %. --reward-scale 10 is theirs.
 
-Left out from their code: the factor 10 on all rewards (whitening cancels it), cutting an answer
-after its first question mark, length coefficients for each kind of prompt, and the policy's own
-supervised start: pi_ref is --model. LoRA has alpha = 2 rank (theirs: rank 64, alpha 16).
+Left out from their code: cutting an answer after its first question mark, length coefficients for
+each kind of prompt, and the policy's own supervised start: pi_ref is --model. LoRA has alpha = 2
+rank (theirs: rank 64, alpha 16). A prompt is the whole dialogue up to its last question; theirs is
+the first question.
 
 Choices where the papers are silent, and deviations:
-4. An end token is added to a cut-off answer before the reward model reads it. A term of its own
+5. An end token is added to a cut-off answer before the reward model reads it. A term of its own
    says that the answer was cut off.
-5. In float32, log pi_old is taken from sampling (the two agree to within 1e-5). In bfloat16 the
+6. In float32, log pi_old is taken from sampling (the two agree to within 1e-5). In bfloat16 the
    answers are scored again.
-6. The reward model's score, less its mean on held-out pairs, is divided by its spread there. So the
+7. The reward model's score, less its mean on held-out pairs, is divided by its spread there. So the
    other terms weigh the same beside any reward model. Amirloo et al. normalise on the alignment
-   set; Sun et al. take the score as it is. Amirloo et al.'s RLOO is --advantage rloo --samples 4
-   --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1.
-7. One clip of the gradient norm (1) covers policy and value network.
-8. Toy settings. Half of the toy questions have the answer "Yes", for which `correctness` gives
+   set; Sun et al. take the score as it is.
+8. Amirloo et al. have no terms but the reward model, which reads no facts. Their RLOO is
+   --advantage rloo --samples 4 --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1
+   --epochs 2 --correct-weight 0 --length-weight 0 --unfinished-weight 0; their PPO has --lr 1.41e-5
+   --schedule constant --epochs 3 --batch-size 32 and the same zeros. Clipping, GAE and the weight
+   of KL in PPO are not given.
+9. One clip of the gradient norm (1) covers policy and value network.
+10. Toy settings. Half of the toy questions have the answer "Yes", for which `correctness` gives
    nothing whatever the answer is; at the weight 2 the policy learns to say "No". So the weight is
    0. And the toy reward model punishes errors far more than omissions, so long answers are rewarded
    (+8 tokens / --max-new-tokens). r is in units of the reward model's spread.
@@ -104,6 +115,12 @@ from formats.layouts import captions
 from lab import report, toy
 from lora import add_adapter
 
+# a question, or a part of one behind a comma, that begins with such a verb
+ASKS_YES_NO = re.compile(
+    r"(?:^|[.?!:,]\s+)(?:am|is|are|was|were|do|does|did|has|have|had|can|could|will|would|shall|"
+    r"should|may|might|must)(?:n't)?\s[^.?!]*\?",
+    re.IGNORECASE | re.MULTILINE,
+)
 SAMPLES = {"gae": 1, "rloo": 4}
 TOY_SAMPLES = SAMPLES | {"gae": 2}
 TOY = {
@@ -206,6 +223,14 @@ def parse():
         type=not_negative,
         default=0.1,
         help="of the value loss (default %(default)s)",
+    )
+
+    flag(
+        "--reward-scale",
+        type=positive,
+        default=1.0,
+        help="factor on r and KL before GAE, none with rloo; Sun et al.'s code: 10 (default "
+        "%(default)s)",
     )
 
     # the terms of r
@@ -335,25 +360,31 @@ def draw_rollout(model, processor, prompts, args, step):
 # ---- 2. score
 
 
-def correctness(record, text):
-    """c of an answer to a question whose right answer is known (Sun et al.).
+def right_answer(record):
+    """A letter, "No" or "Yes"; "" for a question of another kind.
 
-    Multiple choice: 1 or 0. The right answer is "No": .5 or -.5. Anything else: 0.
+    A row of Fact-RLHF's data states it. Else the question decides: with lettered options the
+    answer's letter counts; after a verb that asks for yes or no, its first word.
     """
-    gold, text = (record.answers[0].strip() if record.answers else ""), text.strip()
-    letter = re.match(r"\(?([A-Z])\b", gold)
-    if CHOICE.search(record.turns[-1]) and letter:
-        letter = letter[1]
-        right = (
-            text == letter
-            or text.startswith(f"{letter}.")
-            or f"correct option is {letter}." in text
-        )
-        return float(right)
-    if re.match(r"no\b", gold, re.IGNORECASE):
-        yes_no = re.match(r"(yes|no)\b", text, re.IGNORECASE)
-        if yes_no:
-            return 0.5 if yes_no[0].lower() == "no" else -0.5
+    if record.right is not None:
+        return record.right
+    question, gold = record.turns[-1], record.answers[0].strip() if record.answers else ""
+    letter = re.match(r"[(\[]?([A-Z])(?:[.):\]]|$)", gold)
+    if CHOICE.search(question):
+        return letter[1] if letter else ""
+    word = re.match(r"(yes|no)(?=[.,;:!]?(?:\s|$))", gold, re.IGNORECASE)
+    return word[1].capitalize() if word and ASKS_YES_NO.search(question) else ""
+
+
+def correctness(record, text):
+    """c of an answer (Sun et al.). Multiple choice: 1 or 0. "No" is right: .5 or -.5. Else 0."""
+    right, text = right_answer(record), text.strip()
+    if len(right) == 1:
+        begins = re.match(rf"{right}$|[(\[]?{right}[.):\]]", text)
+        return float(bool(begins) or f"correct option is {right}." in text)
+    said = re.match(r"(yes|no)\b", text, re.IGNORECASE)
+    if right == "No" and said:
+        return 0.5 if said[0].lower() == "no" else -0.5
     return 0.0
 
 
@@ -526,7 +557,7 @@ def with_advantages(rollout, scores, kl, args):
         return replace(rollout, advantages=advantages.repeat_interleave(repeats))  # (N,)
 
     # 4. GAE
-    rewards = token_rewards(scores, kl, lengths, args.kl_coef)  # (N,)
+    rewards = args.reward_scale * token_rewards(scores, kl, lengths, args.kl_coef)  # (N,)
     advantages, returns = gae(rewards, rollout.values, lengths, args.gamma, args.lam)  # (N,), (N,)
 
     # 5. whitening

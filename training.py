@@ -154,7 +154,7 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, 
         "--schedule",
         default=schedule,
         choices=("cosine", "constant"),
-        help="of the learning rates after the warm-up: down to 0, or unchanged (default %(default)s)",
+        help="of the learning rates after the warm-up (default %(default)s)",
     )
     flag(
         "--lora-rank",

@@ -471,11 +471,19 @@ def _llava_rlhf(row, where, images, notes):
     return [Record(where, image, take_placeholder(turns, image, required=True), pair)]
 
 
+# `caption_type` of Fact-RLHF's prompts (RLHF/data_utils/constants.py) -> the right answer
+RIGHT = {1: "", 2: "A", 3: "B", 4: "C", 5: "D", 6: "No", 7: "Yes"}
+
+
 def _llava_instruct(row, where, images, notes):
     image = picture(row, images)
     turns = dialogue(row["conversations"], "conversations")
+    kind = row.get("caption_type")  # only in Fact-RLHF's prompts for PPO
+    if kind is not None and (type(kind) is not int or kind not in RIGHT):
+        raise BadInput(f"`caption_type` is {kind!r:.80}; a whole number from 1 to 7 is needed.")
+    right = RIGHT.get(kind) if len(turns) == 2 else None  # it speaks of the first question
     before = take_placeholder(turns[:-1], image, required=True)
-    return [Record(where, image, before, (turns[-1],))]
+    return [Record(where, image, before, (turns[-1],), right=right)]
 
 
 def _helpsteer(row, where, images, notes):

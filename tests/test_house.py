@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "eval_pope eval_chair lab.toy",
     "lab.report",
     "sft dpo online_dpo bdhs povid reward_model ppo sample",
-    "lab.rows",
+    "lab.rows lab.similarity",
     "lab.claims lab.chart",
     "lab.pages",
     "lab.reproduce lab.bench_attention lab.bench_trl",

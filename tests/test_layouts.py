@@ -244,6 +244,28 @@ def test_the_pair_of_a_rated_prompt_is_drawn_from_all_that_are_worse(images, tmp
     assert {r.answers[1] for r in one} == {"Answer 0.", "Answer 1.", "Answer 2."}
 
 
+def test_the_kind_of_a_question(tmp_path):
+    """Fact-RLHF's `caption_type`, of rows with one question: it speaks of the first. Without it, nothing is known."""
+
+    def row(kind, rounds=1):
+        turns = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "No"}] * rounds
+        return {"id": "a", "conversations": turns} | (
+            {} if kind is None else {"caption_type": kind}
+        )
+
+    def read(*rows):
+        (tmp_path / "ppo.json").write_text(json.dumps(rows))
+        return layouts.read(tmp_path / "ppo.json")
+
+    kinds = [None, *range(1, 8)]
+    found = [r.right for r in read(*map(row, kinds)).records]
+    assert found == [None, "", "A", "B", "C", "D", "No", "Yes"]
+    assert [r.right for r in read(row(6), row(6, rounds=2)).records] == ["No", None]
+    for kind in (0, 8, "6", True):
+        (refused,) = read(row(6), row(kind)).refused
+        assert f"`caption_type` is {kind!r}; a whole number from 1 to 7" in str(refused)
+
+
 def test_captions(tmp_path):
     found = layouts.captions(HERE / "image_to_caption.json")
     assert found == {

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -47,6 +48,7 @@ def settings(**changed):
         kl_coef=0.1,
         gamma=1.0,
         lam=0.95,
+        reward_scale=1.0,
         clip=0.2,
         value_weight=0.1,
         lr=1e-3,
@@ -169,7 +171,22 @@ def alone(model, prompt, answer, head=None):
         (CHOICE, " (B) dog", "B.", 1),
         (CHOICE, "B", "b", 0),
         (CHOICE, "B", "The correct option is A.", 0),
-        (CHOICE, "No", "No", 0.5),
+        (CHOICE, "No", "No", 0),  # not a yes/no question
+        (CHOICE, "A dog", "A.", 0),  # an article, not a letter
+        (CHOICE, "B", "(B) dog", 1),
+        (CHOICE, "B", "B) dog", 1),
+        (CHOICE, "B", "Bread", 0),
+        ("Which one? A. cup B. dog", "B", "B.", 1),
+        ("Which one? Options: (A) cup, (B) dog.", "(B) dog", "B", 1),
+        ("Which one?\n[A] cup\n[B] dog", "A", "B", 0),
+        ("Which one?\n[A] cup\n[B] dog", "A", "A", 1),
+        ("Who stands left of A. Smith and B. Jones?", "B. Jones", "B.", 0),
+        ("Which house is it?", "No. 7", "No. 7", 0),
+        ("What does the sign say?", "No parking", "No parking", 0),
+        ("Where is nobody?", "No one is in the kitchen.", "No", 0),
+        ("Look at the image. Are there dogs?", "No.", "No", 0.5),
+        ("Based on the image, is there a dog?\nAnswer with one word.", "No", "Yes", -0.5),
+        ("<image>\nIsn't it red?", "No, blue", "No", 0.5),
         (CHOICE, "Yes", "Yes", 0),
         ("Is there a dog?", "no", " no", 0.5),
         ("Is there a dog?", " NO.", "yes, two", -0.5),
@@ -184,6 +201,7 @@ def alone(model, prompt, answer, head=None):
         ("Is there a dog?", "No", "Nothing there", 0),
         ("Is there a dog?", "Yes", "Yes", 0),
         ("Is there a dog?", "None of them", "No", 0),
+        ("Is there a dog?", "No.", "Nothing", 0),
         ("Describe.", "A red cup.", "No", 0),
         ("Describe.", None, "No", 0),
     ],
@@ -193,6 +211,58 @@ def test_correctness(prompt, gold, text, want):
         ppo.correctness(Record("f, row 0", None, (prompt,), () if gold is None else (gold,)), text)
         == want
     )
+
+
+def test_the_kind_that_a_row_states_decides():
+    """LLaVA-RLHF's `caption_type`: 1 general, 2 to 5 the letter, 6 "No", 7 "Yes"."""
+    of = lambda right, text: ppo.correctness(
+        Record("f, row 0", None, ("Is it?",), ("No",), right=right), text
+    )
+    assert [of("", t) for t in ("No", "Yes")] == [0, 0]
+    assert [of("C", t) for t in ("C. cup", "No", "the correct option is C.")] == [1, 0, 1]
+    assert [of("No", t) for t in ("No", "Yes", "Maybe")] == [0.5, -0.5, 0]
+    assert [of("Yes", t) for t in ("No", "Yes")] == [0, 0]
+
+
+def test_reward_scale():
+    """Ten times the rewards and KL: the same whitened advantages, returns ten times as far from V; with RLOO no change."""
+    lengths, kl, scores = [3, 1, 2], torch.randn(6), torch.tensor([1.0, -2.0, 0.5])
+    rollout = ppo.Rollout(
+        [SimpleNamespace(answers=[torch.zeros(n)]) for n in lengths], [], kl, values=torch.zeros(6)
+    )
+    of = lambda scale, **more: ppo.with_advantages(
+        rollout, scores, kl, settings(reward_scale=scale, samples=3, **more)
+    )
+    one, ten = of(1.0), of(10.0)
+    assert torch.allclose(ten.advantages, one.advantages, atol=1e-5)
+    assert torch.allclose(ten.returns, 10 * one.returns)
+    same = [of(scale, advantage="rloo").advantages for scale in (1.0, 10.0)]
+    assert torch.equal(*same)
+
+
+def test_value_moves_by_the_clip_whatever_the_return():
+    """V from 0: towards a return of 3 or of 30 the gradient ends at .2, 7 % or .7 % of the return."""
+    for target in (3.0, 30.0):
+        v = torch.tensor([0.19, 0.21], requires_grad=True)
+        ppo.value_loss(v, torch.zeros(2), torch.full((2,), target), 0.2).sum().backward()
+        assert v.grad[0] < 0 == v.grad[1]
+
+
+def test_the_papers_rloo(command, monkeypatch):
+    """The flags that the docstring gives for Amirloo et al.: r is the reward model's score alone."""
+    words = " ".join(ppo.__doc__.split())
+    (flags,) = re.findall(r"Their RLOO is (--advantage rloo .*? --unfinished-weight 0)[;,]", words)
+    seen = []
+    monkeypatch.setattr(
+        ppo, "rloo", lambda rewards: seen.append(rewards.shape) or torch.zeros_like(rewards)
+    )
+    out = command("a", *flags.split(), "--batch-size", "2", "--steps", "1")
+    given = json.loads((out / "args.json").read_text())["flags"]
+    names = ("samples", "lr", "kl_coef", "minibatches", "passes", "epochs")
+    assert [given[name] for name in names] == [4, 3e-4, 0.4, 1, 1, 2]
+    line = json.loads(next(open(out / "metrics.jsonl")))
+    assert line["objective/scores"] == line["scores/reward_model"] != 0
+    assert seen == [(2, 4)]
 
 
 def test_correctness_is_that_of_the_last_question():
