@@ -260,6 +260,7 @@ def test_the_papers_rloo(command, monkeypatch):
     given = json.loads((out / "args.json").read_text())["flags"]
     names = ("samples", "lr", "kl_coef", "minibatches", "passes", "epochs")
     assert [given[name] for name in names] == [4, 3e-4, 0.4, 1, 1, 2]
+    assert not any(given[f"{term}_weight"] for term in ("correct", "length", "unfinished"))
     line = json.loads(next(open(out / "metrics.jsonl")))
     assert line["objective/scores"] == line["scores/reward_model"] != 0
     assert seen == [(2, 4)]
