@@ -60,8 +60,8 @@ Choices where the paper is silent, and deviations:
    "1." does not end one. A completion ends at the first such mark; a line end before its first
    word is none.
 4. Similarity is by default the cosine of the sets of words: with k of n different words replaced,
-   1 - k/n. --embedder takes the paper's sentence model. At eps_s = .97, on real answers corrupted in
-   five ways (COCO captions, answers of LLaVA-Bench and MMHal-Bench; python -m lab.similarity):
+   1 - k/n. --embedder takes the paper's sentence model. At eps_s = .97, on real answers (COCO's
+   captions, LLaVA-Bench, MMHal-Bench), corrupted in five ways by python -m lab.similarity:
 
        words                                   10-19   20-39   40-59   60-89   90-150
        similar here                              .09     .13     .17     .31     .42
