@@ -274,7 +274,7 @@ def test_a_chosen_answer_is_one_task(run, files, checkpoint, watch):
         scores.clear()
         _, err = run(*flags, *more, "--out", f"twice {name}", cwd=files)
         assert len(told(files, f"twice {name}")) == pairs
-        assert [call.len(batch.lengths) for call in scores] == [answers] * 2 * pairs
+        assert [len(call.batch.lengths) for call in scores] == [answers] * 2 * pairs
         assert ("1 rows repeat another row" in err) == ("repeat" in err) == (pairs == 3)
 
 
