@@ -202,7 +202,8 @@ def gpu_table(gpu):
             for name in ("torch", "transformers", "trl", "commit")
             if (found := {row[name] for row in cells.values() if row.get(name)})
         ]
-        tables.append(f"{card}, {', '.join(made)}:\n\n{shown}")
+        head = [", ".join([card, *made]), *(GPU_COLUMNS[i] for i in used if i)]
+        tables.append(markdown(head, [[line[i] for i in used] for line in lines]))
     return "\n\n".join(tables)
 
 

@@ -364,16 +364,12 @@ def test_table_of_gpus():
         row("head/fused", "B", 0.1),
     ]
     assert pages.gpu_table(gpu).splitlines() == [
-        "A, torch 2, transformers 5:",
-        "",
-        "|  | s a step | plain: s a step | plain: ratio | peak GiB | plain: peak GiB |",
+        "| A, torch 2, transformers 5 | s a step | plain: s a step | plain: ratio | peak GiB | plain: peak GiB |",
         "| --- | --- | --- | --- | --- | --- |",
         "| LLaVA-1.5-7B, 1 pair | 0.50 | 1.00 | 2.0 | 20.0 | 20.0 |",
         "| LLaVA-NeXT-7B, 1 pair | does not fit |  |  |  |  |",
         "",
-        "B, torch 2, transformers 5, trl 1.16.0, commit abc:",
-        "",
-        "|  | s a step | TRL: s a step | TRL: ratio | peak GiB | TRL: peak GiB | share of the matrix rate |",
+        "| B, torch 2, transformers 5, trl 1.16.0, commit abc | s a step | TRL: s a step | TRL: ratio | peak GiB | TRL: peak GiB | share of the matrix rate |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| LLaVA-1.5-7B, 4 pairs, checkpointing | 0.25 | 1.00 | 4.0 | 20.0 | 20.0 | 41% |",
         "| LLaVA-1.5-7B, 4 pairs, rank 16 | 0.20 |  |  | 20.0 |  | 50% |",
