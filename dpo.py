@@ -30,6 +30,8 @@ Choices where the paper is silent, and deviations:
    {16, 32, 48} and beta (DPO {.05, .1, .2, .5}, IPO {.8, .9, 1}, SLiC {.02, .1, .2}); which won it
    does not say. The defaults are from that grid.
 2. Cosine schedule with warm-up .03, AdamW without weight decay, clipping at 1: Li et al. 2024.
+   Their LoRA has a dropout of .05 and their AdamW a beta2 of .999; here 0 and .98. Their own DPO is
+   --lr 5e-5 --projector-lr 2e-5 --batch-size 8 --grad-accum 16 (128 in all), else as here.
 3. A pair is one row with one encoding of the image: the same loss and gradients as two rows.
 4. The text of IPO's paper (Azar et al. 2023, eq. 17) has h, which --loss ipo_sum takes. TRL's
    authors asked the paper's authors, who confirmed that its results are of h', so that beta does

@@ -29,7 +29,9 @@ Choices; the papers' settings are those of Sun et al. 2023 (their SFT+: 3 epochs
 1. The mean is over the tokens of the whole batch, also when it is accumulated; frameworks often
    average means.
 2. Rows that share an image meet in one batch; a trainer that shuffles rows would separate them.
-3. The tower stays frozen unless --vision-lr says otherwise (LLaVA-1.6 tunes it; LLaVA-1.5 and Sun
+3. --template plain keeps the question: image, line end, question, line end, answer. LLaVA's own
+   first stage drops it, so that the caption follows the image.
+4. The tower stays frozen unless --vision-lr says otherwise (LLaVA-1.6 tunes it; LLaVA-1.5 and Sun
    et al. do not).
 
 Metrics: `loss` as above; `tokens` scored in the batch; `grad_norm` before clipping to 1; `lr` of

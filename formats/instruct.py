@@ -28,7 +28,7 @@ Choices where paper and code are silent:
    looks for "B." at the start.
 3. A true option becomes a fact as the sentence: The answer to "..." is "...".
 4. Flickr30k: one of an image's captions, drawn with seed 0, without boxes. Where splits are named,
-   only the training split is used.
+   only the training split is used, all 29,000 pictures of it; which 23k they took is not known.
 5. COCO images have their 2017 names (000000000009.jpg), as in LLaVA-Instruct. VQA-v2's images are
    named by id in the same way.
 

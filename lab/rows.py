@@ -45,7 +45,7 @@ ROWS = {
         ("dpo.py", "rlhf_v.jsonl", CORRECTED)]),
     "dpo-ranked": Row("offline", "DPO, ranked samples", "ranked samples", [
         ("dpo.py", "vlfeedback.jsonl", CORRECTED)]),
-    "ipo": Row("offline", "IPO, corrected samples", "IPO, corrected samples", [
+    "ipo": Row("offline", "IPO with sums, corrected samples", "IPO with sums", [
         ("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo_sum", "--beta", "0.5", *CORRECTED])]),
     "slic": Row("offline", "SLiC, corrected samples", "SLiC, corrected samples", [
         ("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", "--beta", "0.5", *CORRECTED])]),
