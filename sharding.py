@@ -92,8 +92,8 @@ def apart(params):
 
 
 def whole(tensor):
-    """The whole of a tensor. All processes must call it."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
+    """The whole of a tensor; of a divided one on the CPU. All processes must call it."""
+    return tensor.full_tensor().cpu() if is_part(tensor) else tensor
 
 
 def part_like(p, tensor):

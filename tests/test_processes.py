@@ -167,6 +167,7 @@ def both(folder, checkpoint):
     alone(*one.values())
     for name in ("dpo", "dpo-full"):
         cut_back(folder / f"{name}-1", folder / f"{name}-1-2")
+    shutil.rmtree(folder / ".cache")  # else the reference is read, and not scored by two
     done = launch(
         folder, *two.values(), *(resumed(two, n, f"{n}-1-2") for n in ("dpo", "dpo-full"))
     )
