@@ -221,8 +221,8 @@ def test_bad_questions(tmp_path, row, message):
 def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
     asked = []
 
-    def generate(model, processor, records, max_new_tokens, batch_size, label):
-        assert (max_new_tokens, batch_size) == (16, 5)
+    def generate(model, processor, records, max_new_tokens, batch_size, label, split):
+        assert (max_new_tokens, batch_size, split) == (16, 5, True)
         asked.append([(r.image.name, r.turns) for r in records])
         return [["No, none."] if "cat" in r.turns[0] else ["Yes"] for r in records]
 
@@ -693,8 +693,8 @@ def test_truth_of_two_files(coco, vocabulary):
 def test_chair_evaluate(coco, monkeypatch):
     said = {"COCO_42.jpg": "A dog and a bus. A bus!", "COCO_7.jpg": "A bus."}
 
-    def generate(model, processor, records, max_new_tokens, batch_size, label):
-        assert [r.turns for r in records] == [("Tell.",)] * 2 and max_new_tokens == 128
+    def generate(model, processor, records, max_new_tokens, batch_size, label, split):
+        assert [r.turns for r in records] == [("Tell.",)] * 2 and max_new_tokens == 128 and split
         return [[said[r.image.name]] for r in records]
 
     monkeypatch.setattr(eval_chair, "generate", generate)
@@ -910,7 +910,7 @@ def test_the_model_that_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.setattr(adapters, "load_adapter", lambda *args: adapted.append(args))
     monkeypatch.setattr(adapters, "as_trained", lambda _, *given: given)
     given = {"model": "m", "dtype": "bfloat16", "device": "cpu", "template": "plain"}
-    given |= {"image_aspect": "checkpoint", "adapter": None}
+    given |= {"image_aspect": "checkpoint", "adapter": None, "out": "out"}
     assert evaluation.load(SimpleNamespace(**given)) == ("model", "p") and not adapted
     evaluation.load(SimpleNamespace(**given | {"adapter": "run/adapter"}))
     want = ("m", torch.bfloat16, torch.device("cpu"), "plain", "checkpoint")

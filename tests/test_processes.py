@@ -273,6 +273,17 @@ def test_of_several_processes_the_first_reports(tmp_path, monkeypatch):
     assert answers == [True, False, False]
 
 
+def test_a_script_that_a_process_starts_is_alone(monkeypatch):
+    """Else it would wait for processes that do not exist: the toy reward model's own training, say."""
+    torchruns = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    for name in (*torchruns, "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    left = os.environ.keys() - processes.environment().keys()
+    assert left >= {*torchruns, "TORCHELASTIC_ERROR_FILE"}
+    assert processes.environment()["OMP_NUM_THREADS"] == "3" and "PATH" not in left
+
+
 # ---- what is refused
 
 
