@@ -521,7 +521,8 @@ def offline(args, out, examples, drawer):
     rows = []
     for record, negative in zip(records, negatives):
         text = " ".join(negative["text"].split())
-        if text not in ("", " ".join(record.answers[0].split())):
+        equal = text == " ".join(record.answers[0].split())
+        if not equal and encode_negative(record, text, drawer.processor):
             rows.append(povid_row(record, negative, image_name(record.image, images, out)))
     if not rows:
         raise BadInput(
@@ -536,7 +537,7 @@ def offline(args, out, examples, drawer):
     summary = {
         "answers": len(negatives),
         "preferences": len(rows),
-        "left out, equal to y+ or empty": len(negatives) - len(rows),
+        "left out: equal to y+, empty or too long": len(negatives) - len(rows),
         "tries": dict(sorted(Counter(n["tries"] for n in negatives).items())),
         "unguided": share(lambda n: not n["guided"]),
         "swapped": share(lambda n: n["swaps"] > 0),
@@ -548,7 +549,7 @@ def offline(args, out, examples, drawer):
         "answers a second": round(drawn / max(seconds, 1e-9), 2),
     }
     write_json(out / "statistics.json", summary)
-    print("\n".join(f"{key:<32}{value}" for key, value in summary.items()))
+    print("\n".join(f"{key:<42}{value}" for key, value in summary.items()))
     report.negatives(out / "negatives.png", records, negatives, drawer.processor)
     print(f"picture: {out / 'negatives.png'}", file=sys.stderr)
 
@@ -638,14 +639,13 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta):
 def with_negatives(examples, negatives, processor):
     """The Examples with y- as their second answer, before a given one -> Examples, [y- is usable].
 
-    It is not if it is empty or has the tokens of y+. Such an example is left out; one with a given
-    answer stays for the sake of that, with y+ in the place of y-.
+    It is not if it is empty, does not fit into the context, or has the tokens of y+. Such an
+    example is left out; one with a given answer stays for the sake of that, with y+ in the place of
+    y-.
     """
     pairs, usable = [], []
     for example, negative in zip(examples, negatives):
-        drawn = example
-        if negative.text:
-            drawn = processor.encode(replace(example.record, answers=(negative.text,)))
+        drawn = encode_negative(example.record, negative.text, processor) or example
         is_usable = not torch.equal(drawn.answers[0], example.answers[0])
         if is_usable or len(example.answers) > 1:
             answers = [example.answers[0], drawn.answers[0], *example.answers[1:]]
@@ -653,6 +653,17 @@ def with_negatives(examples, negatives, processor):
             pairs.append(replace(example, answers=answers, scored=scored))
             usable.append(is_usable)
     return pairs, usable
+
+
+def encode_negative(record, text, processor):
+    """y- as the only answer of an Example; None where no model could be trained on it.
+
+    So it is if it is empty, or longer than what prompt and context leave.
+    """
+    try:
+        return processor.encode(replace(record, answers=(text,))) if text else None
+    except BadInput:
+        return None
 
 
 def online(args, clock, device, model, processor, examples, out):
@@ -681,6 +692,8 @@ def online(args, clock, device, model, processor, examples, out):
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(examples))
         training.prefetch(processor, examples, step, args)
+        save = lambda: training.save_checkpoint(out, step, model, optimizer)
+        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
         for number, micro in micro_batches:
             positives = [examples[i] for i in micro]
 
@@ -761,6 +774,7 @@ def main():
         args.images,
         answers=2 if args.gamma else 1,
         skip_bad_rows=args.skip_bad_rows,
+        check_images=args.check_images,
         unique=one_example,
         needs_image="BDHS would hide",  # completes the message: no image, which ...
     )

@@ -135,7 +135,13 @@ def main():
 
     # ---- load data and model
     device, dtype = training.device_and_dtype(args)
-    rows = dataset.read(args.data, args.images, answers=2, skip_bad_rows=args.skip_bad_rows)
+    rows = dataset.read(
+        args.data,
+        args.images,
+        answers=2,
+        skip_bad_rows=args.skip_bad_rows,
+        check_images=args.check_images,
+    )
     model, processor = checkpoints.load(
         args.model,
         dtype,
@@ -175,6 +181,8 @@ def main():
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(examples))
         training.prefetch(processor, examples, step, args)
+        save = lambda: training.save_checkpoint(out, step, model, optimizer)
+        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
         for _, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
 

@@ -200,6 +200,7 @@ def main():
         args.images,
         answers=2 if args.mix else 0,
         skip_bad_rows=args.skip_bad_rows,
+        check_images=args.check_images,
         unique=None if args.mix else lambda record: record.prompt_key,
     )
     annotator = judge.make(args, device, dtype, rows.records)
@@ -240,6 +241,8 @@ def main():
         # 1. batch: eq. 4, pairs[i] is the data's pair, or None where the policy answers
         indices, micro_batches = training.batch_of(step, args, len(examples))
         training.prefetch(processor, examples, step, args)
+        save = lambda: training.save_checkpoint(out, step, model, optimizer)
+        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
         for number, micro in micro_batches:
             seed = f"{args.seed}/{step}/{number}"
             rng = random.Random(f"{seed}/alpha")

@@ -140,6 +140,7 @@ def main():
         args.images,
         answers=2 if args.gamma else 1,
         skip_bad_rows=args.skip_bad_rows,
+        check_images=args.check_images,
         unique=one_example,
         needs_image="POVID would distort",
     )
@@ -181,6 +182,8 @@ def main():
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(examples))
         training.prefetch(processor, examples, step, args)
+        save = lambda: training.save_checkpoint(out, step, model, optimizer)
+        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
         for number, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
             k = len(examples[micro[0]].answers)

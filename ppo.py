@@ -723,6 +723,7 @@ def main():
         args.images,
         answers=1,
         skip_bad_rows=args.skip_bad_rows,
+        check_images=args.check_images,
         unique=lambda record: record.prompt_key,
     )
     model, processor = checkpoints.load(
@@ -764,12 +765,15 @@ def main():
     clock.lap("setup")
     for step in range(first, steps):
         # the prompts of the next `minibatches` batches, in one list
-        prompts = []
+        chosen = []
         for number in range(step * args.minibatches, (step + 1) * args.minibatches):
-            indices, _ = training.batch_of(number, args, len(examples))
-            prompts += [examples[i] for i in indices]
-        mine = sum(processes.share(chunks(prompts, args.batch_size)), [])
-        processor.prefetch.expect([e.record.image for e in mine])
+            chosen += training.batch_of(number, args, len(examples))[0]
+        mine = processes.share(list(enumerate(chunks(chosen, args.batch_size))))
+        processor.prefetch.expect([examples[i].record.image for _, part in mine for i in part])
+        save = lambda: training.save_checkpoint(out, step, model, optimizer)
+        kept = training.readable(mine, processor, examples, args, out, save)
+        lost = {i for _, part in mine for i in part} - {i for _, part in kept for i in part}
+        prompts = [examples[i] for i in chosen if i not in lost]
         metrics = {}
 
         # 1. sample

@@ -407,7 +407,13 @@ def main():
     # ---- load data and model
     device, dtype = training.device_and_dtype(args)
     files = [
-        dataset.read([path], args.images, answers=2, skip_bad_rows=args.skip_bad_rows)
+        dataset.read(
+            [path],
+            args.images,
+            answers=2,
+            skip_bad_rows=args.skip_bad_rows,
+            check_images=args.check_images,
+        )
         for path in [*args.data, *args.test_data]
     ]
     known = {} if args.no_facts else captions(args.facts)
@@ -459,6 +465,8 @@ def main():
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(train))
         training.prefetch(processor, train, step, args)
+        save = lambda: training.save_checkpoint(out, step, model, optimizer)
+        micro_batches = training.readable(micro_batches, processor, train, args, out, save)
         for number, micro in micro_batches:
             rng = random.Random(f"{args.seed}/{step}/{number}")  # which captions, in which order
             examples = [train[i] for i in micro]

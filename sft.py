@@ -125,7 +125,13 @@ def main():
 
     # ---- load data; load or compose the model
     device, dtype = training.device_and_dtype(args)
-    rows = dataset.read(args.data, args.images, answers=1, skip_bad_rows=args.skip_bad_rows)
+    rows = dataset.read(
+        args.data,
+        args.images,
+        answers=1,
+        skip_bad_rows=args.skip_bad_rows,
+        check_images=args.check_images,
+    )
     if args.model:
         model, processor = checkpoints.load(
             args.model,
@@ -174,6 +180,8 @@ def main():
         # 1. batch
         indices, micro_batches = training.batch_of(step, args, len(examples))
         training.prefetch(processor, examples, step, args)
+        save = lambda: training.save_checkpoint(out, step, model, optimizer)
+        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
         tokens = sum(int(s.sum()) for i in indices for s in examples[i].scored)
         for _, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common import BadInput
-from formats import layouts
+from formats import layouts, pictures
 
 
 @dataclass
@@ -63,13 +63,22 @@ class Rows:
         return [e for e, good in zip(examples, fits) if good]
 
 
-def read(files, images=None, answers=2, skip_bad_rows=False, unique=None, needs_image=""):
+def read(
+    files,
+    images=None,
+    answers=2,
+    skip_bad_rows=False,
+    unique=None,
+    needs_image="",
+    check_images=None,
+):
     """Data files -> Rows.
 
     answers: how many a row must have (2: preference pairs, 1: instruction data or prompts).
     skip_bad_rows: leave out a row that cannot be used; without it, such a row stops the run.
     unique: a function of a record; of several records with equal values the first is kept.
     needs_image: what for; a text-only row is then one that cannot be used.
+    check_images: "full" or "header", see formats/pictures.py; None looks at no image.
     """
     rows = Rows([], skip_bad_rows)
     for path in files:
@@ -98,6 +107,11 @@ def read(files, images=None, answers=2, skip_bad_rows=False, unique=None, needs_
         if len(first) < len(rows.records):
             print(f"{len(rows.records) - len(first)} rows repeat another row", file=sys.stderr)
         rows.records = list(first.values())
+
+    why = pictures.unreadable([r.image for r in rows.records], check_images)
+    bad = [located(r.where, why[r.image]) for r in rows.records if r.image in why]
+    rows.leave_out(bad, len(rows.records))
+    rows.records = [r for r in rows.records if r.image not in why]
     return rows
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from common import Parser, natural
-from formats import dataset, layouts
+from formats import dataset, layouts, pictures
 
 
 def parse():
@@ -33,6 +33,12 @@ def parse():
         metavar="N",
         help="with --model: as in training; 0 = its context",
     )
+    parser.add_argument(
+        "--check-images",
+        choices=pictures.HOW,
+        default="full",
+        help="decode every image, or read its header (default %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print for programs")
     return parser.parse_args()
 
@@ -41,7 +47,10 @@ def main():
     """Show a data file: layout, counts, refused rows, samples; with --model also token lengths."""
     args = parse()
     file = layouts.read(args.file, args.images)
-    records, refused, tokens = file.records, file.refused, {}
+    why = pictures.unreadable([r.image for r in file.records], args.check_images)
+    bad = [refused_row(r, why[r.image]) for r in file.records if r.image in why]
+    records, tokens = [r for r in file.records if r.image not in why], {}
+    refused = file.refused + bad
     if args.model:
         from formats import checkpoints  # brings transformers; without --model it is not needed
 

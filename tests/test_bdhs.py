@@ -987,7 +987,7 @@ def test_offline_file_is_read_by_dpo_and_resumes(run, files, checkpoint):
     assert found.layout == "povid" and len(found.records) == len(rows) and not found.refused
     told = json.loads((files / "whole" / "statistics.json").read_text())
     assert told["answers"] == 5 == sum(told["tries"].values()) == sum(told["similarity"].values())
-    assert len(rows) == 5 - told["left out, equal to y+ or empty"] and "visible image tokens" in out
+    assert len(rows) == 5 - told["left out: equal to y+, empty or too long"] and "visible image tokens" in out
     Image.open(files / "whole" / "negatives.png").verify()
 
     run(*flags, "--out", "part", cwd=files)
@@ -1113,7 +1113,7 @@ def test_offline_files_say_what_was_drawn(run, files, checkpoint, say):
     }
     found = json.loads((files / "four" / "statistics.json").read_text())
     assert (found["answers"], found["preferences"]) == (4, 2)
-    assert found["left out, equal to y+ or empty"] == 2
+    assert found["left out: equal to y+, empty or too long"] == 2
     assert found["tries"] == {"1": 2, "2": 2} and (found["unguided"], found["swapped"]) == (1, 0)
     # cosines: 0 ("kitchen", "a" against "no there is no dog"), 1, 0 (empty), 1 / sqrt 3
     bins = {key: n for key, n in found["similarity"].items() if n}

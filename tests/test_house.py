@@ -13,7 +13,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "common",
     "processes attention lora noise prefetch formats.files formats.anyres formats.weights "
     "lab.drawing",
-    "nf4",
+    "nf4 formats.pictures",
     "model lab.toyworld",
     "sharding data formats.adapters",
     "sampling facts formats.layouts formats.llava_original formats.chat",
