@@ -249,5 +249,5 @@ def test_a_drawn_answer_that_does_not_fit_is_no_negative(llava):
         True,
         True,
     ]
-    (pair,) = bdhs.with_negatives([example] * 3, negatives, processor)
-    assert processor.text(pair.answers[1]) == "A dog."
+    (pair,), usable = bdhs.with_negatives([example] * 3, negatives, processor)
+    assert processor.text(pair.answers[1]) == "A dog." and usable == [True]
