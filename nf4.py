@@ -64,12 +64,18 @@ def tables(device):
     return levels.to(device), absmax_levels().to(device), pairs.to(device)
 
 
+def whole_blocks(x, block):
+    """(n,) -> (blocks, block), with zeros at the end if need be."""
+    rest = -len(x) % block
+    return (F.pad(x, (0, rest)) if rest else x).view(-1, block)
+
+
 def nearest(x, levels, block):
     """Quantize (n,) float32 in blocks -> codes (n,) uint8, largest magnitude of each block.
 
     The last block may be shorter. A number in the middle of two levels takes the lower one.
     """
-    rows = F.pad(x, (0, -len(x) % block)).view(-1, block)
+    rows = whole_blocks(x, block)
     largest = rows.abs().amax(1)
     scaled = rows * (1 / largest.clamp(min=1e-38))[:, None]
     codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True)
@@ -116,14 +122,16 @@ class NF4Linear(nn.Linear):
 
     @torch.no_grad()
     def dequantise(self):
-        """The weight (out, in), in the dtype of the arithmetic; the products are float32."""
+        """The weight (out, in), in the dtype of the arithmetic; the products are float32.
+
+        With bfloat16, 6 bytes a weight are in use on the way.
+        """
         _, absmax_levels, pairs = tables(self.codes.device)
         scales = self.scales.repeat_interleave(ABSMAX_BLOCK)[: len(self.absmax)]
         absmax = absmax_levels[self.absmax.int()] * scales + self.offset  # (blocks,)
         flat = pairs.index_select(0, self.codes.int()).view(torch.float32)  # (n,)
-        flat = F.pad(flat, (0, len(absmax) * BLOCK - len(flat)))
-        flat.view(-1, BLOCK).mul_(absmax[:, None])
-        return flat[: self.shape.numel()].view(self.shape).to(self.dtype)
+        rows = whole_blocks(flat, BLOCK).mul_(absmax[:, None])
+        return rows.flatten()[: self.shape.numel()].view(self.shape).to(self.dtype)
 
     def forward(self, x):
         return Multiply.apply(x, self)

@@ -113,8 +113,11 @@ def test_by_hand():
 def test_a_middle_belongs_to_the_lower_level_and_zeros_stay():
     codes, largest = nf4.nearest(torch.tensor([2.0, 0.5, -1.0]), torch.tensor([0.0, 0.5, 1.0]), 2)
     assert codes.tolist() == [2, 0, 0] and largest.tolist() == [2.0, 1.0]
-    zeros = NF4Linear(nn.Linear(64, 4, bias=False)).copy_(torch.zeros(4, 64))
-    assert zeros.dequantise().abs().max() == 0
+    torch.manual_seed(0)
+    some = linear(3, 64)
+    some.weight[1] = 0  # double quantization gives this block an absmax that is not 0
+    got = quantise(some).dequantise()
+    assert got[1].abs().max() == 0 and (got[[0, 2]] != 0).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -335,6 +338,28 @@ def test_loading_holds_one_whole_layer_at_a_time(checkpoint, monkeypatch):
     checkpoints.load(checkpoint, quantize="nf4")
     assert len(alive) == 2 * 7 and max(alive) == 0
     assert not any(ref() is not None for ref in born)
+
+
+def test_names_are_those_of_plain_layers(pair):
+    """So every layout of checkpoints fits, biases included; a 4-bit layer stands for its weight."""
+    model, other = pair
+    got, want = nf4.slots(model), other.state_dict()
+    assert got.keys() == want.keys()
+    for name, slot in got.items():
+        assert slot.shape == want[name].shape
+        in_block = ".layers." in name and name.startswith("llm.") and name.endswith("proj.weight")
+        assert isinstance(slot, NF4Linear) is in_block
+
+
+def test_an_original_llava_in_4_bits(tmp_path):
+    folder = write_original(
+        tmp_path / "llava", original_model(False), tmp_path / "clip", ("tower", "llm", "projector")
+    )
+    model, _ = checkpoints.load(folder, quantize="nf4")
+    want, _ = checkpoints.load(folder)
+    nf4.quantise_linears(want.llm)
+    for name, tensor in want.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_loading_reads_no_weight_on_meta(checkpoint):
