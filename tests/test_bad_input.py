@@ -597,24 +597,15 @@ def test_dpo_unknown_flag(folder):
     assert sentence(status, err, "unrecognized arguments: --learning-rate 1") == err.strip()
 
 
-def test_dpo_a_cut_picture(folder, checkpoint):
-    """Found on the way, after progress lines: the message is the last line all the same."""
+@pytest.mark.parametrize("check, begun", [("full", False), ("header", True)])
+def test_dpo_a_cut_picture(folder, checkpoint, check, begun):
+    """Found before the run or on the way, after progress lines: the message is the last line all the same."""
     file = lines_of(folder / "rows.jsonl", [povid(), povid("cut.jpg")])
-    args = (
-        "--model",
-        checkpoint,
-        "--data",
-        file,
-        "--images",
-        "images",
-        "--out",
-        "run",
-        "--batch-size",
-        1,
-    )
+    args = ("--model", checkpoint, "--data", file, "--images", "images", "--out", "run")
+    args += ("--batch-size", 1, "--check-images", check)
     status, _, err = command("dpo.py", *args, cwd=folder)
     sentence(status, err, "images/cut.jpg: the picture cannot be decoded")
-    assert "run folder run" in err.splitlines()
+    assert ("run folder run" in err.splitlines()) == (folder / "run").exists() == begun
 
 
 def test_dpo_non_finite(folder, checkpoint):
