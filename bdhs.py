@@ -109,6 +109,7 @@ TOY = {
     "data": ["povid.json"],
     "steps": 230,
     "batch_size": 16,
+    "grad_accum": 1,
     "lr": 3e-4,
     "beta": 0.5,
     "projector_lr": 0.0,
@@ -126,7 +127,7 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     training.add_training_flags(
-        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32
+        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=2, grad_accum=16
     )
     flag = parser.add_argument_group("bias-driven hallucination sampling").add_argument
     flag(
@@ -636,6 +637,11 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta):
     return losses, reward_chosen.detach(), reward_rejected.detach()
 
 
+def as_long_pairs(_, examples):
+    """The Examples with a y- of the length of y+, which is not drawn yet."""
+    return [replace(e, answers=[e.answers[0], *e.answers]) for e in examples]
+
+
 def with_negatives(examples, negatives, processor):
     """The Examples with y- as their second answer, before a given one -> Examples, [y- is usable].
 
@@ -777,6 +783,18 @@ def main():
         check_images=args.check_images,
         unique=one_example,
         needs_image="BDHS would hide",  # completes the message: no image, which ...
+    )
+    sentences = max(len(split_sentences(r.answers[0])) for r in rows.records)
+    training.show_memory(
+        args,
+        device,
+        dtype,
+        rows,
+        packed=as_long_pairs,
+        k=sentences,
+        new=args.max_new_tokens,
+        trains=args.online,
+        reference=args.online,
     )
     model, processor = checkpoints.load(
         args.model,

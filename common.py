@@ -24,6 +24,13 @@ class BadInput(ValueError):
     """The user gave something that cannot be used; one sentence says what, and where. Status 2."""
 
 
+OUT_OF_MEMORY = (
+    "out of memory; lower --batch-size (in training raise --grad-accum as much) or give "
+    "--gradient-checkpointing: the run's last checkpoint is whole, and --resume goes on with these; "
+    "or start again with a lower --lora-rank or --max-new-tokens"
+)
+
+
 class NonFinite(RuntimeError):
     """A loss or gradient is not a number; the run stops before the optimizer step. Status 1."""
 
@@ -32,7 +39,7 @@ def run(main):
     """Call main(). An error that the user can mend ends with one sentence, not with a traceback.
 
     Exit status: 2 for BadInput and for files that the system refuses (rights, a full disk), 1 for
-    NonFinite, 130 after Ctrl-C.
+    NonFinite and for a lack of memory, 130 after Ctrl-C.
     """
     script, stderr = Path(sys.argv[0]).name, sys.stderr  # of several processes, one alone prints
     try:
@@ -53,10 +60,12 @@ def run(main):
             "go on with --resume"
         )
     except Exception as error:
-        if not process_ids:
+        if not process_ids and not lacks_memory(error):
             raise
         of_collective = re.search("gloo|NCCL", str(error))
         text, status = lost() if of_collective else traceback.format_exc(), 1
+        if lacks_memory(error):
+            text = f"{script}: {OUT_OF_MEMORY} ({one_line(error)})."
     end(text, status, stderr)
 
 
@@ -118,6 +127,12 @@ def end(text, status, stderr, patience=600):
     if not first:
         time.sleep(patience)
     os._exit(status)  # at a normal end a collective may wait for those that are gone
+
+
+def lacks_memory(error):
+    """Is it a lack of memory? torch's errors are known by name and words, as torch is not loaded."""
+    kind = type(error).__name__
+    return kind in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
 
 
 def one_line(error):

@@ -62,6 +62,7 @@ TOY = {
     "data": ["povid.json"],
     "steps": 230,
     "batch_size": 16,
+    "grad_accum": 1,
     "lr": 2e-4,
     "projector_lr": 0.0,
     "lora_rank": 16,
@@ -73,7 +74,7 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     training.add_training_flags(
-        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32
+        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=2, grad_accum=16
     )
     flag = parser.add_argument_group("preference optimization").add_argument
     flag("--loss", default="dpo", choices=tuple(BETA), help="objective (default %(default)s)")
@@ -142,6 +143,7 @@ def main():
         skip_bad_rows=args.skip_bad_rows,
         check_images=args.check_images,
     )
+    training.show_memory(args, device, dtype, rows)
     model, processor = checkpoints.load(
         args.model,
         dtype,

@@ -23,7 +23,7 @@ def add_flags(parser):
         type=positive_int,
         default=64,
         metavar="N",
-        help="prompts at a time; fewer need less memory (default %(default)s)",
+        help="prompts at a time; fewer where memory is short (default %(default)s)",
     )
 
 

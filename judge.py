@@ -98,6 +98,12 @@ def add_flags(parser):
         "checkpoint, or a server (default %(default)s)",
     )
     flag(
+        "--annotator-device",
+        metavar="DEVICE",
+        help="of a reward model or a checkpoint: cuda:1, say; a 34B in bfloat16 takes 65 GiB and "
+        "leaves an 80 GB GPU no room for the policy (default: the policy's device)",
+    )
+    flag(
         "--facts",
         metavar="FILE",
         help="image_to_caption.json, for a reward model that reads facts",
@@ -128,6 +134,16 @@ def add_flags(parser):
     )
 
 
+def beside_the_policy(args, device):
+    """The checkpoint that `make` will load on the policy's device, as a list of one or none."""
+    elsewhere = args.annotator_device and torch.device(args.annotator_device) != device
+    if args.annotator in ("oracle", "endpoint") or elsewhere:
+        return []
+    if (Path(args.annotator) / "reward.json").is_file():
+        return [adapters.reward_settings(args.annotator)["base_name"]]
+    return [args.annotator]
+
+
 def make(args, device="cpu", dtype=torch.float32, records=()):
     """The annotator that the flags name: a function (records, answers) -> scores.
 
@@ -145,6 +161,14 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
                     f"{flag_name(name)} is for --annotator endpoint; "
                     f"the annotator is {args.annotator}."
                 )
+
+    if args.annotator_device:
+        if args.annotator in ("oracle", "endpoint"):
+            raise BadInput(
+                "--annotator-device is for a reward model or a checkpoint; "
+                f"the annotator is {args.annotator}."
+            )
+        device = training.device_of(args.annotator_device, "--annotator-device")
 
     # a reward model, which may read facts
     is_reward_model = (Path(args.annotator) / "reward.json").is_file()

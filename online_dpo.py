@@ -69,6 +69,7 @@ TOY = {
     "data": ["rlhf_v.jsonl"],
     "steps": 230,
     "batch_size": 16,
+    "grad_accum": 1,
     "lr": 1e-4,
     "projector_lr": 0.0,
     "lora_rank": 16,
@@ -98,7 +99,7 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     training.add_training_flags(
-        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32
+        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=2, grad_accum=16
     )
     flag = parser.add_argument_group("preference optimization").add_argument
     flag("--loss", default="dpo", choices=tuple(BETA), help="objective (default %(default)s)")
@@ -202,6 +203,17 @@ def main():
         skip_bad_rows=args.skip_bad_rows,
         check_images=args.check_images,
         unique=None if args.mix else lambda record: record.prompt_key,
+    )
+    training.show_memory(
+        args,
+        device,
+        dtype,
+        rows,
+        drawn=2,
+        k=args.k,
+        new=args.max_new_tokens,
+        reference=True,
+        beside=judge.beside_the_policy(args, device),
     )
     annotator = judge.make(args, device, dtype, rows.records)
     model, processor = checkpoints.load(

@@ -52,6 +52,7 @@ TOY = {
     "data": ["povid.json"],
     "steps": 230,
     "batch_size": 16,
+    "grad_accum": 1,
     "lr": 3e-4,
     "beta": 0.5,
     "projector_lr": 0.0,
@@ -64,7 +65,7 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     training.add_training_flags(
-        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=32
+        parser, lr=1e-6, projector_lr=2e-6, lora_rank=128, epochs=3, batch_size=2, grad_accum=16
     )
     flag = parser.add_argument_group("image distortion").add_argument
     flag(
@@ -144,6 +145,7 @@ def main():
         unique=one_example,
         needs_image="POVID would distort",
     )
+    training.show_memory(args, device, dtype, rows, reference=True)
     model, processor = checkpoints.load(
         args.model,
         dtype,

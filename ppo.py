@@ -74,10 +74,10 @@ Choices where the papers are silent, and deviations:
    other terms weigh the same beside any reward model. Amirloo et al. normalise on the alignment
    set; Sun et al. take the score as it is.
 8. Amirloo et al. have no terms but the reward model, which reads no facts. Their RLOO is
-   --advantage rloo --samples 4 --lr 3e-4 --kl-coef .4 --batch-size 256 --minibatches 1 --passes 1
-   --epochs 2 --correct-weight 0 --length-weight 0 --unfinished-weight 0; their PPO has --lr 1.41e-5
-   --schedule constant --epochs 3 --batch-size 32 and the same zeros. Clipping, GAE and the weight
-   of KL in PPO are not given.
+   --advantage rloo --samples 4 --lr 3e-4 --kl-coef .4 --batch-size 2 --grad-accum 128 --minibatches
+   1 --passes 1 --epochs 2 --correct-weight 0 --length-weight 0 --unfinished-weight 0; their PPO has
+   --lr 1.41e-5 --schedule constant --epochs 3 --batch-size 2 --grad-accum 16 and the same zeros.
+   Clipping, GAE and the weight of KL in PPO are not given.
 9. One clip of the gradient norm (1) covers policy and value network.
 10. Toy settings. Half of the toy questions have the answer "Yes", for which `correctness` gives
    nothing whatever the answer is; at the weight 2 the policy learns to say "No". So the weight is
@@ -127,6 +127,8 @@ TOY = {
     "data": ["povid.json"],
     "steps": 40,
     "batch_size": 16,
+    "grad_accum": 1,
+    "sample_batch_size": 16,
     "minibatches": 2,
     "lr": 3e-4,
     "projector_lr": 0.0,
@@ -142,7 +144,7 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     training.add_training_flags(
-        parser, lr=3e-5, projector_lr=0.0, lora_rank=64, epochs=4, batch_size=256
+        parser, lr=3e-5, projector_lr=0.0, lora_rank=64, epochs=4, batch_size=2, grad_accum=128
     )
     flag = parser.add_argument_group(
         "reinforcement learning (a step is an iteration; --batch-size counts prompts)"
@@ -191,6 +193,13 @@ def parse():
     )
 
     # sampling
+    flag(
+        "--sample-batch-size",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="prompts answered at a time; fewer where memory is short (default %(default)s)",
+    )
     flag(
         "--max-new-tokens",
         type=positive_int,
@@ -336,7 +345,7 @@ def draw_rollout(model, processor, prompts, args, step):
     Of several processes, each draws a share, and all have the whole Rollout.
     """
     drawn = []  # for each part: the answers to each prompt, which are finished, log-probs
-    for number, part in processes.share(list(enumerate(chunks(prompts, args.batch_size)))):
+    for number, part in processes.share(list(enumerate(chunks(prompts, args.sample_batch_size)))):
         seed = random.Random(f"{args.seed}/{step}/{number}").getrandbits(62)
         generator = torch.Generator(model.device).manual_seed(seed)
         pixel_values, image_sizes = processor.images(part)
@@ -725,6 +734,17 @@ def main():
         skip_bad_rows=args.skip_bad_rows,
         check_images=args.check_images,
         unique=lambda record: record.prompt_key,
+    )
+    training.show_memory(
+        args,
+        device,
+        dtype,
+        rows,
+        drawn=args.samples,
+        k=args.samples,
+        new=args.max_new_tokens,
+        trained=1 + (args.advantage == "gae"),
+        frozen=int(args.reward_model != "oracle"),
     )
     model, processor = checkpoints.load(
         args.model,

@@ -88,7 +88,7 @@ import torch.nn.functional as F
 import processes
 import training
 from common import BadInput, Parser, Progress, not_negative, positive_int, run, write_json
-from facts import evaluation_turn, facts_for, longest_facts, with_evaluation
+from facts import evaluation_turn, facts_for, facts_of, longest_facts, with_evaluation
 from formats import adapters, checkpoints, dataset
 from formats.layouts import captions
 from lab import toy
@@ -98,6 +98,7 @@ TOY = {
     "data": ["povid.json", "povid_seen.json"],
     "steps": 500,
     "batch_size": 16,
+    "grad_accum": 1,
     "lr": 1e-3,
     "projector_lr": 0.0,
     "lora_rank": 16,
@@ -122,7 +123,8 @@ def parse():
         projector_lr=0.0,
         lora_rank=64,
         epochs=1,
-        batch_size=32,
+        batch_size=2,
+        grad_accum=16,
         schedule="constant",
     )
     flag = parser.add_argument_group("reward model").add_argument
@@ -206,6 +208,16 @@ def with_turns(processor, examples, facts, rng, max_facts=None):
         turn = evaluation_turn(QUESTION, FACTS, captions_of, rng, max_facts)
         longer.append(with_evaluation(processor, example, turn))
     return longer
+
+
+def with_longest_turns(processor, examples, known, max_facts):
+    """Pairs with the longest evaluation turn that their images' captions can make."""
+    with_turns = []
+    for example in examples:
+        longest = longest_facts(processor, facts_of(example.record, known) or [], max_facts)
+        turn = evaluation_turn(QUESTION, FACTS, longest, random.Random(0))
+        with_turns.append(with_evaluation(processor, example, turn))
+    return with_turns
 
 
 def check_lengths(processor, examples, facts, max_facts=None):
@@ -417,6 +429,8 @@ def main():
         for path in [*args.data, *args.test_data]
     ]
     known = {} if args.no_facts else captions(args.facts)
+    read = lambda processor, some: with_longest_turns(processor, some, known, args.max_facts)
+    training.show_memory(args, device, dtype, files[0], read)
     model, processor = checkpoints.load(
         args.model,
         dtype,

@@ -4,16 +4,23 @@ samples = sample(model, prompts, pixel_values, k=4, stop_ids=processor.stop_ids)
 texts = generate(model, processor, records, max_new_tokens=64)      # greedy, with progress
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from attention import mask_and_prefix, sliding_window
+import memory
 import processes
+from attention import mask_and_prefix, sliding_window
 from common import Progress
 from lora import cast_once
 from model import pack
+
+
+# of the free memory: the cache is copied, and the allocator had taken up to 1.31 times what tensors
+# held (results/gpu.json, sample/)
+SHARE = 0.75
 
 
 @dataclass
@@ -81,6 +88,7 @@ def sample(
     given=None,
     generator=None,
     image_sizes=None,
+    room=None,
 ):
     """Draw k answers to each prompt -> `Samples`.
 
@@ -90,33 +98,100 @@ def sample(
     given: texts that the answers begin with, B lists of (tokens (R,), cuts). Each is prefilled
     once, after its prompt, and continued k times from each cut, the number of its tokens kept.
     The result has the order of `given` and its cuts, and not the given tokens.
+
+    room: bytes that this may take (default: most of what the device has free). What needs more is
+    drawn in groups of prompts, one after the other. They share the generator, so at temperatures
+    above 0 another room may give other draws; the same room gives the same.
     """
     given = given or [[(torch.zeros(0, dtype=torch.long), [0])]] * len(prompts)
     branches = [
         [(text, cut) for text, (_, cuts) in enumerate(texts) for cut in cuts for _ in range(k)]
         for texts in given
     ]
+    tiles = tiles_of(model, prompts, image_sizes)
+    lengths = [len(p) + sum(len(t) for t, _ in texts) for p, texts in zip(prompts, given)]
+    answers = [len(row) for row in branches]
     training = model.training
     model.eval()  # gradient checkpointing would switch off the cache
 
+    samples = Samples([], [], [])
     with cast_once(model.llm, model.dtype):
-        # 1. prefill: image, prompts and given texts, once
-        growing = prefill(
-            model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens
-        )
-        # 2. decode: one token of every answer at a time
-        drawn = decode(model, growing, max_new_tokens, temperature, stop_ids, generator)
+        room = SHARE * memory.available(model.device) if room is None else room
+        for some in groups(model, lengths, answers, tiles, max_new_tokens, room):
+            shown = slice(sum(tiles[: some.start]), sum(tiles[: some.stop]))  # the tower's pictures
+            images = slice(*(sum(n > 0 for n in tiles[:end]) for end in (some.start, some.stop)))
+            if some == slice(0, len(prompts)):
+                shown = images = slice(None)
+            draw(
+                samples,
+                model,
+                prompts[some],
+                given[some],
+                branches[some],
+                part(pixel_values, shown),
+                part(image_sizes, images),
+                part(masked, (some, slice(max(map(len, prompts[some]))))),
+                (max_new_tokens, temperature, stop_ids, generator),
+            )
     model.train(training)
+    return samples
+
+
+def tiles_of(model, prompts, image_sizes):
+    """How many pictures the tower sees for each prompt: 0 without an image, with tiles more than 1."""
+    tiles = [int((p == model.image_token_id).any()) for p in prompts]
+    if not model.anyres or image_sizes is None or len(image_sizes) != sum(tiles):
+        return tiles  # more or fewer images than the text shows are found later
+    sizes = iter(image_sizes.tolist())
+    return [has and 1 + math.prod(model.anyres.grid(next(sizes))) for has in tiles]
+
+
+def part(x, places):
+    """These places of a tensor; None of None, and where no row is left."""
+    return None if x is None or not len(x[places]) else x[places]
+
+
+def groups(model, lengths, answers, tiles, new, room):
+    """Slices of consecutive prompts, each as long as what it needs fits into `room` bytes.
+
+    lengths, answers, tiles: of each prompt its tokens (given texts included), how many answers are
+    drawn, and pictures. At least one prompt is in a group, whether it fits or not.
+    """
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        more = slice(start, end + 1)  # would the next prompt fit too?
+        need = memory.sampling(
+            model,
+            len(lengths[more]),
+            sum(answers[more]),
+            max(lengths[more]),
+            new,
+            max(tiles[more]),
+        )
+        if end == len(lengths) or need > room:
+            yield slice(start, end)
+            start = end
+
+
+def draw(samples, model, prompts, given, branches, pixel_values, image_sizes, masked, how):
+    """Draw the answers to one group of prompts and add them to `samples`."""
+    max_new_tokens, *_ = how
+
+    # 1. prefill: image, prompts and given texts, once
+    growing = prefill(
+        model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens
+    )
+    # 2. decode: one token of every answer at a time
+    drawn = decode(model, growing, *how)
     tokens, log_probs, lengths, finished = (x.cpu() for x in drawn)
 
-    samples, m = Samples([], [], []), 0
+    m = 0
     for row in branches:
         mine = range(m, m + len(row))
         samples.tokens.append([tokens[i, : lengths[i]] for i in mine])
         samples.log_probs.append([log_probs[i, : lengths[i]] for i in mine])
         samples.finished.append([bool(finished[i]) for i in mine])
         m += len(row)
-    return samples
 
 
 def prefill(model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens):
@@ -230,8 +305,9 @@ def generate(
 ):
     """k answers to each record's prompt -> a list of k texts for each record, in order.
 
-    Progress is shown on stderr when it takes long. split: the batches are divided among the
-    processes, all of which call this; greedy answers only, as one generator draws all.
+    batch_size: prompts whose images are decoded together; `sample` draws fewer at a time where
+    memory is short. split: the batches are divided among the processes, all of which call this;
+    greedy answers only, as one generator draws all. Progress is shown on stderr when it takes long.
     """
     examples = [processor.encode(replace(r, answers=())) for r in records]
     # prompts of similar length together: little padding

@@ -55,6 +55,7 @@ TOY = {
     "llm": "llm",
     "steps": 1900,
     "batch_size": 8,
+    "grad_accum": 1,
     "lr": 1.5e-3,
     "projector_lr": 1.5e-3,
     "save_every": 0,
@@ -65,7 +66,7 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     training.add_training_flags(
-        parser, lr=2e-5, projector_lr=2e-5, lora_rank=0, epochs=3, batch_size=128
+        parser, lr=2e-5, projector_lr=2e-5, lora_rank=0, epochs=3, batch_size=2, grad_accum=64
     )
     flag = parser.add_argument_group("supervised fine-tuning").add_argument
     flag("--vision", metavar="DIR_OR_HUB_ID", help="with --llm: a new model from this CLIP ...")
@@ -132,6 +133,8 @@ def main():
         skip_bad_rows=args.skip_bad_rows,
         check_images=args.check_images,
     )
+    shared = lambda _, examples: share_prompt(examples)
+    training.show_memory(args, device, dtype, rows, shared, together=True)
     if args.model:
         model, processor = checkpoints.load(
             args.model,

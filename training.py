@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import processes
@@ -78,8 +79,13 @@ def add_model_flags(parser, without):
     return group
 
 
-def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, schedule="cosine"):
-    """The flags that all trainers share, with the defaults of the script's paper."""
+def add_training_flags(
+    parser, lr, projector_lr, lora_rank, epochs, batch_size, grad_accum, schedule="cosine"
+):
+    """The flags that all trainers share, with the defaults of the script's paper.
+
+    Its batch is batch_size x grad_accum; batch_size rows of a LLaVA-NeXT-7B fit an 80 GB GPU.
+    """
     add_model_flags(parser, "the toy base model of --seed, and toy settings")
 
     flag = parser.add_argument_group("data and run folder").add_argument
@@ -112,7 +118,8 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, 
     flag(
         "--resume",
         action="store_true",
-        help="go on from the last checkpoint of --out; other flags must be the same",
+        help="go on from the last checkpoint of --out; other flags must be the same, but for the "
+        "micro-batches of a batch, --gradient-checkpointing and --workers",
     )
     flag(
         "--save-every",
@@ -142,9 +149,10 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, 
     flag(
         "--grad-accum",
         type=positive_int,
-        default=1,
+        default=grad_accum,
         metavar="N",
-        help="forward passes an optimizer step; N x batch size x processes is the batch",
+        help="forward passes an optimizer step; N x batch size x processes is the batch (default 1 "
+        "with a given --batch-size, else %(default)s / processes)",
     )
     flag(
         "--lr",
@@ -169,7 +177,8 @@ def add_training_flags(parser, lr, projector_lr, lora_rank, epochs, batch_size, 
         type=natural,
         default=lora_rank,
         metavar="N",
-        help="rank of LoRA on all linear layers of the LLM, alpha = 2 rank; 0 = full tuning "
+        help="rank of LoRA on all linear layers of the LLM, alpha = 2 rank; 0 = full tuning, "
+        "of a 7B 108 GB "
         "(default %(default)s)",
     )
     flag(
@@ -224,6 +233,11 @@ def parse(parser):
         )
     args.toy_world = None  # lab.toy.fill sets it
     processes.start(args.device)
+    if (
+        "grad_accum" not in args.given
+    ):  # of --batch-size, what was asked for; else the paper's batch
+        given = "batch_size" in args.given
+        args.grad_accum = 1 if given else math.ceil(args.grad_accum / processes.total)
     return args
 
 
@@ -236,13 +250,7 @@ def device_and_dtype(args):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and processes.total > 1:
         name = f"cuda:{processes.number}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(
-            f"--device {args.device} cannot be used: {str(error).splitlines()[0]}"
-        ) from None
+    device = device_of(name, "--device")
     torch.backends.cudnn.allow_tf32 = False  # on a GPU, float32 would round the tower's convolution
     dtype, has_bfloat16 = args.dtype, True
     if device.type == "cuda":  # emulated on cards before Ampere: slower than float32
@@ -255,6 +263,61 @@ def device_and_dtype(args):
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"
     return device, getattr(torch, dtype)
+
+
+def device_of(name, flag):
+    """The torch.device of this name, if it can be used. flag: where the name was given."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"{flag} {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def show_memory(
+    args, device, dtype, rows, packed=None, together=False, drawn=0, beside=(), **kinds
+):
+    """Print in one line what the run will need and what the device has; no weight is read.
+
+    packed: a function (processor, Examples) -> Examples as they are trained on, if not as they are.
+    together: rows of one image are packed in one. drawn: a row trains on so many answers of `new`
+    tokens. beside: other checkpoints on the same device. kinds: as `memory.peak`, `new` among them.
+    The longest row is looked for among the 64 with the most characters.
+    """
+    import torch
+
+    import memory
+    from formats import checkpoints, dataset
+
+    outline = functools.partial(checkpoints.load, dtype=dtype, device="meta")
+    if args.model:
+        model, processor = outline(args.model, template=args.template)
+    else:  # sft.py composes one
+        model, processor = checkpoints.compose(args.vision, args.llm, dtype, "meta")
+
+    groups = {}
+    for i, record in enumerate(rows.records):
+        key = record.image if together and record.image is not None else i
+        groups.setdefault(key, []).append(record)
+    letters = lambda records: sum(len("".join(r.turns + r.answers)) for r in records)
+    some = sorted(groups.values(), key=letters, reverse=True)[:64]
+    encoded = [dataset.encode(processor, r, together)[0] for group in some for r in group]
+    examples = [e for e in encoded if e]  # the others are refused later, with their reasons
+    if not examples:
+        return
+    examples = packed(processor, examples) if packed else examples
+    if drawn:
+        answers = [torch.zeros(kinds["new"])] * drawn
+        examples = [replace(e, answers=answers) for e in examples]
+    size = sum(memory.numbers(outline(name)[0]) for name in beside) * dtype.itemsize
+
+    load = memory.longest(model, examples, min(args.batch_size, len(rows.records)))
+    room = memory.available(device)
+    kinds |= {"beside": size, "shards": processes.total}
+    print(memory.says(model, args, load, device, room, **kinds), file=sys.stderr)
 
 
 # ---- run folder
@@ -305,6 +368,9 @@ def check_same_run(old, new):
     """Refuse to resume with other flags, versions or data, by name.
 
     The number of processes may change, if --grad-accum changes with it so that the batch does not.
+    So may what only costs memory or time, for a run that lacked memory: the micro-batches of the
+    same batch, and checkpointing. Up to rounding the steps are the same; where answers are drawn
+    for each micro-batch, the draws are others.
     """
     for kind in ("flags", "versions", "data"):
         if not isinstance(old.get(kind), dict):
@@ -315,10 +381,14 @@ def check_same_run(old, new):
         r | {"flags": r["flags"] | {"grad_accum": r["flags"]["grad_accum"] * r.get("processes", 1)}}
         for r in (old, new)
     )
+    may_change = {"gradient_checkpointing", "workers"}
+    batches = [r["flags"].get("batch_size", 1) * r["flags"]["grad_accum"] for r in (old, new)]
+    if batches[0] == batches[1]:
+        may_change |= {"batch_size", "grad_accum"}
     for kind in ("flags", "versions", "data"):
         for name in old[kind].keys() | new[kind].keys():
             was, is_now = old[kind].get(name), new[kind].get(name)
-            if was != is_now:
+            if was != is_now and name not in may_change:
                 what = flag_name(name) if kind == "flags" else name
                 what += " x processes" * (name == "grad_accum")
                 raise BadInput(

@@ -401,6 +401,7 @@ def compose(
 
     vision, llm: folders or hub ids.
     seed: of the projector's random weights.
+    device: on "meta" no weight is read.
 
     The tokenizer gets `<image>`, and `<pad>` if there is no padding token; a new row is the mean of
     the old ones. LLaVA's converter pads the rows to a multiple of 64. That is not done here: so few
@@ -422,11 +423,14 @@ def compose(
 
     # 2. build and fill the tower and the LLM
     tower = empty(transformers.CLIPVisionModel._from_config, clip_config, dtype, device)
-    fill(tower.state_dict(), tower_weights(clip_folder), clip_folder)
+    real = torch.device(device).type != "meta"
+    if real:
+        fill(tower.state_dict(), tower_weights(clip_folder), clip_folder)
     index = tensor_index(llm_folder)
     language = empty_llm(config, index.get("model.embed_tokens.weight"), dtype, device)
     tied = ("lm_head.weight",) if is_tied(language) else ()
-    fill(language.state_dict(), index, llm_folder, tied)
+    if real:
+        fill(language.state_dict(), index, llm_folder, tied)
 
     # 3. what is new: the image token, the projector, rows for new tokens
     tokenizer = read_tokenizer(llm_folder)

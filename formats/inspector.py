@@ -49,18 +49,32 @@ def main():
     file = layouts.read(args.file, args.images)
     why = pictures.unreadable([r.image for r in file.records], args.check_images)
     bad = [refused_row(r, why[r.image]) for r in file.records if r.image in why]
-    records, tokens = [r for r in file.records if r.image not in why], {}
+    records, tokens, fits = [r for r in file.records if r.image not in why], {}, None
     refused = file.refused + bad
     if args.model:
-        from formats import checkpoints  # brings transformers; without --model it is not needed
+        import torch  # without --model neither it nor transformers is needed
 
-        _, processor = checkpoints.load(
-            args.model, device="meta", template=args.template, max_length=args.max_length
+        import memory
+        from formats import checkpoints
+
+        model, processor = checkpoints.load(
+            args.model,
+            dtype=torch.bfloat16,
+            device="meta",
+            template=args.template,
+            max_length=args.max_length,
         )
         encoded = [(r, *dataset.encode(processor, r)) for r in records]
         records = [r for r, example, _ in encoded if example]
         refused = refused + [refused_row(r, why) for r, _, why in encoded if why]
-        tokens = lengths([example for _, example, _ in encoded if example])
+        examples = [example for _, example, _ in encoded if example]
+        tokens = lengths(examples)
+        if examples and len(examples[0].answers) == 2:
+            load = memory.longest(model, examples, memory.DPO.batch_size)
+            device, room = torch.device("cuda"), None
+            if torch.cuda.is_available():
+                room = memory.available(device)
+            fits = memory.says(model, memory.DPO, load, device, room)
 
     summary = {
         "layout": file.layout,
@@ -72,6 +86,7 @@ def main():
     }
     if args.model:
         summary["tokens"] = tokens
+        summary["memory"] = fits
     summary["samples"] = [
         sample_of(r) for r in random.Random(0).sample(records, min(3, len(records)))
     ]
@@ -125,5 +140,7 @@ def show(path, summary):
     for name, spread in summary.get("tokens", {}).items():
         shown = ", ".join(f"{key} {value}" for key, value in spread.items())
         print(f"  tokens of {name}: {shown}")
+    if summary.get("memory"):
+        print(f"  dpo.py's defaults in bfloat16: {summary['memory']}")
     for sample in summary["samples"]:
         print("".join(f"\n{key:>9}  {value}" for key, value in sample.items() if value is not None))

@@ -63,6 +63,19 @@ longer answer is the chosen one, and how often the reward model scores it higher
 SAMPLED = """First fifth of the steps → last fifth, means over seeds. Reward r includes the length term. Tokens are those of the
 answers drawn."""
 
+FITS = """Flags are those beside a script's defaults. A prompt is a photograph of 640 x 480 and 45 tokens of text; answers are
+of 100 tokens, in PPO of its `--max-new-tokens` (896), in online DPO of 256. bfloat16, LoRA rank 128, in PPO and the reward model 64.
+
+- **GiB, computed**: the peak of the command by `memory.py`, which counts from shapes; every script prints it for your data before it
+  reads weights. Scripts that sample need at least this, and use what else is free for answers at a time (POPE, CHAIR, BDHS, PPO).
+- **a step alone, measured**: one micro-batch, no gradients of others beside it, on an H200 (`gpu.json`). Of every such step the count
+  is within 3 %, and so is sampling within 8 % (`tests/test_memory.py`).
+- **minutes**: RLHF-V's 5,733 pairs, three epochs, from the measured seconds of a step; reference pass and evaluation come on top.
+- **fits**: the smallest of 24, 48 and 80 GB that holds it with 5 % and 1 GiB to spare.
+
+An annotator of 34 B parameters (`online_dpo.py`'s default, the paper's) takes 65 GiB of its own: `--annotator-device cuda:1`, or
+`--annotator endpoint` with a server. Full tuning of a 7B model takes 108 GB before activations."""
+
 REST = """## What BDHS writes
 
 Dark patches are hidden from attention, `|` is the cut, red words are not in the true answer.

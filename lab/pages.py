@@ -1,6 +1,6 @@
 """Tables of results/results.json and results/bench.json, for the pages that `lab.reproduce --report` writes.
 
-README.md holds three parts between `<!-- begin NAME -->` and `<!-- end NAME -->`; `fill` writes them anew. results/README.md is
+README.md holds parts between `<!-- begin NAME -->` and `<!-- end NAME -->`; `fill` writes them anew. results/README.md is
 written as a whole: `results_page`. The papers' claims are in lab/claims.py.
 """
 
@@ -8,7 +8,7 @@ import re
 import statistics
 from pathlib import Path
 
-from lab import claims, report
+from lab import claims, fits, report
 from lab.rows import FAMILIES, FIGURES, ROWS, after, bases, changes, figure, mean, policies
 
 LOGGED = {  # what a run that samples logs: column
@@ -217,6 +217,7 @@ def blocks(cells, bench, gpu):
         "results": f"{front_table(cells)}\n\n{findings}",
         "speed": bench_table(bench),
         "gpu": gpu_table(gpu),
+        "fits": markdown(fits.HEAD, fits.lines(gpu)[: fits.FRONT]),
     }
 
 
@@ -230,7 +231,7 @@ def fill(text, parts):
     return text
 
 
-def results_page(cells):
+def results_page(cells, gpu):
     """results/README.md."""
     parts = [claims.INTRODUCTION, table(cells), claims.CHARTS]
     parts += ["## What the papers claim, and what happens here", claims.HOW_TO_READ]
@@ -247,5 +248,6 @@ def results_page(cells):
     parts += ["## Reward models", claims.REWARD_MODELS, reward_table(cells)]
     parts.append("\n".join(f"- {text}" for text in claims.reward_observations(cells)))
     parts += ["## What was sampled during training", claims.SAMPLED, log_table(cells)]
-    parts += [claims.REST]
+    parts += ["## What fits where, and how long it takes", claims.FITS]
+    parts += [markdown(fits.HEAD, fits.lines(gpu)), claims.REST]
     return "\n\n".join(parts) + "\n"

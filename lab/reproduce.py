@@ -96,11 +96,11 @@ def write_pages(cells, folder):
     chart.draw(cells, folder / "chart.png", "recall", "present objects still mentioned")
     right = "right answers to hard questions"
     chart.draw(cells, folder / "chart_pope.png", "POPE adversarial", right)
-    (folder / "README.md").write_text(pages.results_page(cells), encoding="utf-8")
+    gpu = json.loads((ROOT / "results" / "gpu.json").read_text())
+    (folder / "README.md").write_text(pages.results_page(cells, gpu), encoding="utf-8")
     if folder.resolve() == ROOT / "results":
         bench = json.loads((folder / "bench.json").read_text())
         front = ROOT / "README.md"
-        gpu = json.loads((folder / "gpu.json").read_text())
         text = pages.fill(front.read_text(encoding="utf-8"), pages.blocks(cells, bench, gpu))
         front.write_text(text, encoding="utf-8")
 

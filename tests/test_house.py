@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "processes attention lora noise prefetch formats.files formats.anyres formats.weights "
     "lab.drawing",
     "nf4 formats.pictures",
-    "model lab.toyworld",
+    "model memory lab.toyworld",
     "sharding data formats.adapters",
     "sampling facts formats.layouts formats.llava_original formats.chat",
     "formats.dataset formats.instruct formats.checkpoints",
@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "lab.report",
     "sft dpo online_dpo bdhs povid reward_model ppo sample",
     "lab.rows lab.similarity",
-    "lab.claims lab.chart",
+    "lab.claims lab.chart lab.fits",
     "lab.pages",
     "lab.reproduce lab.bench_attention lab.bench_trl",
     "lab.bench_gpu",

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from PIL import Image
 
@@ -98,7 +99,10 @@ def test_what_a_checkpoint_refuses(inspect, monkeypatch, checkpoint, tmp_path):
 
     model = ("--model", checkpoint, "--template", "plain", "--max-length", 40)
     found = json.loads(inspect(file, *flags, *model))
-    assert seen == [(str(checkpoint), {"device": "meta", "template": "plain", "max_length": 40})]
+    how = {"device": "meta", "dtype": torch.bfloat16, "template": "plain", "max_length": 40}
+    assert seen == [(str(checkpoint), how)]
+    assert found["memory"].startswith("memory: 0.0 GiB at the peak (weights 0.0, trained 0.0, ")
+    assert "2 x" in found["memory"]
     assert (found["rows"], found["pairs"], [r["row"] for r in found["refused"]]) == (3, 1, [1, 2])
     assert [sample["chosen"] for sample in found["samples"]] == ["A cup."]
     assert found["tokens"]["prompt"]["max"] <= 40

@@ -30,6 +30,7 @@ def flags(**changed):
         judge_url=None,
         judge_model=None,
         judge_key_file=None,
+        annotator_device=None,
         judge_workers=2,
         facts=None,
         missing_facts="refuse",
@@ -400,8 +401,26 @@ def test_flags_of_another_annotator():
         flag = "--" + name.replace("_", "-")
         with pytest.raises(BadInput, match=f"{flag} is for --annotator endpoint"):
             judge.make(flags(annotator="oracle", **{name: "x"}))
+    with pytest.raises(BadInput, match="--annotator-device is for a reward model or a checkpoint"):
+        judge.make(flags(annotator="oracle", annotator_device="cpu"))
     with pytest.raises(BadInput, match="nowhere: no such folder"):
         judge.make(flags(annotator="nowhere"))
+
+
+def test_the_annotator_has_a_device_of_its_own(monkeypatch):
+    """Without the flag it shares the policy's, and its weights count there."""
+    asked = []
+    monkeypatch.setattr(judge, "ask_checkpoint", lambda name, device, dtype: asked.append(device))
+    policy, beside = torch.device("meta"), judge.beside_the_policy
+    alone, own = flags(annotator="llava"), flags(annotator="llava", annotator_device="cpu")
+    judge.make(alone, policy)
+    judge.make(own, policy)
+    assert asked == [policy, torch.device("cpu")]
+    assert beside(alone, policy) == ["llava"] and beside(own, policy) == []
+    assert beside(own, torch.device("cpu")) == ["llava"]
+    assert beside(flags(annotator="oracle"), policy) == beside(flags(), policy) == []
+    with pytest.raises(BadInput, match="--annotator-device nowhere cannot be used"):
+        judge.make(flags(annotator="llava", annotator_device="nowhere"), policy)
 
 
 # ---- an endpoint

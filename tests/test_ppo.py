@@ -37,6 +37,7 @@ def settings(**changed):
     flags = dict(
         seed=0,
         batch_size=4,
+        sample_batch_size=4,
         grad_accum=1,
         samples=2,
         minibatches=1,
@@ -256,7 +257,7 @@ def test_the_papers_rloo(command, monkeypatch):
     monkeypatch.setattr(
         ppo, "rloo", lambda rewards: seen.append(rewards.shape) or torch.zeros_like(rewards)
     )
-    out = command("a", *flags.split(), "--batch-size", "2", "--steps", "1")
+    out = command("a", *flags.split(), "--batch-size", "2", "--grad-accum", "1", "--steps", "1")
     given = json.loads((out / "args.json").read_text())["flags"]
     names = ("samples", "lr", "kl_coef", "minibatches", "passes", "epochs")
     assert [given[name] for name in names] == [4, 3e-4, 0.4, 1, 1, 2]

@@ -293,10 +293,10 @@ def test_fill_by_hand():
 
 def test_pages_are_those_of_the_results(cells):
     """`python -m lab.reproduce --report` would change nothing."""
-    assert (ROOT / "results" / "README.md").read_text() == pages.results_page(cells)
+    gpu = json.loads((ROOT / "results" / "gpu.json").read_text())
+    assert (ROOT / "results" / "README.md").read_text() == pages.results_page(cells, gpu)
     bench = json.loads((ROOT / "results" / "bench.json").read_text())
     readme = (ROOT / "README.md").read_text()
-    gpu = json.loads((ROOT / "results" / "gpu.json").read_text())
     assert pages.fill(readme, pages.blocks(cells, bench, gpu)) == readme
     first = cells["dpo"]["0"]
     assert report.table({"before": first["before"], "after": first["after"]}) in readme

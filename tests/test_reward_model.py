@@ -632,7 +632,7 @@ def test_captions_are_drawn_anew(command, monkeypatch):
     watch = Watch(monkeypatch)
     flags = ("--facts", "facts.json", "--max-facts", "1", "--batch-size", "1", "--grad-accum", "4")
     out = command("a", *flags, "--epochs", "12", "--lr", "1e-9")
-    setup, run = watch.trained[:20], watch.trained[20:]
+    setup, run = watch.trained[20:40], watch.trained[40:]  # after 20 for the memory
     assert len({where for where, _ in setup}) == 20 and len(run) == 12 * 16
     which = [next(i for i, c in enumerate(CAPTIONS) if c in turn) for _, turn in run]
     assert all(sum(c in turn for c in CAPTIONS) == 1 for _, turn in run)
@@ -670,7 +670,7 @@ def test_who_is_trained_on_and_who_is_held_out(command, monkeypatch):
     picture = {f"povid.json, row {i}": i // 2 for i in range(10)}
     picture |= {f"two.json, row {i}": 5 + i // 2 for i in range(10)}
     picture |= {f"more.json, row {i}": (19 - i) // 2 for i in range(20)}
-    trained = [where for where, turn in watch.trained][20 + 4 :]  # the first are looked at
+    trained = [where for where, turn in watch.trained][10 + 20 + 4 :]  # the first are looked at
     first, second = set(trained[:16]), set(trained[16:])
     assert len(trained) == 32 and len(first) == 16 and first == second
     assert trained[:16] != trained[16:] and trained[:16] != sorted(trained[:16])

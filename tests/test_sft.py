@@ -71,14 +71,15 @@ def test_the_model_is_that_of_the_flags(call, monkeypatch):
         seen.append(args)
         raise Stop
 
+    monkeypatch.setattr(training, "show_memory", lambda *_, **__: None)
     monkeypatch.setattr(checkpoints, "load", stop)
     monkeypatch.setattr(checkpoints, "compose", stop)
     flags = ["--data", "rows.json", "--device", "cpu", "--dtype", "bfloat16", "--max-length", 99]
     flags += ["--seed", 7, "--image-aspect", "checkpoint"]
     kind = (torch.bfloat16, torch.device("cpu"))
     for more, want in (
-        (["--model", "M", "--template", "plain"], ("M", *kind, "plain", "checkpoint", 99)),
-        (["--model", "M"], ("M", *kind, None, "checkpoint", 99)),
+        (["--model", "M", "--template", "plain"], ("M", *kind, "plain", "checkpoint", 99, None)),
+        (["--model", "M"], ("M", *kind, None, "checkpoint", 99, None)),
         (["--vision", "V", "--llm", "L"], ("V", "L", *kind, "vicuna_v1", "checkpoint", 7, 99)),
         (
             ["--vision", "V", "--llm", "L", "--template", "plain"],

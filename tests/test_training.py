@@ -284,7 +284,10 @@ def test_the_papers_defaults(monkeypatch, script):
 
     args = parsed()
     assert (args.lr, args.projector_lr, args.lora_rank) == (1e-6, 2e-6, 128)
-    assert (args.epochs, args.steps, args.batch_size, args.grad_accum) == (3, None, 32, 1)
+    assert (args.epochs, args.steps, args.batch_size * args.grad_accum) == (3, None, 32)
+    assert args.batch_size == 2  # what fits 80 GB, see tests/test_memory.py
+    args = parsed("--batch-size", "8")
+    assert (args.batch_size, args.grad_accum) == (8, 1)  # the batch that was asked for
     assert (args.loss, args.beta, args.seed, args.save_every) == ("dpo", None, 0, 100)
     assert parsed("--loss", "ipo", "--beta", "0.8").beta == 0.8
     if script is online_dpo:
@@ -332,7 +335,7 @@ def test_toy_settings_are_for_flags_that_are_not_given(resolved, script):
     args = resolved(script, "--data", "mine.json")
     assert args.data == ["mine.json"] and args.images is None and args.toy_world == "toy-0"
     args = resolved(script, "--model", "m", "--data", "d.json", "--steps", "5")
-    assert (args.steps, args.lr, args.beta, args.batch_size) == (5, 1e-6, 0.1, 32)
+    assert (args.steps, args.lr, args.beta, args.batch_size) == (5, 1e-6, 0.1, 2)
     assert args.toy_world is None
 
 
@@ -973,3 +976,20 @@ def test_pairs_of_text_alone_where_the_projector_alone_trains(train, tmp_path, s
     flags = ("--lr", 0, "--projector-lr", 1e-3, "--epochs", 1, "--batch-size", 1, "--grad-accum", 5)
     (line,) = lines_of(train(script, "run", *flags))
     assert line["loss"] == pytest.approx(math.log(2)) and line["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("changed, refused", [
+    ({"gradient_checkpointing": True}, None),
+    ({"batch_size": 2, "grad_accum": 16}, None),
+    ({"batch_size": 2}, "--batch-size was 8 and is now 2"),
+    ({"grad_accum": 2}, "--grad-accum x processes was 4 and is now 2"),
+    ({"lora_rank": 8}, "--lora-rank was 16 and is now 8"),
+])  # fmt: skip
+def test_a_run_that_lacked_memory_goes_on_with_less(changed, refused):
+    """The same batch in smaller parts, and checkpointing; not another batch, nor another model."""
+    flags = {"batch_size": 8, "grad_accum": 4, "gradient_checkpointing": False, "lora_rank": 16}
+    old, new = ({"flags": f, "versions": {}, "data": {}} for f in (flags, flags | changed))
+    if refused is None:
+        return training.check_same_run(old, new)
+    with pytest.raises(BadInput, match=refused):
+        training.check_same_run(old, new)
