@@ -236,6 +236,35 @@ def test_one_run_folder(both):
     assert folders - {"images"} == kept
 
 
+@pytest.mark.parametrize("bucket", [1, 6, 100])
+def test_sums_of_gradients(monkeypatch, bucket):
+    """Of another process that has as much, and lacks the last: in one collective, or in several."""
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (3,), (1,), (2,))]
+    params[0].grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    params[3].grad = torch.tensor([5.0, 6.0])
+    other = [True, True, False, False]  # which gradients the other process has
+    monkeypatch.setattr(processes, "total", 2)
+    monkeypatch.setattr(processes, "gathered", lambda mine: [mine, other])
+    collectives = []
+    monkeypatch.setattr(processes, "all_reduced", lambda x: collectives.append(len(x)) or x + 10)
+    processes.add_gradients(params, bucket)
+    assert params[0].grad.tolist() == [[11, 12], [13, 14]]
+    assert params[1].grad.tolist() == [10] * 3 and params[3].grad.tolist() == [15, 16]
+    assert params[2].grad is None  # Adam must not move it: it does not with one process
+    assert collectives == {1: [4, 3, 2], 6: [4, 5], 100: [9]}[bucket]
+
+
+def test_other_weights_are_refused(monkeypatch):
+    """Processes that start from different weights would train on, worse."""
+    named = {"a": torch.ones(3), "b": torch.ones(2)}
+    monkeypatch.setattr(processes, "total", 2)
+    monkeypatch.setattr(processes, "gathered", lambda mine: [mine, mine])
+    processes.check_same(named)
+    monkeypatch.setattr(processes, "gathered", lambda mine: [mine, [3.0, 2.5]])
+    with pytest.raises(BadInput, match="b differs between the processes"):
+        processes.check_same(named)
+
+
 # ---- a process that fails
 
 
