@@ -1528,11 +1528,11 @@ def test_no_white_space_is_left_at_the_ends():
 
 
 def test_the_flags_of_the_model_reach_it(monkeypatch, tmp_path, files):
-    """Prompt template, image aspect and longest row, as dpo.py."""
+    """Prompt template, image aspect, longest row and 4 bits, as dpo.py."""
     monkeypatch.chdir(files)
     flags = ["--model", "M", "--data", "povid.json", "--images", "images", "--device", "cpu"]
     flags += ["--dtype", "bfloat16", "--template", "plain", "--image-aspect", "checkpoint"]
-    monkeypatch.setattr(sys, "argv", ["bdhs.py", *flags, "--max-length", "99"])
+    monkeypatch.setattr(sys, "argv", ["bdhs.py", *flags, "--max-length", "99", "--quantize", "nf4"])
     seen = []
 
     def stop(*args):
@@ -1544,4 +1544,4 @@ def test_the_flags_of_the_model_reach_it(monkeypatch, tmp_path, files):
     with pytest.raises(KeyboardInterrupt):
         bdhs.main()
     kind = (torch.bfloat16, torch.device("cpu"))
-    assert seen == [("M", *kind, "plain", "checkpoint", 99)]
+    assert seen == [("M", *kind, "plain", "checkpoint", 99, "nf4")]

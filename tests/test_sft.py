@@ -78,8 +78,14 @@ def test_the_model_is_that_of_the_flags(call, monkeypatch):
     flags += ["--seed", 7, "--image-aspect", "checkpoint"]
     kind = (torch.bfloat16, torch.device("cpu"))
     for more, want in (
-        (["--model", "M", "--template", "plain"], ("M", *kind, "plain", "checkpoint", 99, None)),
-        (["--model", "M"], ("M", *kind, None, "checkpoint", 99, None)),
+        (
+            ["--model", "M", "--template", "plain"],
+            ("M", *kind, "plain", "checkpoint", 99, None),
+        ),
+        (
+            ["--model", "M", "--quantize", "nf4", "--lora-rank", 4],
+            ("M", *kind, None, "checkpoint", 99, "nf4"),
+        ),
         (["--vision", "V", "--llm", "L"], ("V", "L", *kind, "vicuna_v1", "checkpoint", 7, 99)),
         (
             ["--vision", "V", "--llm", "L", "--template", "plain"],
