@@ -130,7 +130,7 @@ def sample(
                 branches[some],
                 part(pixel_values, shown),
                 part(image_sizes, images),
-                part(masked, (some, slice(max(map(len, prompts[some]))))),
+                part(masked, some),
                 (max_new_tokens, temperature, stop_ids, generator),
             )
     model.train(training)
