@@ -198,7 +198,8 @@ def parse():
         type=positive_int,
         default=64,
         metavar="N",
-        help="prompts answered at a time; fewer where memory is short (default %(default)s)",
+        help="prompts that a process answers at a time; fewer where memory is short "
+        "(default %(default)s)",
     )
     flag(
         "--max-new-tokens",
@@ -788,7 +789,7 @@ def main():
         chosen = []
         for number in range(step * args.minibatches, (step + 1) * args.minibatches):
             chosen += training.batch_of(number, args, len(examples))[0]
-        mine = processes.share(list(enumerate(chunks(chosen, args.batch_size))))
+        mine = processes.share(list(enumerate(chunks(chosen, args.sample_batch_size))))
         processor.prefetch.expect([examples[i].record.image for _, part in mine for i in part])
         save = lambda: training.save_checkpoint(out, step, model, optimizer)
         kept = training.readable(mine, processor, examples, args, out, save)

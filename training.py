@@ -498,8 +498,9 @@ def readable(micro_batches, processor, examples, args, out, save):
 
 def stop(why, save):
     """Write a checkpoint of what was trained so far, and raise BadInput."""
-    if processes.total == 1:
-        save()
+    if processes.total > 1:
+        raise BadInput(f"{why} --resume goes on from the last checkpoint.")
+    save()
     raise BadInput(f"{why} The steps before are saved; --resume goes on from there.")
 
 

@@ -987,7 +987,10 @@ def test_offline_file_is_read_by_dpo_and_resumes(run, files, checkpoint):
     assert found.layout == "povid" and len(found.records) == len(rows) and not found.refused
     told = json.loads((files / "whole" / "statistics.json").read_text())
     assert told["answers"] == 5 == sum(told["tries"].values()) == sum(told["similarity"].values())
-    assert len(rows) == 5 - told["left out: equal to y+, empty or too long"] and "visible image tokens" in out
+    assert (
+        len(rows) == 5 - told["left out: equal to y+, empty or too long"]
+        and "visible image tokens" in out
+    )
     Image.open(files / "whole" / "negatives.png").verify()
 
     run(*flags, "--out", "part", cwd=files)
