@@ -699,6 +699,9 @@ def test_columns_of_a_parquet_file(images, tmp_path, monkeypatch):
     assert shown(image=(pa.binary(), [None, blue, b""])) == [None, BLUE, None]
     for inner, put in ((kind, cell), (pa.binary(), lambda data: data)):
         listed = [[put(red)], [], [put(red), put(blue)]]
+        full = [[put(red)], [put(blue)], [put(red), put(blue)]]
+        assert shown(images=(pa.list_(inner), full))[:2] == [RED, BLUE]
+        assert shown(images=(pa.list_(inner), full))[2].startswith("the row has 2 pictures")
         *first, why = shown(images=(pa.list_(inner), listed))
         assert first == [RED, None] and why.startswith("the row has 2 pictures")
         assert shown(images=(pa.list_(inner), [[put(blue)], None, [None, put(red)]])) == [
