@@ -19,6 +19,7 @@ import training
 from common import BadInput, Parser, not_negative, positive_int, run
 from data import Record
 from formats import adapters, checkpoints
+from formats.layouts import take_placeholder
 from lab import toy
 from sampling import generate
 
@@ -83,8 +84,9 @@ def main():
     given = args.template, args.image_aspect, args.quantize
     template, aspect, quantize = adapters.as_trained(args.adapter, *given)
     model, processor = checkpoints.load(name, dtype, device, template, aspect, quantize=quantize)
-    training.show_prompt(processor, args.prompt)
-    records = [Record(f"--image {file}", Path(file), (args.prompt,)) for file in args.image]
+    (prompt,) = take_placeholder((args.prompt,), args.image)  # `<image>` is the picture's place
+    training.show_prompt(processor, prompt)
+    records = [Record(f"--image {file}", Path(file), (prompt,)) for file in args.image]
 
     def answers():
         """k answers about each image."""
@@ -106,7 +108,7 @@ def main():
 
     width = shutil.get_terminal_size((120, 0)).columns
     for record, *texts in zip(records, *columns):
-        print(f"{record.image}  {args.prompt}")
+        print(f"{record.image}  {prompt}")
         if args.adapter:
             print("\n".join(side_by_side(["BEFORE", "AFTER"], width)))
         for row in zip(*texts):

@@ -817,9 +817,9 @@ def test_what_is_given_in_the_place_of_data(tmp_path):
         return str(error.value).removeprefix(f"{path}: ")
 
     for name, why in (
-        ("config.json", "a model; --data takes files."),
-        ("adapter_config.json", "an adapter; --data takes files."),
-        ("args.json", "a run folder; --data takes files."),
+        ("config.json", "a model; a data file is needed."),
+        ("adapter_config.json", "an adapter; a data file is needed."),
+        ("args.json", "a run folder; a data file is needed."),
     ):
         (tmp_path / name).write_text('{\n "data": [1],\n "x": 2\n}')
         assert refused(tmp_path) == why
