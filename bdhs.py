@@ -78,7 +78,6 @@ Metrics: those of dpo.py; `negatives/similarity` to y+, `negatives/tries`, `nega
 given pair aside) and count as 0 in the means of the step.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -524,7 +523,7 @@ def offline(args, out, examples, drawer):
         text = " ".join(negative["text"].split())
         equal = text == " ".join(record.answers[0].split())
         if not equal and encode_negative(record, text, drawer.processor):
-            rows.append(povid_row(record, negative, image_name(record.image, images, out)))
+            rows.append(povid_row(record, negative, dataset.image_name(record.image, images, out)))
     if not rows:
         raise BadInput(
             "no answer came out different from y+; hide more (--rho), or try more often (--tries)."
@@ -604,22 +603,6 @@ def povid_row(record, negative, image):
         turns = enumerate([*human, answer])
         row[key] = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in turns]
     return row
-
-
-def image_name(image, images, out):
-    """An image's path below the folder `images`.
-
-    One inside a parquet file is written to out/images first, under its file and row.
-    """
-    if not hasattr(image, "read"):
-        return Path(os.path.abspath(image)).relative_to(images).as_posix()
-    encoded = image.read()
-    path = out / "images" / f"{Path(image.file).stem}_{image.row}.jpg"
-    if path.exists() and path.read_bytes() != encoded:  # another file of the same name
-        path = path.with_stem(hashlib.sha256(encoded).hexdigest()[:16])
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(encoded)
-    return path.name
 
 
 # ---- online: a loss

@@ -320,7 +320,7 @@ def new_folder(path):
 class Progress:
     """One line on stderr for long work: done of total, values, rate, time left.
 
-    Redrawn in place on a terminal, printed every 10 s elsewhere.
+    Redrawn in place on a terminal, printed every 10 s elsewhere; never without a label.
     """
 
     def __init__(self, label, total, done=0):
@@ -329,7 +329,7 @@ class Progress:
 
     def __call__(self, done, values=""):
         now, live, last = time.time(), sys.stderr.isatty(), done >= self.total
-        if not last and now - self.shown <= (0.2 if live else 10):
+        if not self.label or (not last and now - self.shown <= (0.2 if live else 10)):
             return
         self.shown = now
         rate = (done - self.first) / max(now - self.begin, 1e-9)

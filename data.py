@@ -103,6 +103,7 @@ class Processor:
     template: str  # a key of TEMPLATES, or OWN
     image_aspect: str  # "pad": to a square, as LLaVA-1.5 was trained; "checkpoint": centre crop
     max_length: int  # the longest prompt + answer, tokens
+    ask: str = ""  # stands behind the last user turn: the attributes that steerlm.py asks for
     anyres: object = None  # the AnyRes of LLaVA-NeXT; with it, image_aspect has no effect
     own: Template | None = None  # what OWN means
     embeddings: int | None = None  # how many tokens have a row in the LLM's embeddings
@@ -228,6 +229,7 @@ class Processor:
                 dialogue.append((self.answer_pieces(text), True))
             else:
                 image_tokens = self.tokens_of(record.image) if i == 0 else 0
+                text += self.ask if i == len(record.turns) - 1 else ""
                 dialogue.append((self.user_pieces(text, i == 0, image_tokens), False))
         prompt, prompt_scored = self.ids_of(dialogue, record.where)
         P = len(prompt)

@@ -5,13 +5,16 @@ from pathlib import Path
 import processes
 import training
 from common import BadInput, positive_int, refuse_below_file
+from formats import ratings
 
 
 def add_flags(parser):
     """Flags that all evaluation scripts have."""
     flag = training.add_model_flags(parser, "give --answers").add_argument
     flag("--adapter", metavar="DIR", help="PEFT adapter to put on it, such as a run's adapter/")
-    flag = parser.add_argument_group("evaluation").add_argument
+    group = parser.add_argument_group("evaluation")
+    flag = group.add_argument
+    ratings.add_attributes_flag(group)
     flag(
         "--images",
         metavar="DIR",
@@ -58,6 +61,7 @@ def load(args):
     model, processor = checkpoints.load(
         args.model, dtype, device, template, aspect, quantize=quantize
     )
+    processor.ask = ratings.request(args.attributes) if args.attributes else ""
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     training.show_prompt(processor)

@@ -41,6 +41,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,7 @@ Then give the reason in one sentence."""
 VERDICT = re.compile(r"\W*better:\W*(?:response )?(1|2|equal)\W*", re.IGNORECASE)
 # A checkpoint writes the first line and a little more; its reason is not read.
 VERDICT_TOKENS = 16
+REPLY_TOKENS = 1024  # of an endpoint: a verdict and its reason, with room for some thought
 RETRY = (408, 409, 429, 500, 502, 503, 504, 529)  # statuses for which another try may help
 
 
@@ -182,21 +184,47 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
         facts = known_facts(args, records) if reads_facts else {}
         return score_by_reward_model(args.annotator, facts, device, dtype)
 
-    # the oracle, a checkpoint, a server
     if args.annotator == "oracle":
         return oracle()
+    return pairwise(asker(args, device, dtype, VERDICT_TOKENS))
+
+
+def asker(args, device, dtype, max_tokens, usage=None):
+    """What asks --annotator, a checkpoint or a server: a function [(record, question)] -> replies.
+
+    max_tokens: of a checkpoint's reply. usage: see `ask_endpoint`.
+    """
     if args.annotator != "endpoint":
-        return pairwise(ask_checkpoint(args.annotator, device, dtype))
+        return ask_checkpoint(args.annotator, device, dtype, max_tokens)
     args.judge_url = args.judge_url or os.environ.get("OPENAI_BASE_URL")
     if not args.judge_url or not args.judge_model:
         raise BadInput(
             "--annotator endpoint needs --judge-url (or OPENAI_BASE_URL) and --judge-model."
         )
     key = read_key(args.judge_key_file)
-    return pairwise(ask_endpoint(args.judge_url, args.judge_model, key, args.judge_workers))
+    return ask_endpoint(args.judge_url, args.judge_model, key, args.judge_workers, usage=usage)
 
 
 # ---- the toy world's truth
+
+
+def world_of(record):
+    """The Oracle of the world that a record's image belongs to."""
+    folder = record.image.resolve().parent.parent if isinstance(record.image, Path) else None
+    if folder is None or not (folder / "scenes.json").is_file():
+        raise BadInput(
+            f"{record.where}: the oracle knows pictures of a toy world, "
+            "with scenes.json beside their folder."
+        )
+    return known_world(folder)
+
+
+@functools.lru_cache
+def known_world(folder):
+    """The Oracle of a world's folder."""
+    from lab.oracle import Oracle
+
+    return Oracle(folder)
 
 
 def oracle():
@@ -207,24 +235,12 @@ def oracle():
     object; a missing one is an error. A description may leave objects out, but not all of them: if
     it names none, every missed object is an error. Otherwise silence would be the best answer.
     """
-    from lab.oracle import Oracle
-
-    worlds = functools.lru_cache(Oracle)
 
     def score(records, answers):
         """Scores by the scenes of the images."""
         scores = []
         for record, texts in zip(records, answers, strict=True):
-            folder = None
-            if isinstance(record.image, Path):
-                folder = record.image.resolve().parent.parent
-            if folder is None or not (folder / "scenes.json").is_file():
-                raise BadInput(
-                    f"{record.where}: the oracle knows pictures of a toy world, "
-                    "with scenes.json beside their folder."
-                )
-
-            world = worlds(folder)
+            world = world_of(record)
             prompt = record.turns[-1]
             describe = world.question(record.image, prompt)[0] == "describe"
             counts = [world.judge(record.image, prompt, text) for text in texts]
@@ -317,7 +333,7 @@ def score_by_reward_model(folder, facts, device="cpu", dtype=torch.float32):
 
 
 def pairwise(ask):
-    """A scorer that compares answers two by two. ask: [(record, question)] -> [reply or None]."""
+    """A scorer that compares answers two by two. ask: [(record, question)] -> replies, or None."""
     reported = set()  # the kinds of unreadable verdicts that have been printed
 
     def score(records, answers):
@@ -336,7 +352,7 @@ def pairwise(ask):
             for first, second in ((a, b), (b, a)):
                 text = question(records[i], different[i][first], different[i][second])
                 questions.append((records[i], text))
-        replies = ask(questions) if questions else []
+        replies = list(ask(questions)) if questions else []
 
         # count the verdicts that agree: the same answer won in both orders, or neither did
         points = [[[] for _ in texts] for texts in different]
@@ -389,10 +405,10 @@ def verdict(reply):
     return {"1": 1, "2": -1, "equal": 0}[verdicts[0]] if len(verdicts) == 1 else None
 
 
-def ask_checkpoint(name, device="cpu", dtype=torch.float32):
-    """A LLaVA folder or hub id -> `ask`. Decoding is greedy."""
+def ask_checkpoint(name, device="cpu", dtype=torch.float32, max_tokens=VERDICT_TOKENS):
+    """A LLaVA folder or hub id -> `ask`. Decoding is greedy, up to `max_tokens`."""
     model, processor = checkpoints.load(name, dtype, device)
-    processor.max_length -= VERDICT_TOKENS
+    processor.max_length -= max_tokens
     training.show_prompt(processor, who="annotator: ")
 
     def ask(questions):
@@ -407,7 +423,7 @@ def ask_checkpoint(name, device="cpu", dtype=torch.float32):
             fitting[i] = query
 
         texts = generate(
-            model, processor, list(fitting.values()), VERDICT_TOKENS, batch_size=8, label="judge"
+            model, processor, list(fitting.values()), max_tokens, batch_size=8, label="judge"
         )
         replies = [None] * len(questions)
         for i, (reply,) in zip(fitting, texts):
@@ -451,8 +467,21 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def ask_endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.0):
-    """A server's chat completions -> `ask`.
+def ask_endpoint(
+    url,
+    model,
+    key="",
+    workers=8,
+    timeout=120.0,
+    tries=6,
+    pause=1.0,
+    max_tokens=REPLY_TOKENS,
+    usage=None,
+):
+    """A server's chat completions -> `ask`, which yields the replies in order as they come.
+
+    max_tokens bounds a reply: a model that rambles is paid for. usage: a Counter that gets the
+    server's counts, "requests", "tokens in", "tokens out".
 
     `workers` requests run at a time. Each is tried up to `tries` times. The pauses between tries
     are `pause` seconds, twice that, four times that, ..., or as long as the server says; a minute
@@ -470,8 +499,9 @@ def ask_endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    options = {"temperature": 0}
-    stop = threading.Event()
+    options = {"temperature": 0, "max_tokens": max_tokens}
+    usage = Counter() if usage is None else usage
+    stop, counting = threading.Event(), threading.Lock()
 
     def clean(text):
         """The server's words, short and without the key."""
@@ -504,9 +534,19 @@ def ask_endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.
         except (ValueError, LookupError, TypeError, RecursionError):
             shown = clean(content.decode("utf-8", "replace"))
             return None, f"a reply that is no chat completion ({shown})", 0
+        count(json.loads(content).get("usage"))
         if not isinstance(reply, str):
             return "", "", 0  # null: the model declined
         return reply, "", 0
+
+    def count(tokens):
+        """Add what the server says of one reply; not every server says it."""
+        tokens = tokens if isinstance(tokens, dict) else {}
+        with counting:
+            usage["requests"] += 1
+            for name, key in (("tokens in", "prompt_tokens"), ("tokens out", "completion_tokens")):
+                if isinstance(tokens.get(key), int):
+                    usage[name] += tokens[key]
 
     def refused(error, body):
         """What `once` returns or raises for a status other than 200."""
@@ -517,9 +557,14 @@ def ask_endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.
                 message = ""
         status = f"status {error.code} ({message})"
 
-        # some servers, such as those of reasoning models, accept no temperature but their own
+        # some servers, such as those of reasoning models, accept no temperature but their own, and
+        # have another name for the bound
         if error.code == 400 and "temperature" in message and "temperature" in body:
             options.pop("temperature", None)
+            return None, status, 0
+        if error.code == 400 and "max_completion_tokens" in message and "max_tokens" in body:
+            options.pop("max_tokens", None)
+            options["max_completion_tokens"] = max_tokens
             return None, status, 0
         if error.code not in RETRY:
             raise NoAnswer(
@@ -552,7 +597,7 @@ def ask_endpoint(url, model, key="", workers=8, timeout=120.0, tries=6, pause=1.
         stop.clear()
         with ThreadPoolExecutor(workers) as pool:
             try:
-                return list(pool.map(patient, questions))
+                yield from pool.map(patient, questions)
             except BaseException:
                 stop.set()  # the other questions need not wait for their next try
                 raise

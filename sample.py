@@ -18,8 +18,7 @@ from pathlib import Path
 import training
 from common import BadInput, Parser, not_negative, positive_int, run
 from data import Record
-from formats import adapters, checkpoints
-from formats.layouts import take_placeholder
+from formats import adapters, checkpoints, ratings
 from lab import toy
 from sampling import generate
 
@@ -29,7 +28,8 @@ def parse():
     parser = Parser(__doc__)
     flag = training.add_model_flags(parser, "the toy base model of --seed").add_argument
     flag("--adapter", metavar="DIR", help="PEFT adapter: answer without it, then with it")
-    flag = parser.add_argument_group("question").add_argument
+    group = parser.add_argument_group("question")
+    flag = group.add_argument
     flag(
         "--image",
         nargs="+",
@@ -39,6 +39,7 @@ def parse():
         help="images; each gets answers of its own",
     )
     flag("--prompt", default="Describe the image.", help="(default %(default)r)")
+    ratings.add_attributes_flag(group)
     flag("--k", type=positive_int, default=1, help="answers per image (default %(default)s)")
     flag(
         "--temperature",
@@ -84,9 +85,9 @@ def main():
     given = args.template, args.image_aspect, args.quantize
     template, aspect, quantize = adapters.as_trained(args.adapter, *given)
     model, processor = checkpoints.load(name, dtype, device, template, aspect, quantize=quantize)
-    (prompt,) = take_placeholder((args.prompt,), args.image)  # `<image>` is the picture's place
-    training.show_prompt(processor, prompt)
-    records = [Record(f"--image {file}", Path(file), (prompt,)) for file in args.image]
+    training.show_prompt(processor, args.prompt)
+    processor.ask = ratings.request(args.attributes) if args.attributes else ""
+    records = [Record(f"--image {file}", Path(file), (args.prompt,)) for file in args.image]
 
     def answers():
         """k answers about each image."""
@@ -108,7 +109,7 @@ def main():
 
     width = shutil.get_terminal_size((120, 0)).columns
     for record, *texts in zip(records, *columns):
-        print(f"{record.image}  {prompt}")
+        print(f"{record.image}  {args.prompt}")
         if args.adapter:
             print("\n".join(side_by_side(["BEFORE", "AFTER"], width)))
         for row in zip(*texts):

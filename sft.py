@@ -13,7 +13,7 @@ expected objects that are absent. Expect the loss to fall from 6.8 to about 0.13
 sees (POPE random accuracy .95, object recall .96) but hallucinates (CHAIR_s .64).
 
 Every assistant turn is scored, with its end token; nothing else is. Rows about one image share it:
-they are packed after their common prompt and do not see each other (`share_prompt`), so
+they are packed after their common prompt and do not see each other (`dataset.share_prompt`), so
 --batch-size counts images. The result is `model/` in the hub layout, or with --lora-rank a PEFT
 `adapter/`.
 
@@ -41,11 +41,8 @@ the LLM; `step_seconds` is the whole step, decoding of images included.
 import time
 from collections import Counter
 
-import torch
-
 import training
 from common import BadInput, Parser, not_negative, run
-from data import Example
 from formats import checkpoints, dataset
 from lab import report, toy
 
@@ -92,33 +89,6 @@ def parse():
     return args
 
 
-def share_prompt(examples):
-    """Examples of one image -> packed rows that share the image and the common part of the prompts.
-
-    Each stays its own dialogue, invisible to the others: the loss is that of separate rows, for a
-    fraction of the tokens. Text-only examples stay alone.
-    """
-    groups = {}
-    for i, e in enumerate(examples):
-        groups.setdefault(e.record.image if e.record.image is not None else i, []).append(e)
-
-    shared = []
-    for group in groups.values():
-        first = group[0].prompt
-        common = min(len(e.prompt) for e in group)
-        for e in group[1:]:
-            differ = (e.prompt[:common] != first[:common]).nonzero()
-            common = int(differ[0]) if len(differ) else common
-        answers, scored = [], []
-        for e in group:
-            rest = e.prompt[common:]
-            unscored = torch.zeros(len(rest), dtype=torch.bool)
-            answers += [torch.cat([rest, a]) for a in e.answers]
-            scored += [torch.cat([unscored, s]) for s in e.scored]
-        shared.append(Example(first[:common], answers, scored, group[0].record))
-    return shared
-
-
 def main():
     """Load, pack, train, save, evaluate."""
     args, clock = parse(), training.Clock()
@@ -133,7 +103,7 @@ def main():
         skip_bad_rows=args.skip_bad_rows,
         check_images=args.check_images,
     )
-    shared = lambda _, examples: share_prompt(examples)
+    shared = lambda _, examples: dataset.share_prompt(examples)
     training.show_memory(args, device, dtype, rows, shared, together=True)
     if args.model:
         model, processor = checkpoints.load(
@@ -156,7 +126,7 @@ def main():
             args.seed,
             args.max_length,
         )
-    examples = share_prompt(rows.encode(processor, every_turn=True))
+    examples = dataset.share_prompt(rows.encode(processor, every_turn=True))
     out = training.start(args, "sft", rows.skipped)
     report.show_start(processor, examples)
     clock.lap("setup")

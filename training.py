@@ -79,16 +79,10 @@ def add_model_flags(parser, without):
     return group
 
 
-def add_training_flags(
-    parser, lr, projector_lr, lora_rank, epochs, batch_size, grad_accum, schedule="cosine"
-):
-    """The flags that all trainers share, with the defaults of the script's paper.
-
-    Its batch is batch_size x grad_accum; batch_size rows of a LLaVA-NeXT-7B fit an 80 GB GPU.
-    """
-    add_model_flags(parser, "the toy base model of --seed, and toy settings")
-
-    flag = parser.add_argument_group("data and run folder").add_argument
+def add_data_flags(parser):
+    """Which rows are read, and where a run writes -> the group of these flags."""
+    group = parser.add_argument_group("data and run folder")
+    flag = group.add_argument
     flag(
         "--data",
         action="append",
@@ -121,6 +115,19 @@ def add_training_flags(
         help="go on from the last checkpoint of --out; other flags must be the same, but for the "
         "micro-batches of a batch, --gradient-checkpointing and --workers",
     )
+    flag("--seed", type=int, default=0, help="of world, base model and run")
+    return group
+
+
+def add_training_flags(
+    parser, lr, projector_lr, lora_rank, epochs, batch_size, grad_accum, schedule="cosine"
+):
+    """The flags that all trainers share, with the defaults of the script's paper.
+
+    Its batch is batch_size x grad_accum; batch_size rows of a LLaVA-NeXT-7B fit an 80 GB GPU.
+    """
+    add_model_flags(parser, "the toy base model of --seed, and toy settings")
+    flag = add_data_flags(parser).add_argument
     flag(
         "--save-every",
         type=natural,
@@ -129,7 +136,6 @@ def add_training_flags(
         help="steps between checkpoints; 0 = none (default %(default)s)",
     )
     flag("--no-eval", action="store_true", help="no evaluation before and after training")
-    flag("--seed", type=int, default=0, help="of world, base model and run")
 
     flag = parser.add_argument_group("training").add_argument
     flag("--steps", type=positive_int, help="optimizer steps; overrides --epochs")
@@ -207,8 +213,8 @@ def add_training_flags(
     )
 
 
-def parse(parser):
-    """The flags that were given, defaults for the others -> args. Nothing is loaded or made.
+def parse_run(parser):
+    """The flags of a script with a run folder -> args. Nothing is loaded or made.
 
     Of several processes, none goes on before all have checked their flags.
     """
@@ -226,16 +232,21 @@ def parse(parser):
         raise BadInput(
             "--model needs --data: a data file in one of the layouts of formats/layouts.py."
         )
+    args.toy_world = None  # lab.toy.fill sets it
+    processes.start(args.device)
+    return args
+
+
+def parse(parser):
+    """`parse_run` for a script that trains."""
+    args = parse_run(parser)
     if args.quantize == "nf4" and (not args.lora_rank or not args.lr):
         raise BadInput(
             f"--quantize nf4 with --lora-rank {args.lora_rank} and --lr {args.lr}: "
             "4-bit weights do not train; LoRA on them does, with a rank and a rate above 0."
         )
-    args.toy_world = None  # lab.toy.fill sets it
-    processes.start(args.device)
-    if (
-        "grad_accum" not in args.given
-    ):  # of --batch-size, what was asked for; else the paper's batch
+    # with --batch-size, the batch that was asked for; else the paper's
+    if "grad_accum" not in args.given:
         given = "batch_size" in args.given
         args.grad_accum = 1 if given else math.ceil(args.grad_accum / processes.total)
     return args
@@ -378,7 +389,11 @@ def check_same_run(old, new):
                 f"--resume: args.json has no {kind}; the file that the run wrote is needed."
             )
     old, new = (
-        r | {"flags": r["flags"] | {"grad_accum": r["flags"]["grad_accum"] * r.get("processes", 1)}}
+        r
+        | {
+            "flags": r["flags"]
+            | {"grad_accum": r["flags"].get("grad_accum", 1) * r.get("processes", 1)}
+        }
         for r in (old, new)
     )
     may_change = {"gradient_checkpointing", "workers"}

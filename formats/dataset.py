@@ -5,13 +5,17 @@ model, processor = ...                 # large, so the files are read before it 
 examples = rows.encode(processor)      # rows.skipped: what was left out, for skipped.json
 """
 
+import hashlib
 import os
 import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from common import BadInput
+from data import Example
 from formats import layouts, pictures
 
 
@@ -93,9 +97,6 @@ def read(
                 f"{path}: layout {file.layout} is instruction data, one answer a prompt; "
                 "preference pairs are needed."
             )
-        text_only = sum(r.image is None for r in file.records)
-        if text_only:
-            print(f"{path}: {text_only} of {len(file.records)} have no picture", file=sys.stderr)
         rows.records += [replace(r, answers=r.answers[:answers]) for r in file.records]
 
     if needs_image:
@@ -127,6 +128,33 @@ def encode(processor, record, every_turn=False, prompts_only=False):
         return None, str(error).removeprefix(f"{record.where}: ")
 
 
+def share_prompt(examples):
+    """Examples of one image -> packed rows that share the image and the common part of the prompts.
+
+    Each stays its own dialogue, invisible to the others: the loss is that of separate rows, for a
+    fraction of the tokens. Text-only examples stay alone.
+    """
+    groups = {}
+    for i, e in enumerate(examples):
+        groups.setdefault(e.record.image if e.record.image is not None else i, []).append(e)
+
+    shared = []
+    for group in groups.values():
+        first = group[0].prompt
+        common = min(len(e.prompt) for e in group)
+        for e in group[1:]:
+            differ = (e.prompt[:common] != first[:common]).nonzero()
+            common = int(differ[0]) if len(differ) else common
+        answers, scored = [], []
+        for e in group:
+            rest = e.prompt[common:]
+            unscored = torch.zeros(len(rest), dtype=torch.bool)
+            answers += [torch.cat([rest, a]) for a in e.answers]
+            scored += [torch.cat([unscored, s]) for s in e.scored]
+        shared.append(Example(first[:common], answers, scored, group[0].record))
+    return shared
+
+
 def located(where, why):
     """`Record.where` and a reason -> {"file":, "row":, "why":}, as skipped.json lists it."""
     file, row, part = re.fullmatch(r"(.*?), row (\d+)(.*)", where, re.DOTALL).groups()
@@ -145,3 +173,21 @@ def images_folder(records, files, images=None):
     if above == folder:
         return Path(folder)
     return Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
+
+
+def image_name(image, images, out):
+    """An image's path below the folder `images`; None for a text-only row.
+
+    One inside a parquet file is written to out/images first, under its file and row.
+    """
+    if image is None:
+        return None
+    if not hasattr(image, "read"):
+        return Path(os.path.abspath(image)).relative_to(images).as_posix()
+    encoded = image.read()
+    path = out / "images" / f"{Path(image.file).stem}_{image.row}.jpg"
+    if path.exists() and path.read_bytes() != encoded:  # another file of the same name
+        path = path.with_stem(hashlib.sha256(encoded).hexdigest()[:16])
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(encoded)
+    return path.name

@@ -172,12 +172,13 @@ def refuse_unread_media(row, layout, image):
     """
     texts = {name for key in LAYOUTS[layout][0] for name in key.split("|")} | {"prompt"}
     for key, cell in row.items():
+        read = PICTURE.fullmatch(key) or (layout in ("seva", "hadpo") and key == "image_id")
         if image is None:
             unread = holds_media(key, cell, key in texts)
-        else:  # beside the picture only another one inside the file, or a film
-            packed = any(isinstance(name, PackedImage) for name in named_in(cell))
+        else:
+            packed = [c for c in named_in(cell) if isinstance(c, PackedImage)]
             film = re.search("video|audio", key, re.IGNORECASE) and named_in(cell)
-            unread = film or packed and not PICTURE.fullmatch(key)
+            unread = not read and (packed or film)
         if unread:
             raise BadInput(
                 f"`{key}` is {cell!r:.80}, which is not read as a picture; accepted are `image`, "

@@ -115,7 +115,9 @@ def base(seed):
 
 
 def data_file(seed, name):
-    """A data file of the seed's world. Two of them hold the base model's own answers."""
+    """A data file of the seed's world. Three of them hold the base model's own answers."""
+    if name == "ratings.jsonl":
+        return annotations(seed) / name
     if name not in OWN_ANSWERS:
         return world(seed) / name
     made = made_of(*sources("lab/oracle", "sampling"), world(seed).name, weights(seed))
@@ -127,6 +129,17 @@ def data_file(seed, name):
             oracle.answers_of(base(seed), world(seed), aside, seed)
             remember_images(aside, world(seed) / "images")
     return folder / name
+
+
+def annotations(seed):
+    """The base model's own answers, rated by the world's truth: annotate.py's own command line."""
+    code = sources("annotate", "formats/ratings", "lab/oracle", "sampling")
+    folder = CACHE / f"ratings-{made_of(*code, world(seed).name, weights(seed))}"
+    if not folder.exists():
+        print(f"rating the toy base model's answers of seed {seed}, once", file=sys.stderr)
+        with whole_folder(folder) as aside:
+            script("annotate.py", "--seed", seed, "--out", aside / "run")
+    return folder / "run"
 
 
 def reward_model(seed, quantize=None):

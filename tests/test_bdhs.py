@@ -21,7 +21,7 @@ import sampling
 from attention import attention_mask
 from common import BadInput
 from data import Record
-from formats import checkpoints, layouts
+from formats import checkpoints, dataset, layouts
 from formats.anyres import AnyRes
 from formats.files import open_image
 from model import MLLM, pack
@@ -1449,7 +1449,7 @@ def test_row_without_a_picture(run, files, checkpoint):
 def test_the_names_of_the_images_that_are_written(tmp_path):
     """Below the folder: the path with its folders. Inside a file: written out, one file for each row."""
     images = tmp_path / "images"
-    assert bdhs.image_name(images / "kitchen" / "a.png", images, tmp_path) == "kitchen/a.png"
+    assert dataset.image_name(images / "kitchen" / "a.png", images, tmp_path) == "kitchen/a.png"
 
     class Packed:
         """An image in row `row` of a parquet file."""
@@ -1461,7 +1461,7 @@ def test_the_names_of_the_images_that_are_written(tmp_path):
             return f"{self.file} {self.row}".encode()
 
     packed = [Packed(3), Packed(8), Packed(3, "other/rows.parquet"), Packed(3)]
-    names = [bdhs.image_name(image, images, tmp_path) for image in packed]
+    names = [dataset.image_name(image, images, tmp_path) for image in packed]
     assert len(set(names)) == 3 and names[0] == names[3]
     texts = [(tmp_path / "images" / name).read_text() for name in names]
     assert texts == [f"{image.file} {image.row}" for image in packed]

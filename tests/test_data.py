@@ -592,7 +592,7 @@ def test_share_prompt_is_exact(images, build):
         Record("text only too", None, ("What is on the desk?",), ("A mug.",)),
     ]
     examples = [processor.encode(r) for r in records] + [processor.encode(multi, every_turn=True)]
-    shared = sft.share_prompt(examples)
+    shared = dataset.share_prompt(examples)
     order = [0, 2, 4, 6, 1, 3, 5]  # by picture; rows without one stay alone
     assert [len(e.answers) for e in shared] == [2 + 1 + 2 + 1, 2, 2, 1]
     assert (shared[0].prompt == processor.image_token_id).sum() == 4
@@ -625,7 +625,7 @@ def test_share_prompt_is_exact(images, build):
 def test_share_prompt_of_one_changes_nothing():
     record = Record("row 0", Path("x.png"), ("What is this?",), ("A lamp.", "A cup."))
     example = processor_of(byte_level()).encode(record)
-    (alone,) = sft.share_prompt([example])
+    (alone,) = dataset.share_prompt([example])
     assert torch.equal(alone.prompt, example.prompt)
     for a, b in zip(alone.answers + alone.scored, example.answers + example.scored, strict=True):
         assert torch.equal(a, b)
@@ -943,7 +943,7 @@ def test_share_prompt_of_a_prompt_that_is_the_beginning_of_another():
         prompt, [torch.tensor([answer])], [torch.tensor([True])], record
     )
     for prompts in ((long, short), (short, long)):
-        (shared,) = sft.share_prompt([one(p, 40 + len(p)) for p in prompts])
+        (shared,) = dataset.share_prompt([one(p, 40 + len(p)) for p in prompts])
         assert shared.prompt.tolist() == [5, 6]
         assert [a.tolist() for a in shared.answers] == [
             [7, 8, 44] if p is long else [42] for p in prompts
@@ -1295,11 +1295,3 @@ def test_sizes_are_those_of_the_view(tmp_path):
     view = lambda image: image.crop((0, 0, 10, 20))
     assert processor.collate([example]).image_sizes.tolist() == [[20, 40]]
     assert processor.collate([example], view).image_sizes.tolist() == [[20, 10]]
-
-
-def test_rows_without_a_picture_are_told(images, tmp_path, capsys):
-    rows = [instruct("<image>\nab", "e") | {"image": "lamp.jpg"}, instruct("ab", "e")]
-    dataset.read([write(tmp_path / "a.json", rows)], images, 1)
-    assert "a.json: 1 of 2 have no picture" in capsys.readouterr().err
-    dataset.read([write(tmp_path / "b.json", rows[:1])], images, 1)
-    assert "picture" not in capsys.readouterr().err

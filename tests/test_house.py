@@ -17,12 +17,12 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "model memory lab.toyworld",
     "sharding data formats.adapters",
     "sampling facts formats.layouts formats.llava_original formats.chat",
-    "formats.dataset formats.instruct formats.checkpoints",
+    "formats.dataset formats.ratings formats.instruct formats.checkpoints",
     "formats.inspector training lab.oracle",
     "judge evaluation lab.parts",
     "eval_pope eval_chair lab.toy",
     "lab.report",
-    "sft dpo online_dpo bdhs povid reward_model ppo sample",
+    "sft dpo online_dpo bdhs povid reward_model ppo annotate rejection_sampling steerlm sample",
     "lab.rows lab.similarity",
     "lab.claims lab.chart lab.fits",
     "lab.pages",
@@ -31,7 +31,9 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "lab.bench",
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor.split()}
-SCRIPTS = "sft dpo online_dpo bdhs povid reward_model ppo".split()  # those that train
+SCRIPTS = (
+    "sft dpo online_dpo bdhs povid reward_model ppo rejection_sampling steerlm".split()
+)  # those that train
 
 
 def module_name(path):

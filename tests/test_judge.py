@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -382,7 +383,7 @@ def test_how_the_annotator_is_made(record, checkpoint, tmp_path, monkeypatch):
             judge.make(flags(annotator=annotator), dtype=dtype)
             assert seen.pop() is dtype
     made = []
-    monkeypatch.setattr(judge, "ask_endpoint", lambda *args: made.append(args))
+    monkeypatch.setattr(judge, "ask_endpoint", lambda *args, usage: made.append(args))
     (tmp_path / "key").write_text(KEY + "\n")
     url = "http://localhost/v1"
     given = flags(
@@ -540,13 +541,32 @@ def test_trouble_is_tried_again(server, record, trouble):
     assert reply == "Better: 1" and len(requests) == 3
 
 
+def test_a_reply_is_bounded_and_counted(server, record):
+    """Some servers know the bound by its new name alone; not all count tokens."""
+
+    def respond(n, body):
+        if "max_tokens" in body:
+            return 400, b"Unsupported parameter: use 'max_completion_tokens' instead."
+        content = {"choices": [{"message": {"content": "Better: 1"}}]}
+        counts = {"prompt_tokens": 30, "completion_tokens": 4} if n % 2 else None
+        return 200, json.dumps(content | {"usage": counts}).encode()
+
+    url, requests = server(respond)
+    usage = Counter()
+    ask = judge.ask_endpoint(url, "m", workers=1, pause=0.01, max_tokens=77, usage=usage)
+    assert list(ask([(record, "?")] * 3)) == ["Better: 1"] * 3
+    bodies = [body for _, _, body in requests]
+    assert bodies[0]["max_tokens"] == 77 and bodies[-1]["max_completion_tokens"] == 77
+    assert usage == {"requests": 3, "tokens in": 60, "tokens out": 8}, "of requests 1 and 3"
+
+
 def test_pauses_grow_and_heed_the_server(server, record):
     times = []
     respond = lambda n, body: (
         times.append(time.time()) or ((429, b"") if n < 3 else (200, "Better: 1"))
     )
     url, _ = server(respond)
-    judge.ask_endpoint(url, "m", pause=0.05)([(record, "?")])
+    list(judge.ask_endpoint(url, "m", pause=0.05)([(record, "?")]))
     gaps = [b - a for a, b in zip(times, times[1:])]
     assert gaps[0] >= 0.05 and gaps[1] >= 0.1 and gaps[2] >= 0.2
     times.clear()
@@ -556,7 +576,7 @@ def test_pauses_grow_and_heed_the_server(server, record):
             or ((429, b"", ("Retry-After", "1")) if n < 1 else (200, "Better: 1"))
         )
     )
-    judge.ask_endpoint(url, "m", pause=0.01)([(record, "?")])
+    list(judge.ask_endpoint(url, "m", pause=0.01)([(record, "?")]))
     assert times[1] - times[0] >= 1
 
 
@@ -570,10 +590,10 @@ def test_no_pause_is_longer_than_a_minute(server, record, monkeypatch):
 
         set = clear = lambda self: None
 
-    monkeypatch.setattr(judge, "threading", SimpleNamespace(Event=Stop))
+    monkeypatch.setattr(judge, "threading", SimpleNamespace(Event=Stop, Lock=threading.Lock))
     busy = [(429, b"", ("Retry-After", "3600")), (503, b""), (503, b"", ("Retry-After", "7"))]
     url, _ = server(lambda n, body: (busy + [(503, b"")] * 2)[n] if n < 5 else (200, "Better: 1"))
-    assert judge.ask_endpoint(url, "m", pause=10)([(record, "?")]) == ["Better: 1"]
+    assert list(judge.ask_endpoint(url, "m", pause=10)([(record, "?")])) == ["Better: 1"]
     assert waits == [60, 20, 40, 60, 60]
 
 
@@ -583,8 +603,8 @@ def test_after_a_failure_one_may_ask_again(server, record):
     url, _ = server(lambda n, body: replies[n])
     ask = judge.ask_endpoint(url, "m", pause=0.01)
     with pytest.raises(judge.NoAnswer, match="status 401"):
-        ask([(record, "?")])
-    assert ask([(record, "?")]) == ["Better: 1"]
+        list(ask([(record, "?")]))
+    assert list(ask([(record, "?")])) == ["Better: 1"]
 
 
 @pytest.mark.parametrize(
@@ -617,7 +637,7 @@ def test_after_a_failure_one_may_ask_again(server, record):
 def test_an_endpoint_that_keeps_failing_stops_the_run(server, record, respond, words, count):
     url, requests = server(respond)
     with pytest.raises(judge.NoAnswer, match=words) as stopped:
-        judge.ask_endpoint(url, "m", KEY, timeout=0.2, tries=3, pause=0.01)([(record, "?")])
+        list(judge.ask_endpoint(url, "m", KEY, timeout=0.2, tries=3, pause=0.01)([(record, "?")]))
     assert KEY not in str(stopped.value) and len(requests) == count
 
 
@@ -625,14 +645,15 @@ def test_nobody_there(record):
     with pytest.raises(
         judge.NoAnswer, match="no answer after 2 tries, at last ConnectionRefusedError"
     ):
-        judge.ask_endpoint("http://127.0.0.1:9/v1", "m", tries=2, pause=0.01)([(record, "?")])
+        list(judge.ask_endpoint("http://127.0.0.1:9/v1", "m", tries=2, pause=0.01)([(record, "?")]))
 
 
 def test_one_failure_ends_the_waiting_of_the_others(server, record):
     url, _ = server(lambda n, body: (401, b"") if "fatal" in text_of(body) else (429, b""))
     begin = time.time()
+    ask = judge.ask_endpoint(url, "m", workers=4, pause=20)
     with pytest.raises(judge.NoAnswer, match="status 401"):
-        judge.ask_endpoint(url, "m", workers=4, pause=20)([(record, "fatal")] + [(record, "?")] * 6)
+        list(ask([(record, "fatal")] + [(record, "?")] * 6))
     assert time.time() - begin < 5
 
 
@@ -643,7 +664,7 @@ def test_the_key_does_not_follow_a_redirect(server, record):
             lambda n, body, status=status: (status, b"", ("Location", other + "/chat/completions"))
         )
         with pytest.raises(judge.NoAnswer, match=f"status {status}"):
-            judge.ask_endpoint(url, "m", KEY)([(record, "?")])
+            list(judge.ask_endpoint(url, "m", KEY)([(record, "?")]))
     assert not there
 
 
@@ -657,7 +678,8 @@ def test_a_server_with_a_temperature_of_its_own(server, record):
 
     url, requests = server(respond)
     ask = judge.ask_endpoint(url, "m", pause=0.01, workers=2)
-    assert ask([(record, "?")] * 4) == ["Better: 1"] * 4 and ask([(record, "?")]) == ["Better: 1"]
+    assert list(ask([(record, "?")] * 4)) == ["Better: 1"] * 4
+    assert list(ask([(record, "?")])) == ["Better: 1"]
     assert "temperature" not in requests[-1][2]
 
 
@@ -704,5 +726,5 @@ def test_no_part_of_the_key_is_shown_at_the_cut(server, record, status, before):
     """The key stands across the end of what is shown of the server's words."""
     url, _ = server(lambda n, body: (status, b"x" * (before - 1) + b" " + KEY.encode() + b" end"))
     with pytest.raises(judge.NoAnswer) as stopped:
-        judge.ask_endpoint(url, "m", KEY, tries=1)([(record, "?")])
+        list(judge.ask_endpoint(url, "m", KEY, tries=1)([(record, "?")]))
     assert "x" * 50 in str(stopped.value) and KEY[:4] not in str(stopped.value)

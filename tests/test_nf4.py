@@ -397,7 +397,9 @@ def test_an_adapter_belongs_to_its_4_bit_base(checkpoint, tmp_path):
     adapters.save_adapter(model, folder, checkpoint)
     assert json.loads((folder / "alignment.json").read_text())["quantize"] == "nf4"
 
-    args = Namespace(model=str(checkpoint), adapter=str(folder), device="cpu", dtype="float32")
+    args = Namespace(
+        model=str(checkpoint), adapter=str(folder), device="cpu", dtype="float32", attributes=None
+    )
     args.template = args.image_aspect = args.quantize = args.out = None
     again, _ = evaluation.load(args)
     want = model.answer_log_probs(answers(model))
