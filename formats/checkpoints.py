@@ -600,7 +600,8 @@ def save(model, processor, folder, dtype=None):
     projection on the update): `load` says so to whoever asks for bfloat16. Of several processes,
     all call this, and process 0 writes.
 
-    transformers 4.46 to 5.23 read it, with AutoProcessor. `folder` must not exist; it appears when
+    transformers 4.46 to 5.23 read it, with AutoProcessor (tests/old_versions.py tries some), which
+    crops before 4.49 instead of padding. 4.41 reads the weights alone. `folder` must not exist; it appears when
     it is complete.
     """
     widest = dtype or model.dtype
