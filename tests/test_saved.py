@@ -139,6 +139,7 @@ def test_an_evaluation_asks_as_trained(trained, checkpoint):
         "template": None,
         "image_aspect": None,
         "quantize": None,
+        "attributes": None,
         "out": None,
     }
     _, processor = evaluation.load(Namespace(**args))
