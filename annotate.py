@@ -309,7 +309,6 @@ def make_data(args, rated, out, usage):
     order = list(range(len(rated)))
     random.Random(f"{args.seed}/share").shuffle(order)
     chosen = sorted(order[: round(args.share * len(rated))])
-    rng = random.Random(f"{args.seed}/pairs")
 
     preferences, best, attributes, reference = [], [], [], []
     qualities, words, flipped = [], [], 0
@@ -317,6 +316,7 @@ def make_data(args, rated, out, usage):
         one = rated[i]
         name = dataset.image_name(one.record.image, images, out)
         row = lambda answer, ask="": ratings.instruct_row(one.record, name, answer, ask)
+        rng = random.Random(f"{args.seed}/pair/{i}")  # so that a smaller share has the same pairs
         two = ratings.pair(one, rng, args.margin)
         if two:
             by_text = dict(one.readable())

@@ -233,12 +233,12 @@ def test_annotate(run, asked):
         name: json.loads((out / f"{name}.json").read_text())
         for name in ("preferences", "best", "attributes", "reference")
     }
-    rng = random.Random("0/pairs")
-    pairs = [ratings.pair(one, rng, 2.0) or rng.random() and None for one in known]
     said = lambda row, key: row[key][-1]["value"]
-    assert sum(p is not None for p in pairs) == len(files["preferences"]) > 0
-    for row in files["preferences"]:
-        assert said(row, "conversations") != said(row, "rejected_conversations")
+    pairs = [ratings.pair(one, random.Random(f"0/pair/{i}"), 2.0) for i, one in enumerate(known)]
+    assert [
+        (said(r, "conversations"), said(r, "rejected_conversations")) for r in files["preferences"]
+    ] == [pair for pair in pairs if pair]
+    assert files["preferences"]
     best = [a for one in known if (a := ratings.best(one, 6))]
     assert [said(row, "conversations") for row in files["best"]] == best and best
     readable = [(a, r) for one in known for a, r in one.readable()]
@@ -281,6 +281,9 @@ def test_flips_and_shares_of_the_same_ratings(run, asked):
     made = ("--ratings", first / "ratings.jsonl", "--margin", 1)
     all_flipped = run(annotate, "b", *made, "--flip", 1)
     assert pairs(all_flipped) == [pair[::-1] for pair in pairs(first)] and pairs(first)
+    some, more = (run(annotate, f"f{p}", *made, "--flip", p / 10) for p in (3, 7))
+    flipped = lambda out: {i for i, pair in enumerate(pairs(out)) if pair != pairs(first)[i]}
+    assert flipped(some) < flipped(more), "more noise keeps what was exchanged"
     part = run(annotate, "c", *made, "--share", 0.43)
     count = lambda out, name: len(json.loads((out / f"{name}.json").read_text()))
     assert count(part, "reference") == 3 and count(first, "reference") == 7
