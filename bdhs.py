@@ -176,6 +176,14 @@ def parse():
     )
 
     # sampling
+    flag(
+        "--sample-batch-size",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="answers that a process completes at a time, whatever the micro-batch; fewer where "
+        "memory is short (default %(default)s)",
+    )
     flag("--temperature", type=not_negative, default=1.0, help="of drawing (default %(default)s)")
     flag(
         "--max-new-tokens",
@@ -565,7 +573,7 @@ def draw_all(args, out, examples, drawer):
     Of several processes, each draws every other batch, and process 0 writes.
     -> all negatives as dicts, how many were drawn now, and in how many seconds.
     """
-    path, size = out / "negatives.jsonl", args.batch_size
+    path, size = out / "negatives.jsonl", args.sample_batch_size
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     lines = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
     if len(lines) < len(examples):
@@ -679,12 +687,13 @@ def online(args, clock, device, model, processor, examples, out):
         metrics = Counter()
 
         # 1. batch
-        indices, micro_batches = training.batch_of(step, args, len(examples))
-        training.prefetch(processor, examples, step, args)
+        size = args.sample_batch_size
+        indices, batches = training.batch_of(step, args, len(examples), size)
+        training.prefetch(processor, examples, step, args, size)
         save = lambda: training.save_checkpoint(out, step, model, optimizer)
-        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
-        for number, micro in micro_batches:
-            positives = [examples[i] for i in micro]
+        batches = training.readable(batches, processor, examples, args, out, save)
+        for number, batch_indices in batches:
+            positives = [examples[i] for i in batch_indices]
 
             # 2. draw
             negatives = drawer.hallucinate(positives, f"{args.seed}/{step}/{number}")
@@ -695,37 +704,38 @@ def online(args, clock, device, model, processor, examples, out):
                 ("negatives/words", [len(n.text.split()) for n in negatives]),
             ):
                 metrics[name] += sum(values) / len(indices)
-            metrics["negatives/equal"] += (len(micro) - sum(usable)) / len(indices)
-            if not pairs:
-                continue
-            batch = processor.collate(pairs).to(device)
-            usable = torch.tensor(usable, device=device).float()  # (B,)
+            metrics["negatives/equal"] += (len(positives) - sum(usable)) / len(indices)
+            for micro in training.chunks(list(zip(pairs, usable)), args.batch_size):
+                batch = processor.collate([pair for pair, _ in micro]).to(device)
+                used = torch.tensor([float(good) for _, good in micro], device=device)  # (B,)
 
-            # 3. score: with the whole image
-            B = len(pairs)
-            with torch.no_grad(), model.reference():
-                ref_chosen, ref_drawn, *ref_given = model.answer_log_probs(batch).view(B, -1).T
-            chosen, drawn, *given = model.answer_log_probs(batch).view(B, -1).T  # (B,) each
+                # 3. score: with the whole image
+                B = len(micro)
+                with torch.no_grad(), model.reference():
+                    ref_chosen, ref_drawn, *ref_given = model.answer_log_probs(batch).view(B, -1).T
+                chosen, drawn, *given = model.answer_log_probs(batch).view(B, -1).T  # (B,) each
 
-            # 4. loss: the mean over all examples of the step
-            losses, reward_chosen, reward_rejected = dpo_loss(
-                chosen, drawn, ref_chosen, ref_drawn, args.beta
-            )
-            if args.gamma:  # eq. 5
-                given_losses, *_ = dpo_loss(chosen, given[0], ref_chosen, ref_given[0], args.beta)
-                losses = args.gamma * given_losses + (1 - args.gamma) * usable * losses
-            (losses.sum() / len(indices)).backward()
+                # 4. loss: the mean over all examples of the step
+                losses, reward_chosen, reward_rejected = dpo_loss(
+                    chosen, drawn, ref_chosen, ref_drawn, args.beta
+                )
+                if args.gamma:  # eq. 5
+                    given_losses, *_ = dpo_loss(
+                        chosen, given[0], ref_chosen, ref_given[0], args.beta
+                    )
+                    losses = args.gamma * given_losses + (1 - args.gamma) * used * losses
+                (losses.sum() / len(indices)).backward()
 
-            metrics["loss"] += losses.detach().sum() / len(indices)
-            for name, values in (
-                ("rewards/chosen", reward_chosen),
-                ("rewards/rejected", reward_rejected),
-                ("rewards/accuracies", (reward_chosen > reward_rejected).float()),
-                ("rewards/margins", reward_chosen - reward_rejected),
-                ("logps/chosen", chosen),
-                ("logps/rejected", drawn),
-            ):
-                metrics[name] += (usable * values.detach()).sum() / len(indices)
+                metrics["loss"] += losses.detach().sum() / len(indices)
+                for name, values in (
+                    ("rewards/chosen", reward_chosen),
+                    ("rewards/rejected", reward_rejected),
+                    ("rewards/accuracies", (reward_chosen > reward_rejected).float()),
+                    ("rewards/margins", reward_chosen - reward_rejected),
+                    ("logps/chosen", chosen),
+                    ("logps/rejected", drawn),
+                ):
+                    metrics[name] += (used * values.detach()).sum() / len(indices)
 
         # 5. step
         where = [examples[i].record.where for i in indices]

@@ -19,11 +19,12 @@ the pairs. pi_ref scores the answers of each step in that step.
 
 One step:
 1. batch    prompts; alpha decides for each between the data's pair and answers of its own;
-            for each micro-batch:
+            for each --sample-batch-size of them:
 2. sample       k answers of the current policy
-3. judge        the best against the worst answer; ties and unreadable verdicts make no pair
-4. score        log pi and log pi_ref of both answers
-5. loss         and its gradient
+3. judge        the best against the worst answer; ties and unreadable verdicts make no pair;
+                for each micro-batch of pairs:
+4. score            log pi and log pi_ref of both answers
+5. loss             and its gradient
 6. step     clip the gradient, update
 7. log
 
@@ -118,6 +119,14 @@ def parse():
         type=ranged(int, "2 or more", lambda k: k >= 2),
         default=2,
         help="answers a prompt, of which best and worst are used (default %(default)s)",
+    )
+    flag(
+        "--sample-batch-size",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="prompts that a process answers at a time, whatever the micro-batch; fewer where "
+        "memory is short (default %(default)s)",
     )
     flag("--temperature", type=positive, default=1.0, help="of sampling (default %(default)s)")
     flag(
@@ -251,16 +260,17 @@ def main():
         metrics, seconds = Counter(dict.fromkeys(METRICS, 0.0)), Counter()
 
         # 1. batch: eq. 4, pairs[i] is the data's pair, or None where the policy answers
-        indices, micro_batches = training.batch_of(step, args, len(examples))
-        training.prefetch(processor, examples, step, args)
+        size = args.sample_batch_size
+        indices, batches = training.batch_of(step, args, len(examples), size)
+        training.prefetch(processor, examples, step, args, size)
         save = lambda: training.save_checkpoint(out, step, model, optimizer)
-        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
-        for number, micro in micro_batches:
+        batches = training.readable(batches, processor, examples, args, out, save)
+        for number, chosen in batches:
             seed = f"{args.seed}/{step}/{number}"
             rng = random.Random(f"{seed}/alpha")
-            pairs = [examples[i] if rng.random() < args.mix else None for i in micro]
+            pairs = [examples[i] if rng.random() < args.mix else None for i in chosen]
             places = [i for i, pair in enumerate(pairs) if pair is None]
-            online = [examples[micro[i]] for i in places]
+            online = [examples[chosen[i]] for i in places]
 
             if online:
                 # 2. sample
@@ -290,34 +300,33 @@ def main():
 
             pairs = [pair for pair in pairs if pair is not None]
             metrics["annotator/pairs"] += len(pairs) / len(indices)
-            if not pairs:
-                continue
-            batch = processor.collate(pairs).to(device)
+            for micro in training.chunks(pairs, args.batch_size):
+                batch = processor.collate(micro).to(device)
 
-            # 4. score
-            with torch.no_grad(), model.reference():
-                ref_chosen, ref_rejected = model.answer_log_probs(batch).view(-1, 2).T  # (B,), (B,)
-            chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T  # (B,), (B,)
+                # 4. score
+                with torch.no_grad(), model.reference():
+                    ref_chosen, ref_rejected = model.answer_log_probs(batch).view(-1, 2).T
+                chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T  # (B,), (B,)
 
-            # 5. loss: the mean over all prompts of the step
-            tokens = batch.lengths.view(-1, 2).T  # (2, B)
-            losses, reward_chosen, reward_rejected = dpo_loss(
-                chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss, tokens
-            )
-            loss = losses.sum() / len(indices)
-            if loss.requires_grad:  # not so for text alone, where only the projector trains
-                loss.backward()
+                # 5. loss: the mean over all prompts of the step
+                tokens = batch.lengths.view(-1, 2).T  # (2, B)
+                losses, reward_chosen, reward_rejected = dpo_loss(
+                    chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss, tokens
+                )
+                loss = losses.sum() / len(indices)
+                if loss.requires_grad:  # not so for text alone, where only the projector trains
+                    loss.backward()
 
-            for name, values in (
-                ("loss", losses),
-                ("rewards/chosen", reward_chosen),
-                ("rewards/rejected", reward_rejected),
-                ("rewards/accuracies", (reward_chosen > reward_rejected).float()),
-                ("rewards/margins", reward_chosen - reward_rejected),
-                ("logps/chosen", chosen),
-                ("logps/rejected", rejected),
-            ):
-                metrics[name] += values.detach().sum() / len(indices)
+                for name, values in (
+                    ("loss", losses),
+                    ("rewards/chosen", reward_chosen),
+                    ("rewards/rejected", reward_rejected),
+                    ("rewards/accuracies", (reward_chosen > reward_rejected).float()),
+                    ("rewards/margins", reward_chosen - reward_rejected),
+                    ("logps/chosen", chosen),
+                    ("logps/rejected", rejected),
+                ):
+                    metrics[name] += values.detach().sum() / len(indices)
             seconds["train"] += clock.lap("train")
 
         # 6. step

@@ -315,11 +315,6 @@ class Rollout:
         return Rollout(examples, finished, **taken)
 
 
-def chunks(items, size):
-    """Consecutive lists of at most `size`."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
 def summed(x, lengths):
     """(N,) -> (M,), the sum over each answer."""
     return torch.stack([part.sum() for part in x.split(lengths)])
@@ -346,7 +341,9 @@ def draw_rollout(model, processor, prompts, args, step):
     Of several processes, each draws a share, and all have the whole Rollout.
     """
     drawn = []  # for each part: the answers to each prompt, which are finished, log-probs
-    for number, part in processes.share(list(enumerate(chunks(prompts, args.sample_batch_size)))):
+    for number, part in processes.share(
+        list(enumerate(training.chunks(prompts, args.sample_batch_size)))
+    ):
         seed = random.Random(f"{args.seed}/{step}/{number}").getrandbits(62)
         generator = torch.Generator(model.device).manual_seed(seed)
         pixel_values, image_sizes = processor.images(part)
@@ -458,7 +455,7 @@ class Reward:
         rng = random.Random(f"{self.args.seed}/{step}/facts")  # which captions, in which order
         read = [self.with_turn(e, self.facts[e.record.prompt_key], rng) for e in examples]
         scores = []
-        for part in processes.share(chunks(read, self.args.batch_size)):
+        for part in processes.share(training.chunks(read, self.args.batch_size)):
             batch = self.processor.collate(part).to(self.model.device)
             with self.model.use("reward"):
                 scores.append(self.model.values(batch, batch.last, "reward"))
@@ -494,7 +491,7 @@ def with_reference_and_values(model, processor, rollout, args):
     In bfloat16 also log pi_old again, as the update will compute it.
     """
     reference, values, log_probs = [], [], []
-    for part in processes.share(chunks(rollout.examples, args.batch_size)):
+    for part in processes.share(training.chunks(rollout.examples, args.batch_size)):
         batch = processor.collate(part).to(model.device)
         with model.reference():
             reference.append(model.log_probs(batch)[0])
@@ -605,11 +602,11 @@ def update(model, processor, optimizer, factor, rollout, args, step):
     for number in range(args.passes):
         order = list(range(len(rollout.examples)))
         random.Random(f"{args.seed}/{step}/{number}").shuffle(order)
-        for places in chunks(order, training.global_batch(args)):
+        for places in training.chunks(order, training.global_batch(args)):
             minibatch = rollout.take(places)
             M, N = len(minibatch.lengths), sum(minibatch.lengths)
             metrics = Counter()
-            for micro_places in processes.share(chunks(places, args.batch_size)):
+            for micro_places in processes.share(training.chunks(places, args.batch_size)):
                 micro = rollout.take(micro_places)  # m answers, n tokens
                 batch = processor.collate(micro.examples).to(model.device)
 
@@ -789,7 +786,7 @@ def main():
         chosen = []
         for number in range(step * args.minibatches, (step + 1) * args.minibatches):
             chosen += training.batch_of(number, args, len(examples))[0]
-        mine = processes.share(list(enumerate(chunks(chosen, args.sample_batch_size))))
+        mine = processes.share(list(enumerate(training.chunks(chosen, args.sample_batch_size))))
         processor.prefetch.expect([examples[i].record.image for _, part in mine for i in part])
         save = lambda: training.save_checkpoint(out, step, model, optimizer)
         kept = training.readable(mine, processor, examples, args, out, save)

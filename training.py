@@ -453,30 +453,37 @@ def total_steps(args, n):
     return args.steps or math.ceil(n * args.epochs / global_batch(args))
 
 
-def batch_of(step, args, n):
+def batch_of(step, args, n, size=None):
     """The examples of an optimizer step, as indices -> all of them, and the micro-batches.
 
-    The micro-batches are pairs (number, indices), at most grad_accum of them: those of this
-    process. Every epoch is a new seeded permutation. The result depends on seed and step alone, so
+    The micro-batches are pairs (number, indices): those of this process. size: of each, by default
+    --batch-size; a script that samples takes --sample-batch-size. Every epoch is a new seeded permutation. The result depends on seed and step alone, so
     a resumed run needs no saved position. With --epochs the last step takes what is left.
     """
-    chosen, micro_batches = whole_batch(step, args, n)
+    chosen, micro_batches = whole_batch(step, args, n, size)
     sharding.expected = math.ceil(len(micro_batches) / processes.total)
     return chosen, processes.share(micro_batches)
 
 
-def whole_batch(step, args, n):
+def whole_batch(step, args, n, size=None):
     """`batch_of` with the micro-batches of all processes."""
-    size = global_batch(args)
-    end = (step + 1) * size if args.steps else min((step + 1) * size, n * args.epochs)
-    chosen = shuffled(step * size, end, n, args.seed)
-    starts = range(0, len(chosen), args.batch_size)
-    return chosen, [(j, chosen[i : i + args.batch_size]) for j, i in enumerate(starts)]
+    whole = global_batch(args)
+    end = (step + 1) * whole if args.steps else min((step + 1) * whole, n * args.epochs)
+    chosen = shuffled(step * whole, end, n, args.seed)
+    return chosen, list(enumerate(chunks(chosen, size or args.batch_size)))
 
 
-def prefetch(processor, examples, step, args):
-    """Decode the images of this step and the next on --workers threads, in the order of their use."""
-    ahead = [whole_batch(i, args, len(examples))[1] for i in (step, step + 1)]
+def chunks(items, size):
+    """Consecutive lists of at most `size`."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def prefetch(processor, examples, step, args, size=None):
+    """Decode the images of this step and the next on --workers threads, in the order of their use.
+
+    size: as for `batch_of`.
+    """
+    ahead = [whole_batch(i, args, len(examples), size)[1] for i in (step, step + 1)]
     chosen = [i for whole in ahead for _, micro in processes.share(whole) for i in micro]
     processor.prefetch.workers = args.workers
     processor.prefetch.expect([examples[i].record.image for i in chosen])
