@@ -1079,7 +1079,17 @@ def test_offline_files_say_what_was_drawn(run, files, checkpoint, say):
     }
     calls = say(lambda question, begun: said[question])
     rows = [*PAIRS[:3], (["Is there a dog?", "No", "And a cup?"], "Yes", "No")]
-    flags = ("--no-guidance", "--tries", 2, "--batch-size", 3, "--model", checkpoint)
+    flags = (
+        "--no-guidance",
+        "--tries",
+        2,
+        "--batch-size",
+        3,
+        "--sample-batch-size",
+        3,
+        "--model",
+        checkpoint,
+    )
     run(*flags, *write(files, "four.json", rows), "--out", "four", cwd=files)
 
     lines = (files / "four" / "negatives.jsonl").read_text().splitlines()
@@ -1135,7 +1145,7 @@ def test_offline_counts_what_was_unguided_and_swapped(run, files, checkpoint, sa
     """Behind y+'s own words nothing new is said: the last try is free. A swapped answer is different at once."""
     end = {"": PAIRS[1][1]} | {PAIRS[1][1][:i]: PAIRS[1][1][i:] for i in range(1, 27)}
     calls = say(lambda question, begun: end[begun.strip()] if question == PAIRS[1][0] else " cat.")
-    flags = ("--tries", 3, "--batch-size", 4, "--model", checkpoint)
+    flags = ("--tries", 3, "--batch-size", 4, "--sample-batch-size", 4, "--model", checkpoint)
     write(files, "swaps.json", [PAIRS[1], *[("Is there a dog?", f"No, {w}.", "A") for w in "abc"]])
     more = ("--data", "swaps.json", "--images", "images", "--out", "swaps")
     run(*flags, *more, cwd=files)
@@ -1152,7 +1162,7 @@ def test_offline_counts_what_was_unguided_and_swapped(run, files, checkpoint, sa
 def test_a_finished_file_is_not_drawn_again(run, files, checkpoint, say):
     """Resumed: what is missing is drawn and put behind the rest, each row's own answer; a whole file stays as it is."""
     calls = say(lambda question, begun: f"{question} {len(calls)}")
-    flags = ("--no-guidance", "--batch-size", 2, "--model", checkpoint)
+    flags = ("--no-guidance", "--batch-size", 2, "--sample-batch-size", 2, "--model", checkpoint)
     flags = (*flags, *write(files, "order.json", PAIRS), "--out", "order")
     run(*flags, cwd=files)
     path = files / "order" / "negatives.jsonl"
@@ -1203,7 +1213,7 @@ def test_online_loss_by_hand(run, files, checkpoint, llava, watch, say, gamma):
     }
     draws, scores = say(lambda question, begun: drawn[question]), watch(SCORER)
     flags = ("--online", "--model", checkpoint, *write(files, "pairs.json", PAIRS), "--no-guidance",
-             "--noise-steps", 500, "--rho", 1, "--gamma", gamma, "--beta", 0.5, "--batch-size", 2, "--grad-accum", 2,
+             "--noise-steps", 500, "--rho", 1, "--gamma", gamma, "--beta", 0.5, "--batch-size", 2, "--sample-batch-size", 2, "--grad-accum", 2,
              "--steps", 3, "--lr", "1e-2", "--gradient-checkpointing")  # fmt: skip
     run(*flags, "--out", f"gamma {gamma}", cwd=files)
     lines = told(files, f"gamma {gamma}")
@@ -1280,7 +1290,7 @@ def test_online_draws_under_its_mask(run, files, checkpoint, watch):
     """
     calls, prefills, decodes, scores = (watch(p) for p in (SAMPLER, PREFILL, DECODE, SCORER))
     flags = ("--online", "--model", checkpoint, *write(files, "mask.json", PAIRS, picture=0),
-             "--batch-size", 2, "--grad-accum", 2, "--steps", 2, "--tries", 1, "--gradient-checkpointing")  # fmt: skip
+             "--batch-size", 2, "--sample-batch-size", 2, "--grad-accum", 2, "--steps", 2, "--tries", 1, "--gradient-checkpointing")  # fmt: skip
     for rho, hidden in (("1", 4), ("0", 0)):
         for seen in (calls, prefills, decodes, scores):
             seen.clear()

@@ -293,7 +293,7 @@ def test_annotator_that_fails_costs_no_step(run, files):
             raise judge.NoAnswer("the server is down.")
         return like(records, answers)
 
-    flags = ("--steps", 4, "--save-every", 0, "--grad-accum", 2)
+    flags = ("--steps", 4, "--save-every", 0, "--grad-accum", 2, "--sample-batch-size", 2)
     run("paid", *flags, annotator=like)
     lines, err = run("failed", *flags, annotator=fails, status=2)
     assert len(lines) == 2 and "the server is down." in err and "Traceback" not in err
@@ -335,17 +335,50 @@ def seeds_of(run, monkeypatch, name, *flags):
     return seeds
 
 
-def test_every_micro_batch_draws_with_its_own_seed(run, monkeypatch):
-    seeds = seeds_of(run, monkeypatch, "seeds")
+def test_every_sampling_batch_draws_with_its_own_seed(run, monkeypatch):
+    size = ("--sample-batch-size", 2)
+    seeds = seeds_of(run, monkeypatch, "seeds", *size)
     assert len(seeds) == len(set(seeds)) == 4
-    assert seeds_of(run, monkeypatch, "seeds-again") == seeds
-    assert not set(seeds) & set(seeds_of(run, monkeypatch, "seeds-other", "--seed", 1))
+    assert seeds_of(run, monkeypatch, "seeds-again", *size) == seeds
+    assert not set(seeds) & set(seeds_of(run, monkeypatch, "seeds-other", *size, "--seed", 1))
+
+
+def test_sampling_has_a_batch_of_its_own(run, monkeypatch):
+    """Its micro-batches change no answer; two of a step are drawn at once, and each is trained on."""
+    assert len(seeds_of(run, monkeypatch, "whole", "--sample-batch-size", 4)) == 2
+    rows, lines, collate = [], [], Processor.collate
+    spy = lambda self, examples, view=None: (
+        rows[-1].append(len(examples)) or collate(self, examples, view)
+    )
+    monkeypatch.setattr(Processor, "collate", spy)
+    for size in (4, 2, 1):
+        rows.append([])
+        flags = ("--batch-size", size, "--grad-accum", 4 // size, "--sample-batch-size", 4)
+        lines.append(run(f"cut-{size}", "--steps", 2, *flags, annotator=by(len))[0])
+    assert [max(part) for part in rows] == [4, 2, 1] and len(set(map(sum, rows))) == 1
+    for other in lines[1:]:
+        for one, two in zip(lines[0], other, strict=True):
+            for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "response_length"):
+                assert two[name] == pytest.approx(one[name], abs=1e-4), name
 
 
 def test_alpha_is_drawn_anew_for_each_micro_batch_and_step(run):
     """One row a micro-batch, all drawn pairs ties, so annotator/pairs is the step's share of pairs of the data."""
     ties = by(lambda text: 0)
-    flags = ("--mix", 0.5, "--batch-size", 1, "--grad-accum", 6, "--steps", 5, "--lr", 0)
+    flags = (
+        "--mix",
+        0.5,
+        "--batch-size",
+        1,
+        "--sample-batch-size",
+        1,
+        "--grad-accum",
+        6,
+        "--steps",
+        5,
+        "--lr",
+        0,
+    )
     shares = lambda name, *more: [
         round(line["annotator/pairs"], 6) for line in run(name, *flags, *more, annotator=ties)[0]
     ]
@@ -369,7 +402,7 @@ def test_a_prompt_without_a_pair_counts_in_the_mean(run):
         calls.append(1)
         return [[0, 1] if len(calls) % 3 != 0 else [1, 1]] * len(records)
 
-    flags = ("--steps", 1, "--batch-size", 1)
+    flags = ("--steps", 1, "--batch-size", 1, "--sample-batch-size", 1)
     ((one,), _) = run("alone", *flags, annotator=first)
     ((two,), _) = run("beside", *flags, "--grad-accum", 2, annotator=first)
     assert one["annotator/pairs"] == 1 and two["annotator/pairs"] == two["annotator/ties"] == 0.5
