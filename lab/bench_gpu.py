@@ -82,6 +82,7 @@ import transformers
 
 import bdhs
 import dpo
+import memory
 import model as modelling
 import nf4
 import ppo
@@ -265,9 +266,26 @@ class Bench:
             figures = {"tokens": batch.input_ids.numel()} | self.measure(run)
         if self.rate is None:
             self.rate = self.card("matmul")["tflop_a_second"]
+        figures["counted_gib"] = self.counted(batch, how == "checkpointing")
         figures["flop"] = step_flops(model, batch)
         figures["flop_share"] = figures["flop"] / figures["seconds"][0] / 1e12 / self.rate
         return figures
+
+    def counted(self, batch, checkpointing):
+        """What memory.py counts for a step, GiB."""
+        args = SimpleNamespace(
+            lr=LR,
+            projector_lr=LR,
+            lora_rank=self.rank,
+            gradient_checkpointing=checkpointing,
+            grad_accum=1,
+            quantize="nf4" if self.nf4 else None,
+        )
+        model = MLLM(*self.parts("meta"), self.shape["llm"]["vocab_size"] - 1)
+        n, length = batch.input_ids.shape
+        prompt, tiles = int((batch.segments == 0).sum(1).max()), len(batch.pixel_values) // n
+        load = memory.Load(n, length, prompt, len(batch.targets) // n, tiles)
+        return sum(memory.training(model, args, load).values()) / memory.GIB
 
     def reference(self, kind, n):
         """The pass that dpo.py makes once, adapters beside the base as there."""
@@ -731,8 +749,8 @@ def row(name, figures, card):
     for key in ("does_not_fit", "absent", "error"):
         if key in figures:
             said = "does not fit" if key == "does_not_fit" else figures[key]
-            return f"| {name} | {said} | | | | {card} |"
-    kinds = ("peak_gib", "reserved_gib")
+            return f"| {name} | {said} | | | | | {card} |"
+    kinds = ("peak_gib", "counted_gib", "reserved_gib")
     sizes = [f"{figures[k]:.2f}" if k in figures else "" for k in kinds]
     rest = [k for k, v in figures.items() if isinstance(v, (int, float)) and not k.endswith("_gib")]
     more = ", ".join(f"{k} {figures[k]:.4g}" for k in rest)
@@ -798,8 +816,8 @@ def main(argv=None):
     lines = json.loads(path.read_text()) if path and path.exists() else []
     known = {line["cell"]: line for line in lines if made.items() <= line.items()}
 
-    print("| cell | seconds | peak GiB | reserved GiB | | card |")
-    print("|---|---|---|---|---|---|")
+    print("| cell | seconds | peak GiB | counted GiB | reserved GiB | | card |")
+    print("|---|---|---|---|---|---|---|")
     for i, name in enumerate(names):
         if name in known:
             print(row(name, known[name], f"{made['card']}, from {path}"))

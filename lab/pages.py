@@ -49,7 +49,7 @@ GPU = [  # lab.bench_gpu: what, and the cells of `dpo.py`'s loop, of the plain w
 ]  # fmt: skip
 GPU_COLUMNS = (
     "", "s a step", "plain: s a step", "TRL: s a step", "plain: ratio", "TRL: ratio", "peak GiB", "plain: peak GiB",
-    "TRL: peak GiB", "share of the matrix rate",
+    "TRL: peak GiB", "counted GiB", "share of the matrix rate",
 )  # fmt: skip
 
 
@@ -180,7 +180,8 @@ def gpu_line(what, ours, others):
     ratios = [f"{second(row) / second(ours):.1f}" if both(row) else "" for row in others]
     peaks = [f"{row['peak_gib']:.1f}" if "peak_gib" in row else "" for row in ways]
     share = f"{ours['flop_share']:.0%}" if "flop_share" in ours else ""
-    return [what, *seconds, *ratios, *peaks, share]
+    counted = f"{ours['counted_gib']:.1f}" if "counted_gib" in ours else ""
+    return [what, *seconds, *ratios, *peaks, counted, share]
 
 
 def gpu_table(gpu):

@@ -136,6 +136,11 @@ def test_every_cell_of_the_gpu_is_measured(tmp_path, capsys, commands):
             assert line["apart"] < 0.02, f"{name} computed something else"
         if name.startswith("attention/"):
             assert line["cosine"] > 0.999, f"{name} computed something else"
+        if name.startswith("step/"):
+            assert line["counted_gib"] > 0
+    step = lambda name: lines[f"step/1.5/{name}"]["counted_gib"]
+    assert step("b4/nf4") < step("b4") < step("b4/r16"), "the rank is 2 without r16"
+    assert step("b4/checkpointing") < step("b4") < step("b16")
     # a prompt of 15 tokens of text and 4 of the picture, two answers of 10; NeXT: 14 of 30 x 50 pixels
     assert lines["step/1.5/b4"]["tokens"] == 4 * (15 + 4 + 2 * 10)
     assert lines["step/next/b2"]["tokens"] == 2 * (15 + 14 + 2 * 10)
