@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -180,13 +181,19 @@ def load_adapter(model, folder, adapter="policy"):
     Accepted: LoRA of one rank on linear layers of the LLM, and a projector in `modules_to_save`, in
     any naming of transformers. Other fields of the config are not read: what matters in them would
     show in the tensors. A tensor without a place is an error, and so is a place without its tensor.
-    One that our alignment.json ties to another base is refused.
+    One that our alignment.json ties to another base is refused; another dtype is told.
     """
     # 1. check the config, and the base
     folder = adapter_folder(folder)
     conditions = read_json(folder / "alignment.json", {})
     if "base" in conditions:
         check_base(model, conditions, folder)
+    here, trained = str(model.dtype).removeprefix("torch."), conditions.get("dtype")
+    if trained not in (None, here):
+        print(
+            f"{folder}: trained with --dtype {trained}, used with {here}: answers may differ",
+            file=sys.stderr,
+        )
     path = folder / "adapter_config.json"
     config = read_json(path)
     kind = config.get("peft_type")

@@ -118,6 +118,13 @@ def test_an_adapter_brings_its_conditions(trained, checkpoint, given):
     assert as_trained(None, *given) == given
 
 
+def test_another_dtype_is_told(trained, checkpoint, capsys):
+    for dtype, said in ((torch.float32, False), (torch.bfloat16, True)):
+        adapters.load_adapter(checkpoints.load(checkpoint, dtype)[0], trained[0])
+        what = "trained with --dtype float32, used with bfloat16"
+        assert (what in capsys.readouterr().err) == said
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
