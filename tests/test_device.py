@@ -160,6 +160,26 @@ def test_gradients_of_dpo(twice, kind, more, rank):
     assert len(calls) == 2, "nothing was computed again"
 
 
+def test_a_micro_batch_waits_for_nothing(twice, device):
+    """Copy, forward and backward pass of a DPO step: on CUDA a synchronising call raises."""
+    _, model = twice(prepare={"lora_rank": 2})
+    batch, reference = pairs(), torch.zeros(3, 2)
+    for watched in (False, True):  # the first pass may set things up
+        if watched and device != "cpu":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            moved = batch.to(device)
+            logp = model.answer_log_probs(moved).view(-1, 2).T
+            ref = reference.T.to(device, non_blocking=True)
+            lengths = moved.lengths.view(-1, 2).T
+            losses, *_ = dpo.dpo_loss(*logp, *ref, 0.1, "ipo", lengths)
+            losses.sum().backward()
+        finally:
+            if device != "cpu":
+                torch.cuda.set_sync_debug_mode("default")
+    assert losses.isfinite().all()
+
+
 @torch.no_grad()
 def test_tiles(twice, device):
     """LLaVA-NeXT: pictures of different numbers of tiles, in training's rows and when sampling."""
