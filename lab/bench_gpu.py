@@ -457,7 +457,7 @@ class Bench:
         def rewards(rollout):
             """As `Reward.by_reward_model`, on the answers as they are."""
             scores = []
-            for part in ppo.chunks(rollout.examples, args.batch_size):
+            for part in training.chunks(rollout.examples, args.batch_size):
                 batch = pictures.collate(part).to(self.device)
                 with model.use("reward"):
                     scores.append(model.values(batch, batch.last, "reward"))
