@@ -36,6 +36,7 @@ from common import BadInput, Parser, run, write_json
 from data import Record
 from evaluation import add_flags, check_flags, load
 from formats.files import ImageFolder, image_folders, rows
+from formats.layouts import take_placeholder
 from sampling import generate
 
 SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's
@@ -228,9 +229,10 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
             where = f"{path}, row {i}"
             try:
                 image = folder.find(q["image"])
+                turns = take_placeholder((q["text"] + suffix,), image)
             except BadInput as error:
                 raise BadInput(f"{where}: {error}") from None
-            records[q["image"], q["text"]] = Record(where, image, (q["text"] + suffix,))
+            records[q["image"], q["text"]] = Record(where, image, turns)
     folder.report()
 
     # The splits share all questions whose answer is yes, so each question is asked once:

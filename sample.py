@@ -19,6 +19,7 @@ import training
 from common import BadInput, Parser, not_negative, positive_int, run
 from data import Record
 from formats import adapters, checkpoints, ratings
+from formats.layouts import take_placeholder
 from lab import toy
 from sampling import generate
 
@@ -85,9 +86,10 @@ def main():
     given = args.template, args.image_aspect, args.quantize
     template, aspect, quantize = adapters.as_trained(args.adapter, *given)
     model, processor = checkpoints.load(name, dtype, device, template, aspect, quantize=quantize)
-    training.show_prompt(processor, args.prompt)
     processor.ask = ratings.request(args.attributes) if args.attributes else ""
-    records = [Record(f"--image {file}", Path(file), (args.prompt,)) for file in args.image]
+    (prompt,) = take_placeholder((args.prompt,), args.image)  # `<image>` is the picture's place
+    training.show_prompt(processor, prompt)
+    records = [Record(f"--image {file}", Path(file), (prompt,)) for file in args.image]
 
     def answers():
         """k answers about each image."""
@@ -109,7 +111,7 @@ def main():
 
     width = shutil.get_terminal_size((120, 0)).columns
     for record, *texts in zip(records, *columns):
-        print(f"{record.image}  {args.prompt}")
+        print(f"{record.image}  {prompt}")
         if args.adapter:
             print("\n".join(side_by_side(["BEFORE", "AFTER"], width)))
         for row in zip(*texts):

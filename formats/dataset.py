@@ -97,6 +97,9 @@ def read(
                 f"{path}: layout {file.layout} is instruction data, one answer a prompt; "
                 "preference pairs are needed."
             )
+        text_only = sum(r.image is None for r in file.records)
+        if text_only:
+            print(f"{path}: {text_only} of {len(file.records)} have no picture", file=sys.stderr)
         rows.records += [replace(r, answers=r.answers[:answers]) for r in file.records]
 
     if needs_image:

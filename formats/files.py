@@ -245,7 +245,7 @@ def rows(path):
     """(row number from 0, row) of a parquet file, JSON array, JSON lines, or RLHF-V's tsv."""
     refuse_lfs_pointer(path)
     if path.is_dir():
-        raise BadInput(f"{path}: {_what_folder(path)}; --data takes files.")
+        raise BadInput(f"{path}: {_what_folder(path)}; a data file is needed.")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return

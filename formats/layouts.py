@@ -172,13 +172,12 @@ def refuse_unread_media(row, layout, image):
     """
     texts = {name for key in LAYOUTS[layout][0] for name in key.split("|")} | {"prompt"}
     for key, cell in row.items():
-        read = PICTURE.fullmatch(key) or (layout in ("seva", "hadpo") and key == "image_id")
         if image is None:
             unread = holds_media(key, cell, key in texts)
-        else:
-            packed = [c for c in named_in(cell) if isinstance(c, PackedImage)]
+        else:  # beside the picture only another one inside the file, or a film
+            packed = any(isinstance(name, PackedImage) for name in named_in(cell))
             film = re.search("video|audio", key, re.IGNORECASE) and named_in(cell)
-            unread = not read and (packed or film)
+            unread = film or packed and not PICTURE.fullmatch(key)
         if unread:
             raise BadInput(
                 f"`{key}` is {cell!r:.80}, which is not read as a picture; accepted are `image`, "

@@ -369,7 +369,7 @@ def test_what_is_no_file(folder, say):
         [*model, folder / "no.json"],
         "no.json: no such file; --data takes a JSON, JSON-lines or",
     )
-    say(dpo.main, [*model, folder], f"{folder}: a folder with latin.json; --data takes files")
+    say(dpo.main, [*model, folder], f"{folder}: a folder with latin.json; a data file is needed")
     say(dpo.main, [*model, folder / "latin.json"], "latin.json: not a text file")
     say(dpo.main, ["--model", "a/b/c"], "--model needs --data")
 

@@ -1295,3 +1295,11 @@ def test_sizes_are_those_of_the_view(tmp_path):
     view = lambda image: image.crop((0, 0, 10, 20))
     assert processor.collate([example]).image_sizes.tolist() == [[20, 40]]
     assert processor.collate([example], view).image_sizes.tolist() == [[20, 10]]
+
+
+def test_rows_without_a_picture_are_told(images, tmp_path, capsys):
+    rows = [instruct("<image>\nab", "e") | {"image": "lamp.jpg"}, instruct("ab", "e")]
+    dataset.read([write(tmp_path / "a.json", rows)], images, 1)
+    assert "a.json: 1 of 2 have no picture" in capsys.readouterr().err
+    dataset.read([write(tmp_path / "b.json", rows[:1])], images, 1)
+    assert "picture" not in capsys.readouterr().err

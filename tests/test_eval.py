@@ -273,6 +273,26 @@ def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
     assert eval_pope.score([q["label"] for q in second], answers) == metrics["own"]
 
 
+def test_pictures_and_placeholders_of_a_question_file(tmp_path, monkeypatch, capsys):
+    """Without --images they are looked for beside the questions; leading folders are told."""
+    asked = []
+
+    def generate(model, processor, records, *sizes, **how):
+        asked.extend(records)
+        return [["Yes"] for _ in records]
+
+    monkeypatch.setattr(eval_pope, "generate", generate)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    row = question("val/a.png", "dog")
+    row["text"] = "<image>\n" + row["text"]
+    eval_pope.evaluate(None, None, [write_lines(tmp_path / "q.json", [row])], None, suffix="")
+    (record,) = asked
+    assert record.image == tmp_path / "images" / "a.png"
+    assert record.turns == ("Is there a dog in the image?",)
+    assert "1 image paths are read without their leading 'val'" in capsys.readouterr().err
+
+
 def test_missing_picture_is_found_before_the_first_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_pope, "generate", lambda *a, **k: pytest.fail("asked too early"))
     (tmp_path / "a.png").touch()

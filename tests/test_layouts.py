@@ -699,6 +699,9 @@ def test_columns_of_a_parquet_file(images, tmp_path, monkeypatch):
     assert shown(image=(pa.binary(), [None, blue, b""])) == [None, BLUE, None]
     for inner, put in ((kind, cell), (pa.binary(), lambda data: data)):
         listed = [[put(red)], [], [put(red), put(blue)]]
+        full = [[put(red)], [put(blue)], [put(red), put(blue)]]
+        assert shown(images=(pa.list_(inner), full))[:2] == [RED, BLUE]
+        assert shown(images=(pa.list_(inner), full))[2].startswith("the row has 2 pictures")
         *first, why = shown(images=(pa.list_(inner), listed))
         assert first == [RED, None] and why.startswith("the row has 2 pictures")
         assert shown(images=(pa.list_(inner), [[put(blue)], None, [None, put(red)]])) == [
@@ -814,9 +817,9 @@ def test_what_is_given_in_the_place_of_data(tmp_path):
         return str(error.value).removeprefix(f"{path}: ")
 
     for name, why in (
-        ("config.json", "a model; --data takes files."),
-        ("adapter_config.json", "an adapter; --data takes files."),
-        ("args.json", "a run folder; --data takes files."),
+        ("config.json", "a model; a data file is needed."),
+        ("adapter_config.json", "an adapter; a data file is needed."),
+        ("args.json", "a run folder; a data file is needed."),
     ):
         (tmp_path / name).write_text('{\n "data": [1],\n "x": 2\n}')
         assert refused(tmp_path) == why

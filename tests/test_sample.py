@@ -118,3 +118,10 @@ def test_bad_flags(ask):
     ):
         _, err = ask(*flags, status=2)
         assert words in err and "Traceback" not in err
+
+
+def test_a_placeholder_is_the_place_of_the_picture(ask):
+    """As in data files; the model does not read it as letters behind the picture."""
+    assert ask("--prompt", "<image>\nWhat?").out == ask().out
+    _, err = ask("--prompt", "<image> and <image>", status=2)
+    assert "holds `<image>` 2 times" in err
