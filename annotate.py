@@ -43,7 +43,9 @@ import json
 import random
 import re
 import statistics
+import sys
 from collections import Counter
+from pathlib import Path
 
 import judge
 import processes
@@ -53,6 +55,7 @@ from common import (
     Parser,
     Progress,
     finite,
+    flag_name,
     fraction,
     not_negative,
     positive_int,
@@ -83,7 +86,7 @@ verbosity: how much detail it has, relative to what was asked
 
 For each response first write a reason in one sentence, then one line of exactly this form:
 Ratings of response 1: helpfulness 3, correctness 4, coherence 4, complexity 2, verbosity 1"""
-LINE = re.compile(r"\W*ratings? of response (\d+)\W+(.*)", re.IGNORECASE)
+LINE = re.compile(r"[\W\d]*ratings? of response (\d+)\W+(.*)", re.IGNORECASE)
 VALUE = re.compile(rf"\b({'|'.join(ATTRIBUTES)})\b\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 RATING_TOKENS = 100  # of a checkpoint's reply, for each answer: a reason and a line
 
@@ -249,15 +252,26 @@ def make_rater(args, device, dtype, usage):
 
     It gives (ratings, reasons) of each record in order, as they come. usage: see `ask_endpoint`.
     """
+    device = judge.checked(args, device)
+    if args.facts or (Path(args.annotator) / "reward.json").is_file():
+        raise BadInput(
+            f"--annotator {args.annotator}: a reward model, with facts or without, gives one score; "
+            "accepted are oracle, a LLaVA checkpoint, endpoint."
+        )
     if args.annotator == "oracle":
         return rate_by_oracle
     ask = judge.asker(args, device, dtype, RATING_TOKENS * args.k, usage)
 
     def rate(records, answers):
-        """Ask about each prompt once."""
+        """Ask about each prompt once; the first reply that cannot be read is shown."""
         questions = [(record, question(record, texts)) for record, texts in zip(records, answers)]
+        shown = False
         for texts, reply in zip(answers, ask(questions)):
-            yield read_reply(reply, len(texts))
+            rated, reasons = read_reply(reply, len(texts))
+            if None in rated and not shown:
+                shown = True
+                print(f"annotator: a rating that cannot be read: {reply!r:.500}", file=sys.stderr)
+            yield rated, reasons
 
     return rate
 
@@ -296,7 +310,7 @@ def rate_all(args, records, answers, rate, usage, out):
             file.write(json.dumps(line | {"usage": dict(usage)}) + "\n")
             file.flush()
             progress(i + 1)
-    return ratings.read(path, images)
+    return ratings.read(path)
 
 
 # ---- 3. write
@@ -366,6 +380,8 @@ def make_data(args, rated, out, usage):
     print("\n".join(f"{name:<32}{value}" for name, value in figures.items()))
     if not preferences:
         print("no two answers to a prompt differ by --margin: preferences.json is empty")
+    if not best:
+        print("no answer reaches --threshold: best.json is empty")
 
 
 def main():
@@ -376,6 +392,12 @@ def main():
             "annotate.py is one process; an endpoint is asked --judge-workers at a time."
         )
     if args.ratings:  # made already
+        other = args.given & {"data", "model", "limit", "k", "temperature", "annotator"}
+        if other:
+            raise BadInput(
+                f"{flag_name(min(other))} does not go with --ratings, which asks nobody; "
+                "--margin, --threshold, --flip and --share do."
+            )
         args.data = [args.ratings]
         rated = ratings.read(args.ratings, args.images)
         make_data(args, rated, training.start(args, "annotate"), usage)

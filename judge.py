@@ -81,6 +81,7 @@ Then give the reason in one sentence."""
 VERDICT = re.compile(r"\W*better:\W*(?:response )?(1|2|equal)\W*", re.IGNORECASE)
 # A checkpoint writes the first line and a little more; its reason is not read.
 VERDICT_TOKENS = 16
+AT_A_TIME = 64  # questions to a checkpoint
 REPLY_TOKENS = 1024  # of an endpoint: a verdict and its reason, with room for some thought
 RETRY = (408, 409, 429, 500, 502, 503, 504, 529)  # statuses for which another try may help
 
@@ -146,16 +147,8 @@ def beside_the_policy(args, device):
     return [args.annotator]
 
 
-def make(args, device="cpu", dtype=torch.float32, records=()):
-    """The annotator that the flags name: a function (records, answers) -> scores.
-
-    records: all `Record`s that will be judged, so that missing facts are reported now.
-    answers: a list of texts for each record.
-
-    Raises BadInput, and NoAnswer when an endpoint does not work. Sets args.judge_url if it comes
-    from the environment, and args.facts if they are the toy world's, so that the run folder shows
-    them.
-    """
+def checked(args, device):
+    """Refuse flags of another annotator -> the device of this one."""
     if args.annotator != "endpoint":
         for name in ("judge_url", "judge_model", "judge_key_file"):
             if getattr(args, name):
@@ -170,7 +163,21 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
                 "--annotator-device is for a reward model or a checkpoint; "
                 f"the annotator is {args.annotator}."
             )
-        device = training.device_of(args.annotator_device, "--annotator-device")
+        return training.device_of(args.annotator_device, "--annotator-device")
+    return device
+
+
+def make(args, device="cpu", dtype=torch.float32, records=()):
+    """The annotator that the flags name: a function (records, answers) -> scores.
+
+    records: all `Record`s that will be judged, so that missing facts are reported now.
+    answers: a list of texts for each record.
+
+    Raises BadInput, and NoAnswer when an endpoint does not work. Sets args.judge_url if it comes
+    from the environment, and args.facts if they are the toy world's, so that the run folder shows
+    them.
+    """
+    device = checked(args, device)
 
     # a reward model, which may read facts
     is_reward_model = (Path(args.annotator) / "reward.json").is_file()
@@ -192,7 +199,8 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
 def asker(args, device, dtype, max_tokens, usage=None):
     """What asks --annotator, a checkpoint or a server: a function [(record, question)] -> replies.
 
-    max_tokens: of a checkpoint's reply. usage: see `ask_endpoint`.
+    max_tokens: of a checkpoint's reply; a server's model may think first, and has at least
+    REPLY_TOKENS. usage: see `ask_endpoint`.
     """
     if args.annotator != "endpoint":
         return ask_checkpoint(args.annotator, device, dtype, max_tokens)
@@ -202,7 +210,15 @@ def asker(args, device, dtype, max_tokens, usage=None):
             "--annotator endpoint needs --judge-url (or OPENAI_BASE_URL) and --judge-model."
         )
     key = read_key(args.judge_key_file)
-    return ask_endpoint(args.judge_url, args.judge_model, key, args.judge_workers, usage=usage)
+    tokens = max(REPLY_TOKENS, max_tokens)
+    return ask_endpoint(
+        args.judge_url,
+        args.judge_model,
+        key,
+        args.judge_workers,
+        max_tokens=tokens,
+        usage=usage,
+    )
 
 
 # ---- the toy world's truth
@@ -411,7 +427,7 @@ def ask_checkpoint(name, device="cpu", dtype=torch.float32, max_tokens=VERDICT_T
     processor.max_length -= max_tokens
     training.show_prompt(processor, who="annotator: ")
 
-    def ask(questions):
+    def replies_to(questions):
         """One reply a question; None for a question that does not fit into the context."""
         fitting = {}  # number of the question -> Record
         for i, (record, text) in enumerate(questions):
@@ -429,6 +445,11 @@ def ask_checkpoint(name, device="cpu", dtype=torch.float32, max_tokens=VERDICT_T
         for i, (reply,) in zip(fitting, texts):
             replies[i] = reply
         return replies
+
+    def ask(questions):
+        """One reply a question, some at a time, so that a caller can keep what there is."""
+        for start in range(0, len(questions), AT_A_TIME):
+            yield from replies_to(questions[start : start + AT_A_TIME])
 
     return ask
 

@@ -524,6 +524,8 @@ def main():
     # ---- evaluate, save
     after = evaluate(model, processor, held, facts, args, "held out, after")
     clock.lap("eval")
+    if processes.number:
+        return
     if args.resume:  # a run that was stopped after its last step had written it
         shutil.rmtree(out / "adapter", ignore_errors=True)
     settings = {

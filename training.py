@@ -380,8 +380,8 @@ def check_same_run(old, new):
 
     The number of processes may change, if --grad-accum changes with it so that the batch does not.
     So may what only costs memory or time, for a run that lacked memory: the micro-batches of the
-    same batch, and checkpointing. Up to rounding the steps are the same; where answers are drawn
-    for each micro-batch, the draws are others.
+    same batch, and checkpointing. Up to rounding the steps are the same; where something is
+    drawn for each micro-batch, or sampling batches shrink (`batch_of`), the draws are others.
     """
     for kind in ("flags", "versions", "data"):
         if not isinstance(old.get(kind), dict):
@@ -457,8 +457,10 @@ def batch_of(step, args, n, size=None):
     """The examples of an optimizer step, as indices -> all of them, and the micro-batches.
 
     The micro-batches are pairs (number, indices): those of this process. size: of each, by default
-    --batch-size; a script that samples takes --sample-batch-size. Every epoch is a new seeded permutation. The result depends on seed and step alone, so
-    a resumed run needs no saved position. With --epochs the last step takes what is left.
+    --batch-size; a script that samples takes --sample-batch-size, or less where several processes
+    would not get one each. Every epoch is a new seeded permutation. The result depends on seed and
+    step alone, so a resumed run needs no saved position. With --epochs the last step takes what is
+    left.
     """
     chosen, micro_batches = whole_batch(step, args, n, size)
     sharding.expected = math.ceil(len(micro_batches) / processes.total)
@@ -468,9 +470,12 @@ def batch_of(step, args, n, size=None):
 def whole_batch(step, args, n, size=None):
     """`batch_of` with the micro-batches of all processes."""
     whole = global_batch(args)
+    size = min(
+        size or args.batch_size, args.batch_size * args.grad_accum
+    )  # a part for each process
     end = (step + 1) * whole if args.steps else min((step + 1) * whole, n * args.epochs)
     chosen = shuffled(step * whole, end, n, args.seed)
-    return chosen, list(enumerate(chunks(chosen, size or args.batch_size)))
+    return chosen, list(enumerate(chunks(chosen, size)))
 
 
 def chunks(items, size):

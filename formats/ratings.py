@@ -47,8 +47,8 @@ def checked(rating, where):
     """A dict of the five attributes as whole numbers from 0 to 4, or BadInput."""
     for name in ATTRIBUTES:
         value = rating.get(name)
-        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        if not whole or value != int(value) or not LOWEST <= value <= HIGHEST:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not LOWEST <= value <= HIGHEST or value != int(value):
             raise BadInput(
                 f"{where}: {name} is {value!r:.40}; a whole number from {LOWEST} to {HIGHEST} "
                 "is accepted."
@@ -70,6 +70,37 @@ def line_of(rated, image):
     }
 
 
+def rated_of(row, where, folder):
+    """A line of ratings.jsonl -> Rated. folder: an `ImageFolder`."""
+    if not isinstance(row, dict) or not {"turns", "answers"} <= row.keys():
+        raise BadInput("no ratings; a line as annotate.py writes it is accepted.")
+    texts = lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
+    turns, answers, own = row["turns"], row["answers"], row.get("reference", [])
+    if not texts(turns) or len(turns) % 2 == 0 or not texts(own):
+        raise BadInput(
+            f"`turns` {turns!r:.60} and `reference` {own!r:.60}; lists of texts are accepted, the "
+            "turns from a user's to a user's."
+        )
+    if not isinstance(answers, list) or not all(
+        isinstance(answer, dict) and isinstance(answer.get("response"), str) for answer in answers
+    ):
+        raise BadInput(
+            f"`answers` is {answers!r:.80}; a list of objects with `response` is needed."
+        )
+
+    given = []
+    for i, answer in enumerate(answers):
+        has = any(name in answer for name in ATTRIBUTES)
+        given.append(checked(answer, f"answer {i}") if has else None)
+    image = folder.find(row["image"]) if row.get("image") else None
+    return Rated(
+        Record(where, image, tuple(turns), tuple(own)),
+        tuple(answer["response"] for answer in answers),
+        tuple(given),
+        tuple(answer.get("reason", "") for answer in answers),
+    )
+
+
 def read(path, images=None):
     """ratings.jsonl -> [Rated, ...]. images: the folder of the images; by default the file's."""
     path = Path(path)
@@ -77,29 +108,11 @@ def read(path, images=None):
     found = []
     for number, row in rows(path):
         where = f"{path.name}, row {number}"
-        if not isinstance(row, dict) or not {"turns", "answers"} <= row.keys():
-            raise BadInput(f"{where}: no ratings; a line as annotate.py writes it is accepted.")
-        answers = row["answers"]
-        for i, answer in enumerate(answers):
-            if not isinstance(answer.get("response"), str):
-                raise BadInput(f"{where}: answer {i} has no `response`.")
-        given = [any(name in answer for name in ATTRIBUTES) for answer in answers]
-        found.append(
-            Rated(
-                Record(
-                    where,
-                    folder.find(row["image"]) if row.get("image") else None,
-                    tuple(row["turns"]),
-                    tuple(row.get("reference", ())),
-                ),
-                tuple(answer["response"] for answer in answers),
-                tuple(
-                    checked(answer, f"{where}, answer {i}") if has else None
-                    for i, (answer, has) in enumerate(zip(answers, given))
-                ),
-                tuple(answer.get("reason", "") for answer in answers),
-            )
-        )
+        try:
+            found.append(rated_of(row, where, folder))
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
+    folder.report()
     if not found:
         raise BadInput(f"{path}: no line; ratings.jsonl of a run of annotate.py is accepted.")
     return found

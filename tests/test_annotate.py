@@ -1,6 +1,7 @@
 """annotate.py and what reads its ratings: replies, the pair rule, a kill, rejection sampling, SteerLM."""
 
 import json
+import math
 import random
 import sys
 from collections import Counter
@@ -36,7 +37,12 @@ def line(number, *values):
 def test_a_reply_is_read_line_by_line():
     """Any case and decoration; the reason is what stands before the line."""
     reply = "\n".join(
-        ["Response 1 is true", "and short.", "**" + line(1, 4, 3, 4, 1, 0).upper() + "**", "Wrong."]
+        [
+            "Response 1 is true",
+            "and short.",
+            "1. **" + line(1, 4, 3, 4, 1, 0).upper() + "**",
+            "Wrong.",
+        ]
         + [line(2, "0.0", 1, 2, 3, 4).replace(" 1,", ": 1;")]
     )
     rated, reasons = annotate.read_reply(reply, 2)
@@ -139,16 +145,25 @@ def test_a_line_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     "answer, message",
     [
-        ({"response": "x", **rating(4, 5, 4, 4, 4)}, "row 0, answer 0: correctness is 5; a whole"),
+        ({"response": "x", **rating(4, 5, 4, 4, 4)}, "row 0: answer 0: correctness is 5; a whole"),
         ({"response": "x", "helpfulness": 4}, "answer 0: correctness is None"),
         ({"response": "x", **rating(4, True, 4, 4, 4)}, "correctness is True"),
-        ({"text": "x"}, "answer 0 has no `response`"),
+        ({"text": "x"}, "`answers` is .*; a list of objects with `response` is needed"),
+        ("abc", "`answers` is"),
+        ({"response": "x", **rating(4, math.inf, 4, 4, 4)}, "correctness is inf"),
+        ({"response": "x", **rating(4, 10**400, 4, 4, 4)}, "correctness is 1000"),
     ],
 )
 def test_bad_ratings_are_refused(tmp_path, answer, message):
     path = tmp_path / "ratings.jsonl"
     path.write_text(json.dumps({"turns": ["What?"], "answers": [answer]}))
     with pytest.raises(BadInput, match=message):
+        ratings.read(path)
+    path.write_text('{"turns": "What?", "answers": []}')
+    with pytest.raises(BadInput, match="row 0: `turns` 'What\\?' .* lists of texts are accepted"):
+        ratings.read(path)
+    path.write_text('{"turns": ["What?"], "answers": [], "image": "no.png"}')
+    with pytest.raises(BadInput, match="row 0: image 'no.png' is not below"):
         ratings.read(path)
     path.write_text('{"conversations": []}')
     with pytest.raises(BadInput, match="row 0: no ratings; a line as annotate.py writes"):
@@ -172,8 +187,8 @@ def run(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
 
     def start(script, name, *more, data="prompts.json"):
-        command = ["x", "--model", checkpoint, "--data", data, "--images", "images"]
-        command += ["--out", name, *more]
+        command = ["x", "--images", "images", "--out", name, *more]
+        command += [] if "--ratings" in more else ["--model", checkpoint, "--data", data]
         monkeypatch.setattr(sys, "argv", [str(part) for part in command])
         script.main()
         return tmp_path / name
@@ -209,7 +224,7 @@ def asked(monkeypatch):
 
     ask.dies = -1
     ask.seen = seen
-    monkeypatch.setattr(judge, "ask_endpoint", lambda *args, usage: ask)
+    monkeypatch.setattr(judge, "ask_endpoint", lambda *args, **more: ask)
     return ask
 
 
@@ -269,6 +284,32 @@ def test_a_killed_run_asks_only_what_is_left(run, asked):
     assert set(asked.seen.values()) == {1} and len(asked.seen) == 7
     answers = lambda folder: (folder / "answers.jsonl").read_text()
     assert answers(out) == answers(whole)
+
+
+def test_flags_that_would_do_nothing_are_refused(run, checkpoint, tmp_path):
+    with pytest.raises(BadInput, match="--k does not go with --ratings, which asks nobody"):
+        run(annotate, "a", "--ratings", "x.jsonl", "--k", 7)
+    for flags, message in (
+        (("--annotator", "oracle", "--judge-url", "http://x"), "--judge-url is for --annotator"),
+        (("--annotator", "oracle", "--annotator-device", "cpu"), "--annotator-device is for"),
+        (("--annotator", checkpoint, "--facts", "x.json"), "accepted are oracle, a LLaVA"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            run(annotate, "a", *flags)
+
+
+def test_images_inside_a_parquet_file(run, asked, tmp_path):
+    """They are written beside the ratings, where the next script finds them without more flags."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": (tmp_path / "images" / f"{i}.png").read_bytes()} for i in range(3)]
+    columns = {"image": images, "question": [f"What is {i}?" for i in range(3)]}
+    columns |= {"chosen": ["A."] * 3, "rejected": ["B."] * 3, "origin_dataset": ["x"] * 3}
+    columns["ds_name"] = ["x"] * 3
+    pq.write_table(pa.table(columns), tmp_path / "packed.parquet")
+    out = run(annotate, "a", *ENDPOINT, *SHORT, data="packed.parquet")
+    known = ratings.read(out / "ratings.jsonl")
+    assert [one.record.image.parent for one in known] == [out / "images"] * 3
+    assert [one.record.image.read_bytes() for one in known] == [i["bytes"] for i in images]
 
 
 def test_flips_and_shares_of_the_same_ratings(run, asked):

@@ -924,16 +924,17 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
 
 def test_the_model_that_is_evaluated(tmp_path, monkeypatch):
     """All flags about it reach it: template and aspect of the image too. Its prompt is shown."""
-    loaded, adapted, shown = [], [], []
+    loaded, adapted, shown, processor = [], [], [], SimpleNamespace()
     monkeypatch.setattr(training, "show_prompt", shown.append)
-    load = lambda *args, quantize: loaded.append((*args, quantize)) or ("model", "p")
+    load = lambda *args, quantize: loaded.append((*args, quantize)) or ("model", processor)
     monkeypatch.setattr(checkpoints, "load", load)
     monkeypatch.setattr(adapters, "load_adapter", lambda *args: adapted.append(args))
     monkeypatch.setattr(adapters, "as_trained", lambda _, *given: given)
     given = {"model": "m", "dtype": "bfloat16", "device": "cpu", "template": "plain"}
     given |= {"image_aspect": "checkpoint", "adapter": None, "out": "out"}
-    given["quantize"] = "nf4"
-    assert evaluation.load(SimpleNamespace(**given)) == ("model", "p") and not adapted
+    given |= {"quantize": "nf4", "attributes": None}
+    assert evaluation.load(SimpleNamespace(**given)) == ("model", processor) and not adapted
     evaluation.load(SimpleNamespace(**given | {"adapter": "run/adapter"}))
     want = ("m", torch.bfloat16, torch.device("cpu"), "plain", "checkpoint", "nf4")
-    assert loaded == [want, want] and adapted == [("model", "run/adapter")] and shown == ["p", "p"]
+    assert loaded == [want, want] and adapted == [("model", "run/adapter")]
+    assert shown == [processor, processor] and processor.ask == ""

@@ -294,7 +294,7 @@ def test_checkpoint_leaves_room_for_a_verdict(record, checkpoint, monkeypatch, c
     for room, replies in ((16, texts), (15, [None, "short"])):
         processor.max_length = lengths[0] + room
         ask = judge.ask_checkpoint("name")
-        assert ask([(record, text) for text in texts]) == replies
+        assert list(ask([(record, text) for text in texts])) == replies
         assert capsys.readouterr().err.count("annotator: template vicuna_v1, image aspect pad") == 1
 
 
@@ -383,7 +383,7 @@ def test_how_the_annotator_is_made(record, checkpoint, tmp_path, monkeypatch):
             judge.make(flags(annotator=annotator), dtype=dtype)
             assert seen.pop() is dtype
     made = []
-    monkeypatch.setattr(judge, "ask_endpoint", lambda *args, usage: made.append(args))
+    monkeypatch.setattr(judge, "ask_endpoint", lambda *args, **more: made.append(args))
     (tmp_path / "key").write_text(KEY + "\n")
     url = "http://localhost/v1"
     given = flags(
@@ -411,7 +411,7 @@ def test_flags_of_another_annotator():
 def test_the_annotator_has_a_device_of_its_own(monkeypatch):
     """Without the flag it shares the policy's, and its weights count there."""
     asked = []
-    monkeypatch.setattr(judge, "ask_checkpoint", lambda name, device, dtype: asked.append(device))
+    monkeypatch.setattr(judge, "ask_checkpoint", lambda name, device, *_: asked.append(device))
     policy, beside = torch.device("meta"), judge.beside_the_policy
     alone, own = flags(annotator="llava"), flags(annotator="llava", annotator_device="cpu")
     judge.make(alone, policy)

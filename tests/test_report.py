@@ -58,8 +58,7 @@ def test_the_start_is_evaluated_once(asked, llava):
     report.evaluate_start(model, processor, run(toy_world="world-2"), Path("c"))
     processor.template = "plain"
     report.evaluate_start(model, processor, run(), Path("d"))
-    with torch.no_grad():
-        model.projector.linear_1.bias += 1
+    model.source = "other files"
     report.evaluate_start(model, processor, run(), Path("e"))
     processor.template = "checkpoint"  # the same name for two templates
     for name, start in (("f", "Be brief. "), ("g", "Be long. ")):

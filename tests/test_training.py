@@ -388,6 +388,17 @@ def test_the_batch_size_changes_no_order():
         assert flat(plan(7, epochs=2, batch_size=batch_size, grad_accum=grad_accum)) == want
 
 
+def test_sampling_batches_give_every_process_a_part(monkeypatch):
+    """32 rows a step in batches of 16, or smaller ones where there are more processes."""
+    for total, sizes in ((1, [16, 16]), (2, [16, 16]), (4, [8, 8, 8, 8])):
+        monkeypatch.setattr(training.processes, "total", total)
+        flags = {"steps": 1, "epochs": 1, "batch_size": 2, "grad_accum": 16 // total, "seed": 0}
+        indices, whole = training.whole_batch(0, argparse.Namespace(**flags), 40, 16)
+        assert [len(part) for _, part in whole] == sizes and len(indices) == 32
+        monkeypatch.setattr(training.processes, "number", total - 1)
+        assert training.batch_of(0, argparse.Namespace(**flags), 40, 16)[1]
+
+
 def test_the_last_step_of_the_epochs_takes_what_is_left():
     sizes = lambda steps: [[len(micro) for micro in step] for step in steps]
     assert sizes(plan(5, epochs=2, batch_size=4)) == [[4], [4], [2]]
