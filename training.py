@@ -429,7 +429,7 @@ class Clock:
 
 def show_prompt(processor, text="...", who=""):
     """Print how a question about an image is asked. who: names the model, where there are two."""
-    ids, _ = processor.ids_of([(processor.user_pieces(text, True, 1), False)])
+    ids, _ = processor.ids_of([(processor.user_pieces(text + processor.ask, True, 1), False)])
     decode = processor.tokenizer.decode
     print(
         f"{who}template {processor.template}, image aspect {processor.image_aspect}; "

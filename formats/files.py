@@ -289,6 +289,11 @@ def _refuse_one_object(path, text):
 def _what_folder(path):
     """What a folder is that was given in the place of a data file."""
     for name, what in (
+        (
+            "ratings.jsonl",
+            "a run of annotate.py: its ratings.jsonl is for rejection_sampling.py and steerlm.py, its "
+            "preferences.json for dpo.py",
+        ),
         ("preferences.json", f"a run folder, whose data are {path / 'preferences.json'}"),
         ("args.json", "a run folder"),
         ("adapter_config.json", "an adapter"),
@@ -310,10 +315,11 @@ IMAGES_NOTE = "images.json"  # {"images_folder": path}, beside a data file
 def image_folders(path):
     """Where the images of a data file are looked for without --images.
 
-    In its own folder, in `images` there, and where `remember_images` says.
+    In its own folder, in `images` there, and where `remember_images` says; a message names that
+    folder although it may have moved.
     """
     folder = Path(path).parent
-    folders = [folder, folder / "images"]
+    folders = [folder, *([folder / "images"] if (folder / "images").is_dir() else [])]
     try:
         note = json.loads((folder / IMAGES_NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -321,7 +327,7 @@ def image_folders(path):
     noted = note.get("images_folder") if isinstance(note, dict) else None
     if isinstance(noted, str):
         folders.append(Path(noted))
-    return folders[:1] + [f for f in folders[1:] if f.is_dir()]
+    return folders
 
 
 def remember_images(folder, images):

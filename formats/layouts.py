@@ -674,6 +674,11 @@ def read(path, images=None):
         if layout is None and isinstance(row, dict):
             fits = (name for name, (keys, _) in LAYOUTS.items() if not _missing(row, keys))
             layout = next(fits, None)
+            if layout is None and {"turns", "answers"} <= row.keys():
+                raise BadInput(
+                    f"{path}: rated answers of annotate.py, which rejection_sampling.py and steerlm.py "
+                    "read; beside them are its preferences.json, best.json and attributes.json."
+                )
             if layout is None:
                 known = [f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items()]
                 raise BadInput(

@@ -66,7 +66,8 @@ def looked_at(images, look):
             return image, str(error)
         return image, None
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    mine = getattr(os, "sched_getaffinity", None)  # Linux alone knows what a process may use
+    with ThreadPoolExecutor(len(mine(0)) if mine else os.cpu_count()) as pool:
         return [
             found
             for i in range(0, len(images), AT_A_TIME)

@@ -79,7 +79,7 @@ answers drawn."""
 FITS = """Flags are those beside a script's defaults. A prompt is a photograph of 640 x 480 and 45 tokens of text; answers are
 of 100 tokens, in PPO of its `--max-new-tokens` (896), in online DPO of 256. bfloat16, LoRA rank 128, in PPO and the reward model 64.
 
-- **GiB, computed**: the peak of the command by `memory.py`, which counts from shapes; every script prints it for your data before it
+- **GiB, computed**: the peak of the command by `memory.py`, which counts from shapes; scripts that train, and bdhs.py, print it for your data before it
   reads weights. Scripts that sample need at least this, and use what else is free for answers at a time (POPE, CHAIR, BDHS, PPO).
 - **a step alone, measured**: one micro-batch, no gradients of others beside it, on an H200 (`gpu.json`). Of every such step the count
   is within 3 %, and so is sampling within 8 % (`tests/test_memory.py`).

@@ -17,7 +17,7 @@ import steerlm
 import training
 from common import BadInput
 from data import Processor, Record
-from formats import checkpoints, ratings
+from formats import checkpoints, layouts, ratings
 from formats.ratings import ATTRIBUTES, Rated
 
 RATED = "helpfulness {}, correctness {}, coherence {}, complexity {}, verbosity {}"
@@ -406,3 +406,11 @@ def test_a_real_endpoint_is_asked(monkeypatch):
     (found,) = rate([Record("r", None, ("What?",))], [("a" * 12, "b" * 30)])
     assert found[0] == [rating(2, 2, 2, 2, 1), rating(4, 4, 4, 2, 1)]
     assert training.flag_name("judge_url") == "--judge-url"
+
+
+def test_other_scripts_say_who_reads_ratings(run, asked):
+    out = run(annotate, "a", *ENDPOINT, *SHORT)
+    with pytest.raises(BadInput, match="rated answers .* rejection_sampling.py and steerlm.py"):
+        layouts.read(out / "ratings.jsonl")
+    with pytest.raises(BadInput, match="a run of annotate.py: its ratings.jsonl is for"):
+        ratings.read(out)

@@ -1192,10 +1192,14 @@ def test_where_images_are_looked_for_without_a_flag(tmp_path):
     assert [r.image.name for r in found.records] == ["a.png", "b.png", "c.png"] and not found.notes
     # with the flag, there alone
     assert [r["row"] for r in layouts.read(path, elsewhere).refused] == [0, 1]
-    # another tool's images.json, and a folder that is gone
-    for text in ("[1]", "{", '{"images_folder": 3}', '{"images_folder": "/gone"}'):
+    # another tool's images.json
+    for text in ("[1]", "{", '{"images_folder": 3}'):
         (data / "images.json").write_text(text)
         assert files.image_folders(path) == [data, data / "images"]
+    # a folder that is gone is named
+    (data / "images.json").write_text('{"images_folder": "/gone"}')
+    (refused,) = layouts.read(path).refused
+    assert refused["why"].endswith(f"is not below --images {data} or {data / 'images'} or /gone.")
 
 
 def test_an_answer_rated_twice_gives_no_pair(images, tmp_path):
