@@ -5,6 +5,7 @@ No torch here: reading a JSON file or printing `--help` must not load it.
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -24,20 +25,24 @@ class BadInput(ValueError):
     """The user gave something that cannot be used; one sentence says what, and where. Status 2."""
 
 
-OUT_OF_MEMORY = (
-    "out of memory; lower --batch-size (in training raise --grad-accum as much) or give "
-    "--gradient-checkpointing: the run's last checkpoint is whole, and --resume goes on with these; "
-    "or start again with a lower --lora-rank or --max-new-tokens"
-)
-
-
 class NonFinite(RuntimeError):
     """A loss or gradient is not a number; the run stops before the optimizer step. Status 1."""
 
 
-def run(main):
+WHOLE = "the last checkpoint, if there is one, is whole"
+OUT_OF_MEMORY = {  # does the script train?
+    True: "out of memory; lower --batch-size (raise --grad-accum as much) or give "
+    f"--gradient-checkpointing: {WHOLE}, and --resume goes on with these; or start again with "
+    "--quantize nf4, or a lower --lora-rank or --max-new-tokens",
+    False: "out of memory; lower --batch-size, --k or --max-new-tokens, whichever of them the "
+    "script has, or give --quantize nf4",
+}
+
+
+def run(main, trains=False):
     """Call main(). An error that the user can mend ends with one sentence, not with a traceback.
 
+    trains: does the script train, with checkpoints in its run folder?
     Exit status: 2 for BadInput and for files that the system refuses (rights, a full disk), 1 for
     NonFinite and for a lack of memory, 130 after Ctrl-C.
     """
@@ -49,23 +54,19 @@ def run(main):
         text, status = f"{script}: {error}", 2
     except NonFinite as error:
         text, status = f"{script}: {error}", 1
-    except OSError as error:
-        if error.filename is None:  # not about a file
-            raise
-        text, status = f"{script}: {error.filename}: {error.strerror}.", 2
     except KeyboardInterrupt:
-        status = 130
-        text = (
-            f"\n{script}: interrupted; the run folder keeps its last checkpoint, "
-            "go on with --resume"
-        )
+        goes_on = f"; {WHOLE}, and --resume goes on from it" if trains else ""
+        text, status = f"\n{script}: interrupted{goes_on}", 130
     except Exception as error:
-        if not process_ids and not lacks_memory(error):
+        if isinstance(error, OSError) and error.filename is not None:
+            text, status = f"{script}: {error.filename}: {error.strerror}.", 2
+        elif lacks_memory(error):
+            text, status = f"{script}: {OUT_OF_MEMORY[trains]} ({one_line(error)}).", 1
+        elif not process_ids:
             raise
-        of_collective = re.search("gloo|NCCL", str(error))
-        text, status = lost() if of_collective else traceback.format_exc(), 1
-        if lacks_memory(error):
-            text = f"{script}: {OUT_OF_MEMORY} ({one_line(error)})."
+        else:
+            of_collective = re.search("gloo|NCCL", str(error))
+            text, status = (of_collective and lost()) or traceback.format_exc(), 1
     end(text, status, stderr)
 
 
@@ -100,18 +101,15 @@ def is_alive(pid):
 
 
 def lost():
-    """The sentence of a process that cannot go on because another is gone."""
-    gone = []
+    """The sentence of a process that cannot go on because another is gone; None if none is."""
     for _ in range(20):  # torchrun takes a moment to notice
         gone = [i for i, pid in enumerate(process_ids) if not is_alive(pid)]
         if gone:
-            break
+            return (
+                f"{Path(sys.argv[0]).name}: process {min(gone)} of {len(process_ids)} ended, and "
+                f"with it the run; of a training run {WHOLE}, and --resume goes on from it"
+            )
         time.sleep(0.1)
-    script, who = Path(sys.argv[0]).name, f"process {min(gone)}" if gone else "another process"
-    return (
-        f"{script}: {who} of {len(process_ids)} ended, and with it the run; "
-        "the run folder keeps its last checkpoint, go on with --resume"
-    )
 
 
 def end(text, status, stderr, patience=600):
@@ -130,7 +128,7 @@ def end(text, status, stderr, patience=600):
 
 
 def lacks_memory(error):
-    """Is it a lack of memory? torch's errors are known by name and words, as torch is not loaded."""
+    """Is it a lack of memory? torch is not loaded: its errors are known by name and words."""
     kind = type(error).__name__
     return kind in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
 
@@ -204,11 +202,30 @@ fraction = ranged(float, "0 to 1", lambda x: 0 <= x <= 1)
 # ---- files and folders: whole or absent
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Inside, a full disk is an OSError that names this file: the system's own names none.
+
+    safetensors raises an error of its own kind, with the system's number in its text.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = getattr(error, "errno", None) or (found and int(found[1]))
+        if number not in DISK_ERRORS or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
 def write_text(path, text):
     """Write a file whole or not at all: aside, flushed to disk, renamed."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
+    with naming(path), open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -289,11 +306,12 @@ def whole_folder(path, flush=True):
     shutil.rmtree(aside, ignore_errors=True)  # a killed process of the same number left it
     aside.mkdir(parents=True)
     try:
-        yield aside
-        for file in (*aside.rglob("*"), aside) if flush else ():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        with naming(path):
+            yield aside
+            for file in (*aside.rglob("*"), aside) if flush else ():
+                descriptor = os.open(file, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
         if not path.exists():
             os.replace(aside, path)
     finally:

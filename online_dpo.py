@@ -358,4 +358,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import common
 from common import BadInput
@@ -72,7 +73,8 @@ def watch_for_the_end():
         """Read signal numbers, as Python's own handler writes them."""
         while os.read(read, 1)[0] != signal.SIGTERM:
             pass
-        common.end(common.lost(), 1, stderr, patience=0)
+        stopped = f"{Path(sys.argv[0]).name}: torchrun ended the run"
+        common.end(common.lost() or stopped, 1, stderr, patience=0)
 
     threading.Thread(target=wait, daemon=True).start()
 

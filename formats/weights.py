@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from common import (
     BadInput,
     file_identity,
+    naming,
     one_line,
     open_to_others,
     read_json,
@@ -260,7 +261,8 @@ def tower_weights(folder):
 
 def write_tensors(tensors, path):
     """Write {name: tensor} as safetensors. Its library makes files that only their owner reads."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    with naming(path):
+        save_file(tensors, path, metadata={"format": "pt"})
     open_to_others(path)
 
 

@@ -1,9 +1,15 @@
-"""The command line's numbers, and which flags were given."""
+"""The command line's numbers and which flags were given, files, and how an error ends a script."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import common
 from common import BadInput, Parser
+
+ROOT = Path(__file__).parents[1]
 
 
 def parser():
@@ -112,7 +118,10 @@ def test_progress_of_a_run_that_goes_on(monkeypatch, capsys):
 
 
 def test_what_the_system_refuses_is_one_sentence(tmp_path, capsys):
-    """A folder where a file is read: the path and the system's reason, exit status 2. Other errors stay tracebacks."""
+    """A folder where a file is read: the path and the system's reason, exit status 2.
+
+    Other errors stay tracebacks.
+    """
     with pytest.raises(SystemExit, match="2"):
         common.run(lambda: open(tmp_path))
     assert capsys.readouterr().err.endswith(f"{tmp_path}: Is a directory.\n")
@@ -122,6 +131,119 @@ def test_what_the_system_refuses_is_one_sentence(tmp_path, capsys):
 
     with pytest.raises(OSError, match="no file"):
         common.run(broken)
+
+
+def ended(code):
+    """Run code in a process of its own -> its exit status and the text on stderr."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+TOO_LARGE = """
+import resource, sys
+import torch, common
+from formats.weights import write_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+def folder():
+    with common.whole_folder("{path}") as aside, open(aside / "part", "wb") as file:
+        file.write(bytes(5000))
+common.run(lambda: {call})
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "common.write_text('{path}', 'a' * 5000)",
+        "write_tensors({{'a': torch.zeros(2000)}}, '{path}')",
+        "folder()",
+    ],
+)
+def test_a_full_disk_is_one_sentence(tmp_path, call):
+    """A limit on the size of files stands in for it: the system names no file there either."""
+    path = tmp_path / "new"
+    status, said = ended(TOO_LARGE.format(path=path, call=call.format(path=path)))
+    assert (status, said) == (2, f"-c: {path}: File too large.\n")
+    assert not path.exists() or "tensors" in call
+
+
+def test_other_errors_than_a_disks_keep_their_kind(tmp_path):
+    """A refused connection while a folder is filled is not about the folder."""
+    with pytest.raises(ConnectionRefusedError) as refused, common.naming(tmp_path):
+        raise ConnectionRefusedError(111, "Connection refused")
+    assert refused.value.filename is None
+    with pytest.raises(OSError) as full, common.naming(tmp_path):
+        raise OSError(28, "No space left on device", "other.json")
+    assert full.value.filename == "other.json"
+
+
+# ---- one of several processes
+
+ALONE_OF_TWO = """
+import os, sys, time
+import common
+time.sleep = lambda seconds: None
+common.process_ids[:] = [os.getpid(), {other}]
+def main():
+    sys.stderr = open(os.devnull, "w")
+    raise {error}
+common.run(main)
+"""
+NCCL = "RuntimeError('NCCL Error 2: shared memory of the container is too small')"
+
+
+@pytest.mark.parametrize("error", [NCCL, "OSError('no address')", "BlockingIOError(11, 'busy')"])
+def test_no_process_dies_without_its_reason(error):
+    """Although stderr of a process above 0 is closed, and although all the others are there."""
+    status, said = ended(ALONE_OF_TWO.format(other="os.getpid()", error=error))
+    assert status == 1 and "Traceback" in said and error.split("'")[1] in said
+    assert "ended, and with it" not in said
+
+
+def test_a_collective_that_lost_a_process_says_which():
+    other = subprocess.Popen([sys.executable, "-c", ""])
+    other.wait()
+    status, said = ended(ALONE_OF_TWO.format(other=other.pid, error=NCCL))
+    assert status == 1
+    assert said == (
+        "-c: process 1 of 2 ended, and with it the run; of a training run the last checkpoint, "
+        "if there is one, is whole, and --resume goes on from it\n"
+    )
+
+
+# ---- what to do about it
+
+TRAINERS = "sft dpo online_dpo bdhs povid reward_model ppo rejection_sampling steerlm".split()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()])
+def test_advice_is_what_the_script_can_follow(capsys, error):
+    """Checkpoints and LoRA are a trainer's; --save-every 0 writes no checkpoint."""
+
+    def fail():
+        raise error
+
+    said = {}
+    for trains in (True, False):
+        with pytest.raises(SystemExit):
+            common.run(fail, trains)
+        said[trains] = capsys.readouterr().err
+    assert "the last checkpoint, if there is one, is whole, and --resume" in said[True]
+    for word in ("--resume", "checkpoint", "--lora-rank", "--grad-accum"):
+        assert word not in said[False]
+    if isinstance(error, MemoryError):
+        for text in said.values():
+            assert "--batch-size" in text and "--max-new-tokens" in text
+            assert "--quantize nf4" in text
+
+
+def test_trainers_alone_say_that_they_train():
+    scripts = [path for path in ROOT.glob("*.py") if "\n    run(main" in path.read_text()]
+    trains = {path.stem for path in scripts if "run(main, trains=True)" in path.read_text()}
+    assert trains == set(TRAINERS) and len(scripts) > len(trains)
+
+
+# ---- what a file is not
 
 
 def test_a_pointer_of_git_lfs(tmp_path):

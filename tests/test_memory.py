@@ -294,7 +294,7 @@ def test_a_lack_of_memory_is_known(error, lacks):
 
 def test_a_lack_of_memory_ends_with_one_sentence():
     """A real one of the CPU's allocator, and status 1."""
-    code = "import common, torch; common.run(lambda: torch.empty(2**60))"
+    code = "import common, torch; common.run(lambda: torch.empty(2**60), True)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

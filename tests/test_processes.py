@@ -273,7 +273,7 @@ def test_other_weights_are_refused(monkeypatch):
     [
         (
             "killed",
-            "failing: process 1 of 2 ended, and with it the run; the run folder keeps its",
+            "failing: process 1 of 2 ended, and with it the run; of a training run the last",
             -9,
         ),
         ("refused", "failing: a.json, row 3: it is bad.", 2),

@@ -899,7 +899,7 @@ def test_exit_status(monkeypatch, capsys, error, status, said):
 
     monkeypatch.setattr(sys, "argv", ["/somewhere/dpo.py"])
     with pytest.raises(SystemExit) as stop:
-        run(fail)
+        run(fail, trains=True)
     err = capsys.readouterr().err
     assert stop.value.code == status and said in err and err.strip().startswith("dpo.py: ")
 
