@@ -93,6 +93,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import memory
 import processes
 import training
 from common import BadInput, Parser, Progress, fraction, not_negative, positive, positive_int
@@ -784,10 +785,9 @@ def main():
         dtype,
         rows,
         packed=as_long_pairs,
-        k=sentences,
-        new=args.max_new_tokens,
-        trains=args.online,
-        reference=args.online,
+        plan=memory.Plan(
+            k=sentences, new=args.max_new_tokens, trains=args.online, reference=args.online
+        ),
     )
     model, processor = checkpoints.load(
         args.model,

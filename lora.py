@@ -57,7 +57,8 @@ class LoRALinear(nn.Module):
 def cast_once(llm, dtype):
     """Inside, no adapter changes, and each that acts is cast now and not at every call.
 
-    For sampling: at rank 128 the casts are 450 kernels and 1.9 GB a token of a 7B model in bfloat16.
+    For sampling: at rank 128 the casts are 450 kernels and 1.9 GB a token of a 7B model in
+    bfloat16.
     """
     layers = [m for m in llm.modules() if isinstance(m, LoRALinear) and m.active in m.adapters]
     acting = [m.adapters[m.active] for m in layers]

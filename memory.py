@@ -51,16 +51,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import processes
 from common import flag_name
 from formats.files import image_size
-from nf4 import BITS_PER_WEIGHT
+from nf4 import BITS_PER_WEIGHT, UNPACKING_BYTES
 
 GIB = 2**30
-HEAD_CHUNK = (
-    4 * 2**23
-)  # logits of `fused_log_probs`; softmax, its logarithm and z are alive at once
-# The allocator rounds and splits: at the peak of the steps in results/gpu.json it had taken 2 to 5 %
-# more than tensors held, with checkpointing up to 18 %, most of which it can give back.
+# logits of `fused_log_probs`; softmax, its logarithm and z are alive at once
+HEAD_CHUNK = 4 * 2**23
+# The allocator rounds and splits: at the peak of the steps in results/gpu.json it had taken 2 to
+# 5 % more than tensors held, with checkpointing up to 18 %, most of which it can give back.
 HEADROOM = 1.05
 # the defaults of dpo.py, for `python data.py FILE --model M`
 DPO = argparse.Namespace(
@@ -83,6 +83,20 @@ class Load:
     prompt: int  # of which prompt
     scored: int  # tokens of a row that pass through the head
     tiles: int = 1  # pictures a row that the tower sees: 1, with LLaVA-NeXT its tiles; 0 for text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does beside the forward and backward pass of one model."""
+
+    k: int = 0  # answers that it draws to a prompt, 0 if it draws none ...
+    new: int = 0  # ... and the tokens of each
+    trains: bool = True
+    trained: int = 1  # adapters of --lora-rank that train ...
+    frozen: int = 0  # ... and that only act
+    reference: bool = False  # a copy of an LLM that trains whole is kept
+    beside: int = 0  # bytes of other models on the device
+    shards: int = 1  # processes among which the blocks are divided otherwise (sharding.py)
 
 
 def longest(model, examples, rows):
@@ -127,12 +141,10 @@ def attention_sizes(config):
 # ---- training
 
 
-def training(model, args, load, trained=1, frozen=0, reference=False, shards=1):
+def training(model, args, load, plan=Plan()):
     """A training step -> {"weights":, "trained":, "activations":}, bytes; their sum is the peak.
 
-    args: the flags of `training.add_training_flags`. trained, frozen: how many adapters of
-    --lora-rank train and how many only act. reference: a copy of an LLM that trains whole is kept.
-    shards: processes among which the blocks are divided otherwise (sharding.py).
+    args: the flags of `training.add_training_flags`.
     """
     s = model.dtype.itemsize
     rank = args.lora_rank if args.lr else 0
@@ -144,15 +156,15 @@ def training(model, args, load, trained=1, frozen=0, reference=False, shards=1):
 
     # 1. weights: what trains is counted below; its first state is kept where pi_ref needs it
     weights = 0
-    if not whole or reference:
+    if not whole or plan.reference:
         weights += s * (llm - packed) + BITS_PER_WEIGHT / 8 * packed
     weights += s * projector + (0 if vision_trains else s * vision)
     adapter = lora_numbers(model, rank)
-    weights += 4 * frozen * adapter
-    total = trained * adapter
-    if whole and not reference:
+    weights += 4 * plan.frozen * adapter
+    total = plan.trained * adapter
+    if whole and not plan.reference:
         blocks = numbers(model.llm.base_model.layers)
-        total += blocks // shards - blocks
+        total += blocks // plan.shards - blocks
     total += llm * whole + projector * bool(args.projector_lr) + vision * vision_trains
 
     # 2. the moments of the step at which memory may be at its most: (gradients, activations)
@@ -209,9 +221,9 @@ def activations(model, load, rank, whole, checkpointing):
 
 
 def unpacking(model, load):
-    """What dequantizing adds: the largest layer twice in float32, beside two of the MLP's gradients."""
+    """What dequantizing the largest layer adds, as two of the MLP's three gradients are alive."""
     third = model.dtype.itemsize * load.rows * load.length * model.llm.config.intermediate_size
-    return max(0, 8 * max(m.weight.numel() for m in block_layers(model)) - third)
+    return max(0, UNPACKING_BYTES * max(m.weight.numel() for m in block_layers(model)) - third)
 
 
 def tower(model, load, trains=False):
@@ -255,33 +267,36 @@ def sampling(model, prompts, answers, length, new, tiles=1):
 
 
 def available(device):
-    """Bytes that a run may take on this device. On a CPU: of all processes together."""
+    """Bytes that a process may take on this device. On a CPU: its equal part of what is free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # the whole memory, where no one counts what is free
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     table = Path("/proc/meminfo")
     if table.is_file():
         lines = (line.split() for line in table.read_text().splitlines())
-        return next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf(
-        "SC_PAGE_SIZE"
-    )  # the whole, where no one counts
+        free = next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
+    return free // processes.total
 
 
 def smaller(args):
     """Flags that need less memory, the mildest first: {name: value} to try.
 
     A smaller micro-batch with more of them gives the same step. Checkpointing costs a third of the
-    speed, NF4 some precision, a low rank some of what can be learned.
+    speed, NF4 some precision, a low rank some of what can be learned. What a script refuses is not
+    among them: a model that sft.py composes has no NF4, and --vision-lr no LoRA.
     """
     batch = args.batch_size * args.grad_accum
     sizes = [n for n in range(args.batch_size, 0, -1) if batch % n == 0]
     ladder = [{}]
     if not args.gradient_checkpointing:
         ladder.append({"gradient_checkpointing": True})
-    if getattr(args, "quantize", "") in (None, "none") and args.lora_rank and args.lr:
+    plain = getattr(args, "quantize", "") in (None, "none") and getattr(args, "model", True)
+    if plain and args.lora_rank and args.lr:
         ladder.append(ladder[-1] | {"quantize": "nf4"})
-    if args.lora_rank > 16 or (args.lora_rank == 0 and args.lr):
+    whole = args.lora_rank == 0 and args.lr and not getattr(args, "vision_lr", 0)
+    if args.lora_rank > 16 or whole:
         ladder.append(ladder[-1] | {"lora_rank": 16})
     for step in ladder:
         for size in sizes:
@@ -289,32 +304,30 @@ def smaller(args):
             yield step | fewer
 
 
-def peak(model, args, load, k=0, new=0, trains=True, beside=0, **kinds):
+def peak(model, args, load, plan=Plan()):
     """The most that a run holds -> {part: bytes}.
 
-    k, new: answers that it draws to a prompt, and their tokens; counted for one prompt, as larger
-    batches are cut to what is free. beside: bytes of other models on the device. kinds: as
-    `training`.
+    Drawing is counted for one prompt, as larger batches are cut to what is free.
     """
-    need = training(model, args, load, **kinds)
-    if not trains:
+    need = training(model, args, load, plan)
+    if not plan.trains:
         need |= {"trained": 0, "activations": 0}
-    drawing = sampling(model, 1, k, load.prompt, new, load.tiles) if k else 0
-    if k and trains and args.lr and model.dtype.itemsize < 4:  # the adapter is cast once
+    drawing = sampling(model, 1, plan.k, load.prompt, plan.new, load.tiles) if plan.k else 0
+    if plan.k and plan.trains and args.lr and model.dtype.itemsize < 4:  # the adapter is cast once
         drawing += model.dtype.itemsize * lora_numbers(model, args.lora_rank)
     if drawing > need["activations"]:
         need |= {"activations": 0, "sampling": drawing}
-    if beside:
-        need["annotator"] = beside
+    if plan.beside:
+        need["annotator"] = plan.beside
     return {part: size for part, size in need.items() if size}
 
 
-def says(model, args, load, device, room, **kinds):
+def says(model, args, load, device, room, plan=Plan()):
     """One line: what a run needs, what the device has, and, if that is less, which flags help.
 
     room: bytes that the device has, None if no one asks.
     """
-    need = peak(model, args, load, **kinds)
+    need = peak(model, args, load, plan)
     total, rows = sum(need.values()), f"{load.rows} x {load.length} tokens"
     parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in need.items())
     line = f"memory: {total / GIB:.1f} GiB at the peak ({parts}; {rows})"
@@ -322,10 +335,10 @@ def says(model, args, load, device, room, **kinds):
         line += f"; {device} has {room / GIB:.1f} GiB free"
     if room is None or total * HEADROOM <= room:
         return line
-    for flags in smaller(args) if kinds.get("trains", True) else ():
+    for flags in smaller(args) if plan.trains else ():
         changed = argparse.Namespace(**vars(args) | flags)
         fewer = replace(load, rows=changed.batch_size)
-        total = sum(peak(model, changed, fewer, **kinds).values())
+        total = sum(peak(model, changed, fewer, plan).values())
         if total * HEADROOM <= room:
             shown = " ".join(
                 flag_name(name) if value is True else f"{flag_name(name)} {value}"

@@ -6,8 +6,8 @@ levels are quantiles of a normal distribution, because weights are nearly normal
 quantization keeps absmax in 8 bits too: minus its mean over the matrix, in blocks of 256 with a
 largest magnitude each, the nearest of 256 levels. In all, `BITS_PER_WEIGHT`.
 
-Every forward and every backward pass dequantizes the layers one by one and keeps nothing: memory for
-time. Sampling, which reads all weights for every token, slows down most.
+Every forward and every backward pass dequantizes the layers one by one and keeps nothing: memory
+for time. Sampling, which reads all weights for every token, slows down most.
 
 Levels, rounding and order are those of bitsandbytes, bit for bit. Weights are quantized from the
 values in the file, whatever the dtype of the arithmetic.
@@ -30,6 +30,8 @@ from lora import LORA_TARGETS
 BLOCK, ABSMAX_BLOCK = 64, 256
 # level, absmax, and float32 for the largest absmax of a block; the mean, 4 bytes a matrix, not
 BITS_PER_WEIGHT = 4 + 8 / BLOCK + 32 / (BLOCK * ABSMAX_BLOCK)
+# of a weight on the way from 4 bits: two bytes of index and four of float32, then four and bfloat16
+UNPACKING_BYTES = 6
 
 # QLoRA, appendix E: quantiles of N(0, 1), 8 for negative and 9 for positive numbers, over the last
 LEVELS = (
@@ -83,7 +85,7 @@ def nearest(x, levels, block):
 
 
 class NF4Linear(nn.Linear):
-    """y = x W^T + b with W in NF4. It has no `weight`: `copy_` quantizes one, `dequantise` is it."""
+    """y = x W^T + b with W in NF4. There is no `weight`: `copy_` takes one, `dequantise` is it."""
 
     def __init__(self, linear):
         """Take the sizes, dtype and bias of a linear layer, not its weight."""
@@ -124,7 +126,7 @@ class NF4Linear(nn.Linear):
     def dequantise(self):
         """The weight (out, in), in the dtype of the arithmetic; the products are float32.
 
-        With bfloat16, 6 bytes a weight are in use on the way.
+        `UNPACKING_BYTES` a weight are in use on the way.
         """
         _, absmax_levels, pairs = tables(self.codes.device)
         scales = self.scales.repeat_interleave(ABSMAX_BLOCK)[: len(self.absmax)]

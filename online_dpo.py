@@ -58,6 +58,7 @@ import torch
 import torch.nn.functional as F
 
 import judge
+import memory
 import sampling
 import training
 from common import Parser, first_to_fail, fraction, positive, positive_int, ranged, run
@@ -219,10 +220,8 @@ def main():
         dtype,
         rows,
         drawn=2,
-        k=args.k,
-        new=args.max_new_tokens,
-        reference=True,
         beside=judge.beside_the_policy(args, device),
+        plan=memory.Plan(k=args.k, new=args.max_new_tokens, reference=True),
     )
     annotator = judge.make(args, device, dtype, rows.records)
     model, processor = checkpoints.load(

@@ -41,6 +41,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+import memory
 import training
 from common import Parser, positive, ranged, run
 from formats import checkpoints, dataset
@@ -145,7 +146,7 @@ def main():
         unique=one_example,
         needs_image="POVID would distort",
     )
-    training.show_memory(args, device, dtype, rows, reference=True)
+    training.show_memory(args, device, dtype, rows, plan=memory.Plan(reference=True))
     model, processor = checkpoints.load(
         args.model,
         dtype,

@@ -105,6 +105,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import judge
+import memory
 import processes
 import sampling
 import training
@@ -739,10 +740,12 @@ def main():
         dtype,
         rows,
         drawn=args.samples,
-        k=args.samples,
-        new=args.max_new_tokens,
-        trained=1 + (args.advantage == "gae"),
-        frozen=int(args.reward_model != "oracle"),
+        plan=memory.Plan(
+            k=args.samples,
+            new=args.max_new_tokens,
+            trained=1 + (args.advantage == "gae"),
+            frozen=int(args.reward_model != "oracle"),
+        ),
     )
     model, processor = checkpoints.load(
         args.model,

@@ -430,7 +430,8 @@ def main():
     ]
     known = {} if args.no_facts else captions(args.facts)
     read = lambda processor, some: with_longest_turns(processor, some, known, args.max_facts)
-    training.show_memory(args, device, dtype, files[0], read)
+    trained_on = [record for rows in files[: len(args.data)] for record in rows.records]
+    training.show_memory(args, device, dtype, dataset.Rows(trained_on), read)
     model, processor = checkpoints.load(
         args.model,
         dtype,

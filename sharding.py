@@ -2,9 +2,9 @@
 
 Weights of a block are gathered for its forward and its backward pass, gradients are added over the
 processes and divided again. Embeddings, norm, head, projector and tower are whole everywhere.
-Every pass is made by all processes together, so each must make as many (`finish_passes`). That holds
-for dpo.py and sft.py. Methods that sample while they train, or keep a whole copy as pi_ref, keep
-the LLM whole in every process. With one process nothing here does anything.
+Every pass is made by all processes together, so each must make as many (`finish_passes`). That
+holds for dpo.py and sft.py. Methods that sample while they train, or keep a whole copy as pi_ref,
+keep the LLM whole in every process. With one process nothing here does anything.
 """
 
 import torch

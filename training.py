@@ -62,13 +62,14 @@ def add_model_flags(parser, without):
     flag(
         "--quantize",
         choices=("none", "nf4"),
-        help="nf4: the linear layers of the LLM's blocks in 4 bits, an eighth of float32, a quarter "
-        "of bfloat16; only LoRA trains on them (default: what --adapter was trained on, else none)",
+        help="nf4: the linear layers of the LLM's blocks in 4 bits, an eighth of float32, a "
+        "quarter of bfloat16; only LoRA trains on them (default: what --adapter was trained on, "
+        "else none)",
     )
     flag(
         "--template",
-        help="prompt: vicuna_v1, mistral, chatml, plain, or checkpoint, its chat template (default: "
-        "what the checkpoint was trained with)",
+        help="prompt: vicuna_v1, mistral, chatml, plain, or checkpoint, its chat template "
+        "(default: what the checkpoint was trained with)",
     )
     flag(
         "--image-aspect",
@@ -124,7 +125,8 @@ def add_training_flags(
 ):
     """The flags that all trainers share, with the defaults of the script's paper.
 
-    Its batch is batch_size x grad_accum; batch_size rows of a LLaVA-NeXT-7B fit an 80 GB GPU.
+    Its batch is batch_size x grad_accum. batch_size rows of a LLaVA-NeXT-7B fit an 80 GB GPU with
+    LoRA, which is every script's default but sft.py's.
     """
     add_model_flags(parser, "the toy base model of --seed, and toy settings")
     flag = add_data_flags(parser).add_argument
@@ -247,8 +249,16 @@ def parse(parser):
         )
     # with --batch-size, the batch that was asked for; else the paper's
     if "grad_accum" not in args.given:
-        given = "batch_size" in args.given
-        args.grad_accum = 1 if given else math.ceil(args.grad_accum / processes.total)
+        whole, n = args.grad_accum, processes.total
+        args.grad_accum = 1 if "batch_size" in args.given else math.ceil(whole / n)
+        is_toy = not args.model and not getattr(args, "vision", None)  # has a batch of its own
+        if "batch_size" not in args.given and whole % n and not is_toy:
+            raise BadInput(
+                f"{n} processes do not divide the {whole} forward passes of a step; --grad-accum "
+                f"says how many each makes: with {args.grad_accum} the batch is "
+                f"{args.grad_accum * n * args.batch_size} rows in place of "
+                f"{whole * args.batch_size}."
+            )
     return args
 
 
@@ -289,13 +299,13 @@ def device_of(name, flag):
 
 
 def show_memory(
-    args, device, dtype, rows, packed=None, together=False, drawn=0, beside=(), **kinds
+    args, device, dtype, rows, packed=None, together=False, drawn=0, beside=(), plan=None
 ):
     """Print in one line what the run will need and what the device has; no weight is read.
 
     packed: a function (processor, Examples) -> Examples as they are trained on, if not as they are.
-    together: rows of one image are packed in one. drawn: a row trains on so many answers of `new`
-    tokens. beside: other checkpoints on the same device. kinds: as `memory.peak`, `new` among them.
+    together: rows of one image are packed in one. beside: other checkpoints on the same device.
+    plan: a `memory.Plan`. drawn: a row trains on so many answers of `plan.new` tokens.
     The longest row is looked for among the 64 with the most characters.
     """
     import torch
@@ -321,14 +331,14 @@ def show_memory(
         return
     examples = packed(processor, examples) if packed else examples
     if drawn:
-        answers = [torch.zeros(kinds["new"])] * drawn
+        answers = [torch.zeros(plan.new)] * drawn
         examples = [replace(e, answers=answers) for e in examples]
     size = sum(memory.numbers(outline(name)[0]) for name in beside) * dtype.itemsize
 
     load = memory.longest(model, examples, min(args.batch_size, len(rows.records)))
     room = memory.available(device)
-    kinds |= {"beside": size, "shards": processes.total}
-    print(memory.says(model, args, load, device, room, **kinds), file=sys.stderr)
+    plan = replace(plan or memory.Plan(), beside=size, shards=processes.total)
+    print(memory.says(model, args, load, device, room, plan), file=sys.stderr)
 
 
 # ---- run folder

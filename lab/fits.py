@@ -1,4 +1,7 @@
-"""What fits on which GPU, and how long it takes: figures of results/gpu.json, and counts of memory.py."""
+"""What fits on which GPU, and how long it takes.
+
+Times and measured peaks are of results/gpu.json, the others are counted by memory.py.
+"""
 
 import argparse
 import math
@@ -32,13 +35,15 @@ class Run(NamedTuple):
     checkpointing: bool = False
     cell: str = ""  # of results/gpu.json: the same micro-batch
     rank: int = 128
-    kinds: dict = {}  # as `memory.peak`
+    projector_lr: float = 2e-6
+    plan: memory.Plan = memory.Plan()
 
 
 CARD = "NVIDIA H200"  # of the measured figures
 FRONT = 4  # so many are in the main README
 SAVE = "--gradient-checkpointing"
-DRAWN = {"k": 2, "new": 256}
+DRAWN = memory.Plan(k=2, new=256)
+PPO = memory.Plan(k=1, new=896, trained=2, frozen=1)
 RUNS = [
     Run("`dpo.py`, LLaVA-1.5-7B", "1.5", "--batch-size 4 --grad-accum 8", (4, 8),
         cell="step/1.5/b4"),
@@ -47,26 +52,26 @@ RUNS = [
     Run("`dpo.py`, LLaVA-NeXT-7B", "next", "", (2, 16), cell="step/next/b2"),
     Run("the same", "next", SAVE, (2, 16), checkpointing=True, cell="step/next/b2/checkpointing"),
     Run("`ppo.py`, LLaVA-1.5-7B", "1.5", SAVE, (2, 128), answers=(896,), checkpointing=True,
-        rank=64, kinds={"k": 1, "new": 896, "trained": 2, "frozen": 1}),
+        rank=64, projector_lr=0, plan=PPO),
     Run("`online_dpo.py`, LLaVA-NeXT-7B, annotator elsewhere", "next", "", (2, 16),
-        answers=(256, 256), kinds=DRAWN),
+        answers=(256, 256), plan=DRAWN),
     Run("`online_dpo.py`, LLaVA-NeXT-7B, annotator elsewhere", "next", SAVE, (2, 16),
-        answers=(256, 256), checkpointing=True, kinds=DRAWN),
+        answers=(256, 256), checkpointing=True, plan=DRAWN),
     Run("`ppo.py`, LLaVA-1.5-7B", "1.5", "", (2, 128), answers=(896,), rank=64,
-        kinds={"k": 1, "new": 896, "trained": 2, "frozen": 1}),
+        projector_lr=0, plan=PPO),
     Run("`ppo.py`, LLaVA-NeXT-7B", "next", "", (2, 128), answers=(896,), rank=64,
-        kinds={"k": 1, "new": 896, "trained": 2, "frozen": 1}),
+        projector_lr=0, plan=PPO),
     Run("`bdhs.py`, LLaVA-NeXT-7B, answers of five sentences", "next", "", (2, 16),
-        kinds={"k": 5, "new": 256, "trains": False}),
+        plan=memory.Plan(k=5, new=256, trains=False)),
     Run("`bdhs.py --online`, LLaVA-NeXT-7B", "next", "", (2, 16),
-        answers=(ANSWER, ANSWER, ANSWER), kinds={"k": 5, "new": 256, "reference": True}),
+        answers=(ANSWER, ANSWER, ANSWER), plan=memory.Plan(k=5, new=256, reference=True)),
     Run("`povid.py`, LLaVA-NeXT-7B", "next", "", (2, 16), cell="step/next/b2"),
     Run("`reward_model.py`, LLaVA-1.5-7B, turns of 250 tokens", "1.5", "", (2, 16),
-        answers=(350, 350), rank=64),
+        answers=(350, 350), rank=64, projector_lr=0),
     Run("`eval_pope.py`, LLaVA-NeXT-7B", "next", "", (1, 1),
-        kinds={"k": 1, "new": 16, "trains": False}),
+        plan=memory.Plan(k=1, new=16, trains=False)),
     Run("`eval_chair.py`, LLaVA-NeXT-7B", "next", "", (1, 1),
-        kinds={"k": 1, "new": 128, "trains": False}),
+        plan=memory.Plan(k=1, new=128, trains=False)),
 ]  # fmt: skip
 
 
@@ -95,12 +100,12 @@ def need(run, model):
         batch_size=run.batch[0],
         grad_accum=run.batch[1],
         lr=1e-6,
-        projector_lr=0 if run.rank == 64 else 2e-6,
+        projector_lr=run.projector_lr,
         lora_rank=run.rank,
         gradient_checkpointing=run.checkpointing,
     )
     load = memory.Load(run.batch[0], P + R, P, R, tiles)
-    return sum(memory.peak(model, args, load, **run.kinds).values())
+    return sum(memory.peak(model, args, load, run.plan).values())
 
 
 def lines(gpu):

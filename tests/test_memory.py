@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,9 +22,12 @@ from torch.utils._pytree import tree_leaves
 import dpo
 import memory
 import nf4
+import processes
+import reward_model
 import sampling
+import sft
 import training
-from common import lacks_memory
+from common import flag_name, lacks_memory
 from data import Record
 from formats import checkpoints, dataset
 from formats.anyres import AnyRes
@@ -189,6 +193,17 @@ class Live(TorchDispatchMode):
         return made
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpacking_a_layer_needs_what_is_alive(dtype):
+    """Beside it the scales, 5 float32 or fewer a block of 64 weights."""
+    layer = nf4.NF4Linear(torch.nn.Linear(1024, 1024, bias=False, dtype=dtype))
+    layer.copy_(torch.randn(1024, 1024))
+    layer.dequantise()  # makes the tables
+    with Live([*layer.state_dict().values(), *nf4.tables(layer.codes.device)]) as live:
+        layer.dequantise()
+    assert 0 <= live.peak / 2**20 - nf4.UNPACKING_BYTES <= 5 * 4 / 64
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind, dtype, trains", CASES)
 def test_a_step_on_a_cpu_needs_what_is_alive(kind, dtype, trains, checkpointing):
@@ -242,9 +257,9 @@ def test_whole_tuning_divides_the_blocks_among_processes(shapes):
     """16 bytes of each of the blocks' numbers, the second micro-batch's gradients included."""
     model, _ = shapes
     load = memory.Load(1, 821, 621, 200)
+    args = flags(lora_rank=0, grad_accum=2)
     one, two = (
-        memory.training(model, flags(lora_rank=0, grad_accum=2), load, shards=n)["trained"]
-        for n in (1, 2)
+        memory.training(model, args, load, memory.Plan(shards=n))["trained"] for n in (1, 2)
     )
     blocks = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096)
     assert one - two == 16 * blocks / 2
@@ -274,6 +289,78 @@ def test_the_line_names_flags_that_fit(shapes):
     promised = float(said(60).split(" needs ")[1])
     need = memory.training(model, changed, replace(load, rows=2))
     assert promised == pytest.approx(sum(need.values()) / memory.GIB, abs=0.05)
+
+
+class Kept(Exception):
+    """Carries the rows that a script counts, and stops it there."""
+
+
+def test_the_longest_row_may_be_in_any_file(monkeypatch, tmp_path):
+    """reward_model.py: of those of --data; rows of --test-data are scored and not trained on."""
+    row = lambda i, text: {
+        "id": str(i),
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": text},
+        ],
+        "rejected_conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "A dog."},
+        ],
+    }
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    for name, text in (("one", "A cup."), ("two", "A red cup."), ("held", "A cup. " * 9)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row(0, text)]))
+
+    def keep(args, device, dtype, rows, *_):
+        raise Kept([r.answers[0] for r in rows.records])
+
+    monkeypatch.setattr(training, "show_memory", keep)
+    monkeypatch.chdir(tmp_path)
+    flags = "--model m --data one.json --data two.json --test-data held.json --images . --no-facts"
+    monkeypatch.setattr(sys, "argv", ["reward_model.py", *flags.split()])
+    with pytest.raises(Kept) as kept:
+        reward_model.main()
+    assert kept.value.args == (["A cup.", "A red cup."],)
+
+
+def test_the_line_names_no_flag_that_the_script_refuses(monkeypatch, shapes):
+    """Every flag of `smaller`, beside those that were given, passes the script's own check."""
+    model, _ = shapes
+    llava, parts = "--model m --data d.json", "--vision v --llm l --data d.json"
+    for given, told in (
+        (f"{llava} --lora-rank 128", {"quantize", "lora_rank"}),
+        (llava, {"lora_rank"}),
+        (f"{llava} --vision-lr 1e-5", set()),
+        (parts, {"lora_rank"}),
+        (f"{parts} --lora-rank 128", {"lora_rank"}),
+        (f"{parts} --vision-lr 1e-5", set()),
+    ):
+        monkeypatch.setattr(sys, "argv", ["sft.py", *given.split()])
+        seen = set()
+        for more in memory.smaller(sft.parse()):
+            words = [flag_name(n) + ("" if v is True else f"={v}") for n, v in more.items()]
+            monkeypatch.setattr(sys, "argv", ["sft.py", *given.split(), *words])
+            sft.parse()
+            seen |= more.keys()
+        assert seen == told | {"gradient_checkpointing", "batch_size", "grad_accum"}, given
+
+
+def test_processes_share_the_memory_of_a_cpu(monkeypatch):
+    """Two that run at once may take half each; of GPUs each process has its own."""
+    cpu, text = torch.device("cpu"), "MemTotal: 9 kB\nMemAvailable: 4000 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda _: text)
+    assert memory.available(cpu) == 4000 * 1024
+    monkeypatch.setattr(processes, "total", 4)
+    assert memory.available(cpu) == 1000 * 1024
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}.get)
+    assert memory.available(cpu) == 100 * 1024
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (500, 900))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 30)
+    assert memory.available(torch.device("cuda")) == 540
 
 
 def test_flags_of_the_inspector_are_the_defaults_of_dpo(monkeypatch):
@@ -388,8 +475,8 @@ def test_no_default_needs_more_than_80_gb(monkeypatch, name):
     assert model.anyres.tokens((672, 672)) == 2928
     answers = {"ppo": [896], "online_dpo": [256, 256], "bdhs": [300] * 3}.get(name, [300, 300])
     load = memory.Load(args.batch_size, 45 + 2928 + sum(answers), 2973, sum(answers), 5)
-    kinds = {"ppo": {"trained": 2, "frozen": 1}}.get(name, {})
-    said = memory.says(model, args, load, "cuda", 79 * memory.GIB, **kinds)
+    plan = memory.Plan(trained=2, frozen=1) if name == "ppo" else memory.Plan()
+    said = memory.says(model, args, load, "cuda", 79 * memory.GIB, plan)
     assert said.endswith("cuda has 79.0 GiB free")
 
 
@@ -405,9 +492,8 @@ def test_the_table_counts_the_scripts_defaults(monkeypatch):
         args = defaults(monkeypatch, name, *flags)
         assert run.batch == (args.batch_size, args.grad_accum)
         assert (run.rank, run.checkpointing) == (args.lora_rank, args.gradient_checkpointing)
-        assert run.kinds.get("new", args.__dict__.get("max_new_tokens")) == getattr(
-            args, "max_new_tokens", None
-        )
+        assert run.projector_lr == args.projector_lr
+        assert run.plan.new == (args.max_new_tokens if run.plan.k else 0)
         seen += 1
     assert seen == len(fits.RUNS) - 2
 
@@ -463,7 +549,9 @@ def test_show_memory_takes_the_longest_row(checkpoint, capsys, monkeypatch):
     said = say()
     assert said.startswith("memory: 0.0 GiB at the peak (weights 0.0") and not read
     assert f"2 x {length} tokens); cpu has " in said and said.count("\n") == 1
-    assert f"2 x {len(example.prompt) + 2 * 50} tokens" in say(drawn=2, new=50, k=2)
+    assert f"2 x {len(example.prompt) + 2 * 50} tokens" in say(
+        drawn=2, plan=memory.Plan(k=2, new=50)
+    )
     twice = lambda _, examples: [replace(e, answers=e.answers * 2) for e in examples]
     assert f"2 x {2 * length - len(example.prompt)} tokens" in say(packed=twice)
     assert "annotator" not in said and "annotator" in say(beside=[str(checkpoint)])

@@ -34,7 +34,7 @@ for script, *flags in json.load(open(sys.argv[1])):
 """
 # fails in one of two processes, while the other waits for it
 FAILING = """
-import os, signal, sys
+import os, signal, sys, time
 import processes
 from common import BadInput
 def main():
@@ -42,9 +42,12 @@ def main():
     print("process 0 says so", file=sys.stderr)
     if processes.number == 1 and sys.argv[1] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if processes.number == 1:
+    if processes.number == 1 and sys.argv[1] == "stopped":
+        os.kill(os.getppid(), signal.SIGTERM)
+    elif processes.number == 1:
         raise BadInput("a.json, row 3: it is bad.")
     processes.gathered(0)
+    time.sleep(60 * (sys.argv[1] == "stopped"))
 """
 TRAINED = "dpo dpo-full sft sft-full povid online_dpo online_dpo-full bdhs ppo ppo-rloo".split()
 TRAINED += ["reward_model"]
@@ -289,6 +292,14 @@ def test_one_sentence_ends_all(folder, how, sentence, status):
     assert started == "process 0 says so" and failed.startswith(sentence)
     first = theirs.split("Root Cause")[1]
     assert "rank      : 1" in first and f"exitcode  : {status} " in first
+
+
+def test_a_run_that_is_stopped_blames_no_process(folder):
+    """A scheduler ends torchrun, which ends the processes: all of them were there."""
+    done = launch(folder, ["failing", "stopped"])
+    assert done.returncode
+    lines = [line for line in done.stderr.splitlines() if line.startswith("failing")]
+    assert lines == ["failing: torchrun ended the run"]
 
 
 def test_of_several_processes_the_first_reports(tmp_path, monkeypatch):

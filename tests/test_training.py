@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import dpo
 import online_dpo
+import processes
+import sft
 import training
 from common import BadInput, NonFinite, run
 from formats import checkpoints
@@ -292,6 +294,31 @@ def test_the_papers_defaults(monkeypatch, script):
     assert parsed("--loss", "ipo", "--beta", "0.8").beta == 0.8
     if script is online_dpo:
         assert (args.mix, args.k, args.temperature, args.max_new_tokens) == (0, 2, 1, 256)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 16, 32])
+def test_a_batch_that_the_processes_cannot_make(monkeypatch, n):
+    """16 forward passes of 2 rows: by 3 processes 6 each, 36 rows and not the paper's 32."""
+
+    def parsed(*flags):
+        monkeypatch.setattr(sys, "argv", ["dpo.py", *flags])
+        return dpo.parse().grad_accum
+
+    monkeypatch.setattr(processes, "total", n)
+    model = ("--model", "m", "--data", "d.json")
+    assert parsed(*model, "--grad-accum", "6") == 6
+    assert parsed(*model, "--batch-size", "2") == 1
+    assert parsed("--seed", "1") == -(-16 // n)  # a toy run, whose batch is another
+    if n in (1, 2, 8, 16):
+        assert parsed(*model) == 16 // n
+        return
+    why = f"{n} processes do not divide the 16 .* with {-(-16 // n)} the batch is "
+    with pytest.raises(BadInput, match=f"{why}{ {3: 36, 32: 64}[n] } rows in place of 32"):
+        parsed(*model)
+    if n == 3:  # a new model of parts is no toy
+        monkeypatch.setattr(sys, "argv", "sft.py --vision v --llm l --data d.json".split())
+        with pytest.raises(BadInput, match="with 22 the batch is 132 rows in place of 128"):
+            sft.parse()
 
 
 class Resolved(Exception):
