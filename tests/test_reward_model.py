@@ -670,7 +670,7 @@ def test_who_is_trained_on_and_who_is_held_out(command, monkeypatch):
     picture = {f"povid.json, row {i}": i // 2 for i in range(10)}
     picture |= {f"two.json, row {i}": 5 + i // 2 for i in range(10)}
     picture |= {f"more.json, row {i}": (19 - i) // 2 for i in range(20)}
-    trained = [where for where, turn in watch.trained][10 + 20 + 4 :]  # the first are looked at
+    trained = [where for where, turn in watch.trained][20 + 20 + 4 :]  # the first are looked at
     first, second = set(trained[:16]), set(trained[16:])
     assert len(trained) == 32 and len(first) == 16 and first == second
     assert trained[:16] != trained[16:] and trained[:16] != sorted(trained[:16])
