@@ -114,7 +114,8 @@ def same_runs(checkpoint, processes):
     """
     short, lora, no_lora = ["--max-new-tokens", 6], ["--lora-rank", 4], ["--lora-rank", 0]
     rate = ["--projector-lr", 1e-4]
-    judged = [*short, "--annotator", "reward_model-1", *rate]
+    drawn = ["--sample-batch-size", 2]  # a larger one would shrink for two processes
+    judged = [*short, "--annotator", "reward_model-1", *rate, *drawn]
     frozen = [*short, *lora, "--projector-lr", 0]
     runs = {
         "dpo": [*lora, *rate, "--save-every", 1],
@@ -125,7 +126,7 @@ def same_runs(checkpoint, processes):
         "reward_model": ["--no-facts", *lora, "--projector-lr", 0, "--held-out", 1],
         "online_dpo": [*judged, *lora, "--mix", 0.3],
         "online_dpo-full": [*judged, *no_lora],
-        "bdhs": [*short, *lora, *rate, "--online"],
+        "bdhs": [*short, *lora, *rate, *drawn, "--online"],
         "bdhs-offline": [*short, *lora, *rate],
         "ppo": [*frozen, "--reward-model", "reward_model-1", "--minibatches", 1],
         "ppo-rloo": [*frozen, "--reward-model", "oracle", "--advantage", "rloo"],
