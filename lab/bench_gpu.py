@@ -174,6 +174,8 @@ class Bench:
 
     def __init__(self, shape, device):
         self.shape, self.device, self.models = shape, torch.device(device), {}
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
         self.made = None  # rank and nf4 of the model in memory
         self.rank, self.nf4 = shape["rank"], False  # what the next cell asks for
         self.once = False  # for --dry
