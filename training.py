@@ -109,7 +109,8 @@ def add_data_flags(parser):
         choices=("full", "header"),
         default="full",
         help="before the run decode every image, which finds broken files (5 minutes for 100,000 "
-        "photographs on one core, once), or read its header (seconds) (default %(default)s)",
+        "photographs on one core, once), or read its header (seconds); full is also taken with "
+        "--skip-bad-rows where images are read outside of a step (default %(default)s)",
     )
     flag("--out", metavar="DIR", help="run folder (default: runs/<script>-<next number>)")
     flag(
