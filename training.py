@@ -479,9 +479,8 @@ def batch_of(step, args, n, size=None):
 def whole_batch(step, args, n, size=None):
     """`batch_of` with the micro-batches of all processes."""
     whole = global_batch(args)
-    size = min(
-        size or args.batch_size, args.batch_size * args.grad_accum
-    )  # a part for each process
+    # a part for each process
+    size = min(size or args.batch_size, args.batch_size * args.grad_accum)
     end = (step + 1) * whole if args.steps else min((step + 1) * whole, n * args.epochs)
     chosen = shuffled(step * whole, end, n, args.seed)
     return chosen, list(enumerate(chunks(chosen, size)))
