@@ -683,16 +683,15 @@ def online(args, clock, device, model, processor, examples, out):
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
+    save = lambda step, alone=False: training.save_checkpoint(out, step, model, optimizer, alone)
     for step in range(first, steps):
         step_begin = time.time()
         metrics = Counter()
 
         # 1. batch
-        size = args.sample_batch_size
-        indices, batches = training.batch_of(step, args, len(examples), size)
-        training.prefetch(processor, examples, step, args, size)
-        save = lambda: training.save_checkpoint(out, step, model, optimizer)
-        batches = training.readable(batches, processor, examples, args, out, save)
+        indices, batches = training.batches(
+            step, args, out, processor, examples, save, args.sample_batch_size
+        )
         for number, batch_indices in batches:
             positives = [examples[i] for i in batch_indices]
 
@@ -706,9 +705,10 @@ def online(args, clock, device, model, processor, examples, out):
             ):
                 metrics[name] += sum(values) / len(indices)
             metrics["negatives/equal"] += (len(positives) - sum(usable)) / len(indices)
-            for micro in training.chunks(list(zip(pairs, usable)), args.batch_size):
-                batch = processor.collate([pair for pair, _ in micro]).to(device)
-                used = torch.tensor([float(good) for _, good in micro], device=device)  # (B,)
+            size = args.batch_size
+            usable = torch.tensor(usable, dtype=torch.float32).to(device, non_blocking=True)
+            for micro, used in zip(training.chunks(pairs, size), usable.split(size)):  # used: (B,)
+                batch = processor.collate(micro).to(device)
 
                 # 3. score: with the whole image
                 B = len(micro)
@@ -751,7 +751,7 @@ def online(args, clock, device, model, processor, examples, out):
         metrics["step_seconds"] = time.time() - step_begin
         log(step, ["loss", "rewards/margins", "logps/chosen", "logps/rejected"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
-            training.save_checkpoint(out, step + 1, model, optimizer)
+            save(step + 1)
     model.eval()
     clock.lap("train")
 
@@ -769,6 +769,8 @@ def main():
     device, dtype = training.device_and_dtype(args)
     # without --gamma, pairs that share a chosen answer give one example
     one_example = None if args.gamma else lambda record: (*record.prompt_key, record.answers)
+    if args.skip_bad_rows and not args.online:  # negatives are drawn outside of any step
+        args.check_images = "full"
     rows = dataset.read(
         args.data,
         args.images,
@@ -798,6 +800,7 @@ def main():
         args.max_length,
         args.quantize,
     )
+    processor.prefetch.workers = args.workers
     examples = rows.encode(processor)
     out = training.start(args, "bdhs", rows.skipped)
     report.show_start(processor, examples)

@@ -136,6 +136,8 @@ def main():
 
     # ---- load data and model
     device, dtype = training.device_and_dtype(args)
+    if args.skip_bad_rows:  # pi_ref scores all rows before the first step
+        args.check_images = "full"
     rows = dataset.read(
         args.data,
         args.images,
@@ -153,6 +155,7 @@ def main():
         args.max_length,
         args.quantize,
     )
+    processor.prefetch.workers = args.workers
     examples = rows.encode(processor)
     out = training.start(args, "dpo", rows.skipped)
     report.show_start(processor, examples)
@@ -176,23 +179,20 @@ def main():
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
+    save = lambda step, alone=False: training.save_checkpoint(out, step, model, optimizer, alone)
     for step in range(first, steps):
         step_begin = time.time()
         metrics = Counter()
 
         # 1. batch
-        indices, micro_batches = training.batch_of(step, args, len(examples))
-        training.prefetch(processor, examples, step, args)
-        save = lambda: training.save_checkpoint(out, step, model, optimizer)
-        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
+        indices, micro_batches = training.batches(step, args, out, processor, examples, save)
         for _, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
 
             # 2. score
             chosen, rejected = model.answer_log_probs(batch).view(-1, 2).T  # (M,) -> (B,), (B,)
-            ref_chosen, ref_rejected = reference[micro].T.to(
-                device, non_blocking=True
-            )  # (B,), (B,)
+            log_pi_ref = reference[micro].to(device, non_blocking=True)  # (B, 2)
+            ref_chosen, ref_rejected = log_pi_ref.T  # (B,), (B,)
 
             # 3. loss: the mean over all pairs of the step
             tokens = batch.lengths.view(-1, 2).T  # (2, B)
@@ -227,7 +227,7 @@ def main():
         metrics["step_seconds"] = time.time() - step_begin
         log(step, ["loss", "rewards/margins", "logps/chosen", "logps/rejected"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
-            training.save_checkpoint(out, step + 1, model, optimizer)
+            save(step + 1)
     model.eval()
     clock.lap("train")
 

@@ -88,9 +88,8 @@ class FusedLogProb(torch.autograd.Function):
     def minus_softmax(h, weight, targets):
         """One chunk: -softmax (n, V), log p(target) (n,), entropy (n,)."""
         z = (h @ weight.t()).to(torch.promote_types(h.dtype, torch.float32))  # (n, V)
-        z -= z.amax(
-            -1, keepdim=True
-        )  # else log p is rounded at the size of the logits, not its own
+        # else log p is rounded at the size of the logits, not its own
+        z -= z.amax(-1, keepdim=True)
         minus_p = z.exp()
         total = minus_p.sum(-1, keepdim=True)
         minus_p /= -total
@@ -364,9 +363,8 @@ class MLLM(nn.Module):
         prefix: number of leading positions whose mask is plain causal (see attention.py).
         wanted: flat positions (N,), none of them in the prefix -> (N, D).
         """
-        x = x.to(
-            self.dtype
-        )  # float32 embeddings would make the residual stream float32, unlike pi_ref's
+        # float32 embeddings would make the residual stream float32, unlike pi_ref's
+        x = x.to(self.dtype)
         with self.autocast():
             out = self.llm.base_model(
                 inputs_embeds=x,

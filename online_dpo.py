@@ -61,7 +61,7 @@ import judge
 import memory
 import sampling
 import training
-from common import Parser, first_to_fail, fraction, positive, positive_int, ranged, run
+from common import Parser, fraction, positive, positive_int, ranged, run
 from formats import checkpoints, dataset
 from lab import report, toy
 
@@ -233,6 +233,7 @@ def main():
         args.max_length,
         args.quantize,
     )
+    processor.prefetch.workers = args.workers
     examples = rows.encode(processor, room=args.max_new_tokens)
     out = training.start(args, "online_dpo", rows.skipped)
     report.show_start(processor, examples)
@@ -255,15 +256,13 @@ def main():
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
+    save = lambda step, alone=False: training.save_checkpoint(out, step, model, optimizer, alone)
     for step in range(first, steps):
         metrics, seconds = Counter(dict.fromkeys(METRICS, 0.0)), Counter()
 
         # 1. batch: eq. 4, pairs[i] is the data's pair, or None where the policy answers
         size = args.sample_batch_size
-        indices, batches = training.batch_of(step, args, len(examples), size)
-        training.prefetch(processor, examples, step, args, size)
-        save = lambda: training.save_checkpoint(out, step, model, optimizer)
-        batches = training.readable(batches, processor, examples, args, out, save)
+        indices, batches = training.batches(step, args, out, processor, examples, save, size)
         for number, chosen in batches:
             seed = f"{args.seed}/{step}/{number}"
             rng = random.Random(f"{seed}/alpha")
@@ -283,8 +282,7 @@ def main():
                 try:
                     scores = annotator([e.record for e in online], texts)
                 except judge.NoAnswer:  # verdicts cost money: keep the state before this step
-                    if step > first and first_to_fail():
-                        training.save_checkpoint(out, step, model, optimizer, writes=True)
+                    training.keep_steps(save, step)
                     raise
                 for i, example, row, values in zip(places, online, answers, scores, strict=True):
                     verdict = best_and_worst(values)
@@ -345,7 +343,7 @@ def main():
         metrics["step_seconds"] = sum(seconds.values())
         log(step, ["loss", "rewards/margins", "annotator/pairs", "annotator/score"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
-            training.save_checkpoint(out, step + 1, model, optimizer)
+            save(step + 1)
     model.eval()
     clock.lap("train")
 

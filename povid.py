@@ -104,9 +104,12 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta):
 
 
 @torch.no_grad()
-def distorted(model, batch, pixels):
-    """The most likely tokens after the true prefix and these pixels, one a scored position (N,)."""
-    h = model.hidden_states(replace(batch, pixel_values=pixels), batch.index)  # (N, D)
+def distorted(model, batch):
+    """The most likely tokens after the true prefix and the batch's images, a scored position each.
+
+    -> (N,), never the image token.
+    """
+    h = model.hidden_states(batch, batch.index)  # (N, D)
     logits = h.to(model.dtype) @ model.head_weight().t()  # (N, V)
     logits[:, model.image_token_id] = -torch.inf
     return logits.argmax(-1)
@@ -124,8 +127,8 @@ def distorted_log_probs(model, batch, wrong, k):
         sums.append(
             log_p.new_zeros(len(batch.lengths)).index_add(0, batch.owner, log_p).view(-1, k).T
         )
-    true, distorted = sums  # (k, B) each
-    return torch.cat([true[:1], distorted[:1], true[1:]])
+    true, as_distorted = sums  # (k, B) each
+    return torch.cat([true[:1], as_distorted[:1], true[1:]])
 
 
 def main():
@@ -156,6 +159,7 @@ def main():
         args.max_length,
         args.quantize,
     )
+    processor.prefetch.workers = args.workers
     examples = rows.encode(processor)
     out = training.start(args, "povid", rows.skipped)
     report.show_start(processor, examples)
@@ -178,27 +182,26 @@ def main():
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
+    save = lambda step, alone=False: training.save_checkpoint(out, step, model, optimizer, alone)
     for step in range(first, steps):
         step_begin = time.time()
         metrics = Counter()
 
         # 1. batch
-        indices, micro_batches = training.batch_of(step, args, len(examples))
-        training.prefetch(processor, examples, step, args)
-        save = lambda: training.save_checkpoint(out, step, model, optimizer)
-        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
+        indices, micro_batches = training.batches(step, args, out, processor, examples, save)
         for number, micro in micro_batches:
-            batch = processor.collate([examples[i] for i in micro]).to(device)
+            batch = processor.collate([examples[i] for i in micro])
             k = len(examples[micro[0]].answers)
 
             # 2. distort
             seed = random.Random(f"{args.seed}/{step}/{number}").getrandbits(62)
             generator = torch.Generator().manual_seed(seed)
-            noisy, _ = processor.images(
+            pixels, _ = processor.images(
                 [examples[i] for i in micro],
                 lambda image: diffuse(image, args.noise_steps, generator),
             )
-            wrong = distorted(model, batch, noisy.to(device))  # (N,)
+            noisy, batch = replace(batch, pixel_values=pixels).to(device), batch.to(device)
+            wrong = distorted(model, noisy)  # (N,)
 
             # 3. score: with the clean image
             with torch.no_grad(), model.reference():
@@ -238,7 +241,7 @@ def main():
         metrics["step_seconds"] = time.time() - step_begin
         log(step, ["loss", "rewards/margins", "logps/chosen", "logps/rejected"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
-            training.save_checkpoint(out, step + 1, model, optimizer)
+            save(step + 1)
     model.eval()
     clock.lap("train")
 

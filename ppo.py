@@ -321,12 +321,37 @@ def summed(x, lengths):
     return torch.stack([part.sum() for part in x.split(lengths)])
 
 
+def first_of(x, lengths):
+    """(N,) -> (M,), the value at the first token of each answer."""
+    return torch.stack([part[0] for part in x.split(lengths)])
+
+
 def last_of(lengths):
     """The places of the last tokens of the answers among all N tokens, (M,)."""
     return torch.tensor(lengths).cumsum(0) - 1
 
 
+def decode_ahead(processor, parts):
+    """Begin with the images of these lists of Examples: often another process has sampled them."""
+    processor.prefetch.expect([e.record.image for part in parts for e in part])
+
+
 # ---- 1. sample
+
+
+def prompts_of(step, args, out, processor, examples, save):
+    """The Examples of an iteration: the next `minibatches` batches, in one list.
+
+    Each process looks at the images of those that it samples (`training.readable`).
+    """
+    chosen = []
+    for number in range(step * args.minibatches, (step + 1) * args.minibatches):
+        chosen += training.batch_of(number, args, len(examples))[0]
+    parts = processes.share(list(enumerate(training.chunks(chosen, args.sample_batch_size))))
+    decode_ahead(processor, [[examples[i] for i in part] for _, part in parts])
+    kept = training.readable(parts, step, args, out, processor, examples, save)
+    lost = {i for _, part in parts for i in part} - {i for _, part in kept for i in part}
+    return [examples[i] for i in chosen if i not in lost]
 
 
 def with_answers(example, answers):
@@ -455,8 +480,10 @@ class Reward:
         """The reward model's scores in units of their spread on held-out pairs, (M,)."""
         rng = random.Random(f"{self.args.seed}/{step}/facts")  # which captions, in which order
         read = [self.with_turn(e, self.facts[e.record.prompt_key], rng) for e in examples]
+        parts = processes.share(training.chunks(read, self.args.batch_size))
+        decode_ahead(self.processor, parts)
         scores = []
-        for part in processes.share(training.chunks(read, self.args.batch_size)):
+        for part in parts:
             batch = self.processor.collate(part).to(self.model.device)
             with self.model.use("reward"):
                 scores.append(self.model.values(batch, batch.last, "reward"))
@@ -491,8 +518,10 @@ def with_reference_and_values(model, processor, rollout, args):
 
     In bfloat16 also log pi_old again, as the update will compute it.
     """
+    parts = processes.share(training.chunks(rollout.examples, args.batch_size))
+    decode_ahead(processor, parts)
     reference, values, log_probs = [], [], []
-    for part in processes.share(training.chunks(rollout.examples, args.batch_size)):
+    for part in parts:
         batch = processor.collate(part).to(model.device)
         with model.reference():
             reference.append(model.log_probs(batch)[0])
@@ -607,24 +636,28 @@ def update(model, processor, optimizer, factor, rollout, args, step):
             minibatch = rollout.take(places)
             M, N = len(minibatch.lengths), sum(minibatch.lengths)
             metrics = Counter()
-            for micro_places in processes.share(training.chunks(places, args.batch_size)):
-                micro = rollout.take(micro_places)  # m answers, n tokens
+            mine = processes.share(training.chunks(places, args.batch_size))
+            mine = [rollout.take(micro_places) for micro_places in mine]
+            decode_ahead(processor, [micro.examples for micro in mine])
+            for micro in mine:  # m answers, n tokens
                 batch = processor.collate(micro.examples).to(model.device)
 
                 # the adapter "policy": the mean over all tokens (RLOO: answers) of the minibatch
                 log_p, entropy = model.log_probs(batch)  # (n,), (n,)
                 if args.advantage == "gae":
+                    # (n,), (n,)
                     losses, clipped = policy_loss(
                         log_p, micro.log_probs, micro.advantages, args.clip
-                    )  # (n,), (n,)
+                    )
                     count = N
                 else:
+                    # (m,), (m,)
                     losses, clipped = policy_loss(
                         summed(log_p, micro.lengths),
                         summed(micro.log_probs, micro.lengths),
-                        micro.advantages[last_of(micro.lengths)],  # all tokens have the same
+                        first_of(micro.advantages, micro.lengths),  # all tokens have the same
                         args.clip,
-                    )  # (m,), (m,)
+                    )
                     count = M
                 loss = losses.sum() / count
                 loss.backward()
@@ -756,6 +789,8 @@ def main():
         args.max_length,
         args.quantize,
     )
+    processor.prefetch.workers = args.workers
+    processor.prefetch.kept_bytes = 4 * 2**30  # an iteration: 512 images, .7 GB of LLaVA-1.5's
     examples = rows.encode(processor, prompts_only=True, room=args.max_new_tokens)
     settings = None
     if args.reward_model != "oracle":
@@ -781,20 +816,11 @@ def main():
     optimizer = training.optimizer_for(model, args.lr, 0.0)
     steps = args.steps or math.ceil(training.total_steps(args, len(examples)) / args.minibatches)
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
-    processor.prefetch.workers = args.workers
     log = training.Log(out, first, steps)
+    save = lambda step, alone=False: training.save_checkpoint(out, step, model, optimizer, alone)
     clock.lap("setup")
     for step in range(first, steps):
-        # the prompts of the next `minibatches` batches, in one list
-        chosen = []
-        for number in range(step * args.minibatches, (step + 1) * args.minibatches):
-            chosen += training.batch_of(number, args, len(examples))[0]
-        mine = processes.share(list(enumerate(training.chunks(chosen, args.sample_batch_size))))
-        processor.prefetch.expect([examples[i].record.image for _, part in mine for i in part])
-        save = lambda: training.save_checkpoint(out, step, model, optimizer)
-        kept = training.readable(mine, processor, examples, args, out, save)
-        lost = {i for _, part in mine for i in part} - {i for _, part in kept for i in part}
-        prompts = [examples[i] for i in chosen if i not in lost]
+        prompts = prompts_of(step, args, out, processor, examples, save)
         metrics = {}
 
         # 1. sample
@@ -824,7 +850,7 @@ def main():
         metrics["step_seconds"] = sum(metrics[f"seconds/{n}"] for n in ("sample", "score", "train"))
         log(step, ["objective/scores", "objective/kl", "response_length"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
-            training.save_checkpoint(out, step + 1, model, optimizer)
+            save(step + 1)
     model.eval()
     clock.lap("train")
 

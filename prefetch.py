@@ -9,19 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 WORKERS = 4
 AHEAD = 64  # images that wait decoded: 87 MB of LLaVA-1.5's, 430 MB of LLaVA-NeXT's
-KEPT_BYTES = 4 * 2**30  # an iteration of ppo.py: 512 images, .7 GB of LLaVA-1.5's
+KEPT_BYTES = 2**29  # a batch that samples: 64 images of LLaVA-NeXT are 430 MB
 
 
 class Prefetch:
     """Decodes images ahead, and keeps the last ones: an iteration of PPO reads each five times.
 
-    decode: image -> (pixels, size), called on the threads. workers: how many; with 0 an image is
-    decoded when it is asked for.
+    decode: image -> (pixels, size), called on the threads. workers: how many, may be changed at any
+    time; with 0 an image is decoded when it is asked for. kept_bytes: of pixels that are kept.
     """
 
     def __init__(self, decode, workers=WORKERS, kept_bytes=KEPT_BYTES):
         self.decode, self.workers, self.kept_bytes = decode, workers, kept_bytes
-        self.pool = None  # made at the first use
+        self.pool, self.threads = None, 0  # made at the first use, with so many threads
         self.expected = []  # images that are not begun, the next one last
         self.begun = {}  # {image: future}, decoded or on their way, not yet asked for
         self.kept = OrderedDict()  # {image: (pixels, size)}, those asked for longest ago first
@@ -40,8 +40,11 @@ class Prefetch:
             image = self.expected.pop()
             if image in self.kept or image in self.begun:
                 continue
-            if self.pool is None:
+            if self.threads != self.workers:
+                if self.pool:
+                    self.pool.shutdown(wait=False)  # what it has begun, it still finishes
                 self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+                self.threads = self.workers
             self.begun[image] = self.pool.submit(self.decode, image)
 
     def get(self, image):

@@ -212,12 +212,12 @@ def with_turns(processor, examples, facts, rng, max_facts=None):
 
 def with_longest_turns(processor, examples, known, max_facts):
     """Pairs with the longest evaluation turn that their images' captions can make."""
-    with_turns = []
+    longer = []
     for example in examples:
         longest = longest_facts(processor, facts_of(example.record, known) or [], max_facts)
         turn = evaluation_turn(QUESTION, FACTS, longest, random.Random(0))
-        with_turns.append(with_evaluation(processor, example, turn))
-    return with_turns
+        longer.append(with_evaluation(processor, example, turn))
+    return longer
 
 
 def check_lengths(processor, examples, facts, max_facts=None):
@@ -316,7 +316,7 @@ def correlation(a, b):
     return round(float(a @ b / norm), 4) if norm > 0 else 0.0
 
 
-def share(hits):
+def mean_of(hits):
     """The mean of (n,), rounded; None without any."""
     return round(float(hits.float().mean()), 4) if len(hits) else None
 
@@ -341,18 +341,18 @@ def figures(chosen, rejected, lengths):
                 "from": low,
                 "to": high,
                 "n": int(inside.sum()),
-                "predicted": share(p[inside]),
-                "observed": share(right[inside]),
+                "predicted": mean_of(p[inside]),
+                "observed": mean_of(right[inside]),
             }
         )
     return {
         "n": len(margin),
-        "accuracy": share(right),
+        "accuracy": mean_of(right),
         "loss": round(float(-F.logsigmoid(margin).mean()), 4),
         "calibration": calibration,
         "length_correlation": correlation(scores, lengths.T.flatten().float()),
-        "longer_preferred": share(longer[unequal] > 0),
-        "longer_favoured": share((longer * margin)[unequal] > 0),
+        "longer_preferred": mean_of(longer[unequal] > 0),
+        "longer_favoured": mean_of((longer * margin)[unequal] > 0),
         "mean": round(float(scores.mean()), 4),
         "std": round(float(scores.std(correction=0)), 4),
     }
@@ -371,8 +371,10 @@ def evaluate(model, processor, held, facts, args, label):
         starts = range(0, len(read), args.batch_size)
         shares[path] = processes.share([read[i : i + args.batch_size] for i in starts])
 
+    parts = sum(shares.values(), [])
+    processor.prefetch.expect([e.record.image for part in parts for e in part])
     result, done = {}, 0
-    progress = Progress(label, sum(len(part) for parts in shares.values() for part in parts))
+    progress = Progress(label, sum(map(len, parts)))
     for path, examples in held.items():
         scores = []
         for part in shares[path]:
@@ -418,6 +420,8 @@ def main():
 
     # ---- load data and model
     device, dtype = training.device_and_dtype(args)
+    if args.skip_bad_rows:  # held-out pairs are scored outside of any step
+        args.check_images = "full"
     files = [
         dataset.read(
             [path],
@@ -441,6 +445,7 @@ def main():
         args.max_length,
         args.quantize,
     )
+    processor.prefetch.workers = args.workers
     encoded = [rows.encode(processor) for rows in files]  # for each file its Examples
     skipped = [row for rows in files for row in rows.skipped]
 
@@ -473,15 +478,13 @@ def main():
     steps = training.total_steps(args, len(train))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
+    save = lambda step, alone=False: training.save_checkpoint(out, step, model, optimizer, alone)
     for step in range(first, steps):
         step_begin = time.time()
         metrics = Counter()
 
         # 1. batch
-        indices, micro_batches = training.batch_of(step, args, len(train))
-        training.prefetch(processor, train, step, args)
-        save = lambda: training.save_checkpoint(out, step, model, optimizer)
-        micro_batches = training.readable(micro_batches, processor, train, args, out, save)
+        indices, micro_batches = training.batches(step, args, out, processor, train, save)
         for number, micro in micro_batches:
             rng = random.Random(f"{args.seed}/{step}/{number}")  # which captions, in which order
             examples = [train[i] for i in micro]
@@ -518,7 +521,7 @@ def main():
         metrics["step_seconds"] = time.time() - step_begin
         log(step, ["loss", "rewards/accuracies", "rewards/margins"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
-            training.save_checkpoint(out, step + 1, model, optimizer)
+            save(step + 1)
     model.eval()
     clock.lap("train")
 

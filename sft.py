@@ -126,6 +126,7 @@ def main():
             args.seed,
             args.max_length,
         )
+    processor.prefetch.workers = args.workers
     examples = dataset.share_prompt(rows.encode(processor, every_turn=True))
     out = training.start(args, "sft", rows.skipped)
     report.show_start(processor, examples)
@@ -146,15 +147,13 @@ def main():
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
+    save = lambda step, alone=False: training.save_checkpoint(out, step, model, optimizer, alone)
     for step in range(first, steps):
         step_begin = time.time()
         metrics = Counter()
 
         # 1. batch
-        indices, micro_batches = training.batch_of(step, args, len(examples))
-        training.prefetch(processor, examples, step, args)
-        save = lambda: training.save_checkpoint(out, step, model, optimizer)
-        micro_batches = training.readable(micro_batches, processor, examples, args, out, save)
+        indices, micro_batches = training.batches(step, args, out, processor, examples, save)
         tokens = sum(int(s.sum()) for i in indices for s in examples[i].scored)
         for _, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
@@ -182,7 +181,7 @@ def main():
         metrics["step_seconds"] = time.time() - step_begin
         log(step, ["loss"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
-            training.save_checkpoint(out, step + 1, model, optimizer)
+            save(step + 1)
     model.eval()
     clock.lap("train")
 

@@ -85,6 +85,7 @@ def main():
     device, dtype = training.device_and_dtype(args)
     rated = [one for path in args.data for one in ratings.read(path, args.images)]
     rows = dataset.Rows(with_requests(rated), args.skip_bad_rows)
+    rows.check_images(args.check_images)
     shared = lambda _, examples: dataset.share_prompt(examples)
     training.show_memory(args, device, dtype, rows, shared, together=True)
     model, processor = checkpoints.load(
@@ -96,6 +97,7 @@ def main():
         args.max_length,
         args.quantize,
     )
+    processor.prefetch.workers = args.workers
     examples = dataset.share_prompt(rows.encode(processor))
     out = training.start(args, "steerlm", rows.skipped)
     report.show_start(processor, examples)
@@ -117,13 +119,13 @@ def main():
     steps = training.total_steps(args, len(examples))
     first = training.load_checkpoint(out, model, optimizer) if args.resume else 0
     log = training.Log(out, first, steps)
+    save = lambda step, alone=False: training.save_checkpoint(out, step, model, optimizer, alone)
     for step in range(first, steps):
         step_begin = time.time()
         metrics = Counter()
 
         # 1. batch
-        indices, micro_batches = training.batch_of(step, args, len(examples))
-        training.prefetch(processor, examples, step, args)
+        indices, micro_batches = training.batches(step, args, out, processor, examples, save)
         tokens = sum(int(s.sum()) for i in indices for s in examples[i].scored)
         for _, micro in micro_batches:
             batch = processor.collate([examples[i] for i in micro]).to(device)
@@ -151,7 +153,7 @@ def main():
         metrics["step_seconds"] = time.time() - step_begin
         log(step, ["loss"], metrics)
         if args.save_every and (step + 1) % args.save_every == 0:
-            training.save_checkpoint(out, step + 1, model, optimizer)
+            save(step + 1)
     model.eval()
     clock.lap("train")
 

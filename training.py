@@ -14,9 +14,11 @@ import random
 import shutil
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 import processes
 import sharding
@@ -25,6 +27,7 @@ from common import (
     NonFinite,
     Progress,
     file_hash,
+    first_to_fail,
     flag_name,
     natural,
     not_negative,
@@ -107,14 +110,15 @@ def add_data_flags(parser):
         choices=("full", "header"),
         default="full",
         help="before the run decode every image, which finds broken files (5 minutes for 100,000 "
-        "photographs on one core, once), or read its header (seconds) (default %(default)s)",
+        "photographs on one core, once), or read its header (seconds); full is also taken with "
+        "--skip-bad-rows where images are read outside of a step (default %(default)s)",
     )
     flag("--out", metavar="DIR", help="run folder (default: runs/<script>-<next number>)")
     flag(
         "--resume",
         action="store_true",
         help="go on from the last checkpoint of --out; other flags must be the same, but for the "
-        "micro-batches of a batch, --gradient-checkpointing and --workers",
+        "micro-batches of a batch, --gradient-checkpointing, --check-images and --workers",
     )
     flag("--seed", type=int, default=0, help="of world, base model and run")
     return group
@@ -264,14 +268,14 @@ def parse(parser):
 
 def device_and_dtype(args):
     """--device and --dtype -> (torch.device, torch.dtype)."""
-    import torch
-
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and processes.total > 1:
         name = f"cuda:{processes.number}"
     device = device_of(name, "--device")
+    if device.index is not None:  # else some libraries would also work on GPU 0
+        torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False  # on a GPU, float32 would round the tower's convolution
     dtype, has_bfloat16 = args.dtype, True
     if device.type == "cuda":  # emulated on cards before Ampere: slower than float32
@@ -288,8 +292,6 @@ def device_and_dtype(args):
 
 def device_of(name, flag):
     """The torch.device of this name, if it can be used. flag: where the name was given."""
-    import torch
-
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -347,11 +349,9 @@ def show_memory(
 def start(args, script, skipped=(), more_data=()):
     """Create the run folder (or check it, with --resume) and seed everything -> its Path.
 
-    args.json holds every resolved flag, versions, and a hash of each data file.
+    args.json holds every resolved flag, versions, a hash of each data file, and what was skipped.
     skipped: the rows that --skip-bad-rows left out. more_data: data files besides those of --data.
     """
-    import torch
-
     out = Path(args.out) if args.out else next_free(Path("runs"), script)
     out = processes.from_first(out)
     flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "given")}
@@ -362,6 +362,7 @@ def start(args, script, skipped=(), more_data=()):
         "processes": processes.total,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "data": {},
+        "skipped": list(skipped),
     }
     for path in [*args.data, *more_data]:
         if not Path(path).is_file():
@@ -371,9 +372,9 @@ def start(args, script, skipped=(), more_data=()):
         check_same_run(read_json(out / "args.json"), record)
     elif processes.number == 0:
         out.mkdir(parents=True)
+        if args.skip_bad_rows:  # a resumed run keeps it: rows may have been added in the run
+            write_json(out / "skipped.json", list(skipped))
         write_json(out / "args.json", record)
-    if args.skip_bad_rows and processes.number == 0:
-        write_json(out / "skipped.json", list(skipped))
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     print(f"run folder {out}", file=sys.stderr)
@@ -386,7 +387,7 @@ def next_free(folder, script):
 
 
 def check_same_run(old, new):
-    """Refuse to resume with other flags, versions or data, by name.
+    """Refuse to resume with other flags, versions, data or rows that are left out, by name.
 
     The number of processes may change, if --grad-accum changes with it so that the batch does not.
     So may what only costs memory or time, for a run that lacked memory: the micro-batches of the
@@ -406,7 +407,7 @@ def check_same_run(old, new):
         }
         for r in (old, new)
     )
-    may_change = {"gradient_checkpointing", "workers"}
+    may_change = {"gradient_checkpointing", "workers", "check_images"}
     batches = [r["flags"].get("batch_size", 1) * r["flags"]["grad_accum"] for r in (old, new)]
     if batches[0] == batches[1]:
         may_change |= {"batch_size", "grad_accum"}
@@ -420,6 +421,14 @@ def check_same_run(old, new):
                     f"--resume: {what} was {was} and is now {is_now}; "
                     "a resumed run must be the same run."
                 )
+    # another number of examples would put others into every step
+    was, is_now = (Counter((s["file"], s["row"]) for s in r.get("skipped", ())) for r in (old, new))
+    changed = (was - is_now) + (is_now - was)
+    if changed and "skipped" in old:
+        file, row = min(changed)
+        back = was[file, row] > is_now[file, row]
+        how = "was left out and is now used" if back else "was used and is now left out"
+        raise BadInput(f"--resume: {file}, row {row} {how}; a resumed run must be the same run.")
 
 
 class Clock:
@@ -480,9 +489,8 @@ def batch_of(step, args, n, size=None):
 def whole_batch(step, args, n, size=None):
     """`batch_of` with the micro-batches of all processes."""
     whole = global_batch(args)
-    size = min(
-        size or args.batch_size, args.batch_size * args.grad_accum
-    )  # a part for each process
+    # a part for each process
+    size = min(size or args.batch_size, args.batch_size * args.grad_accum)
     end = (step + 1) * whole if args.steps else min((step + 1) * whole, n * args.epochs)
     chosen = shuffled(step * whole, end, n, args.seed)
     return chosen, list(enumerate(chunks(chosen, size)))
@@ -493,26 +501,28 @@ def chunks(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def prefetch(processor, examples, step, args, size=None):
-    """Decode the images of this step and the next on --workers threads, in the order of their use.
+def batches(step, args, out, processor, examples, save, size=None):
+    """The examples of an optimizer step -> the indices of all, and this process's micro-batches.
 
-    size: as for `batch_of`.
+    A micro-batch (number, indices) is given as soon as its images are decoded, on --workers
+    threads, which also begin with the next step's. size: as for `batch_of`. out, save: for rows
+    whose image cannot be decoded (`readable`); save(step) writes the run's checkpoint.
     """
-    ahead = [whole_batch(i, args, len(examples), size)[1] for i in (step, step + 1)]
-    chosen = [i for whole in ahead for _, micro in processes.share(whole) for i in micro]
-    processor.prefetch.workers = args.workers
-    processor.prefetch.expect([examples[i].record.image for i in chosen])
+    indices, mine = batch_of(step, args, len(examples), size)
+    later = processes.share(whole_batch(step + 1, args, len(examples), size)[1])
+    ahead = [examples[i] for _, micro in [*mine, *later] for i in micro]
+    processor.prefetch.expect([e.record.image for e in ahead])
+    return indices, readable(mine, step, args, out, processor, examples, save)
 
 
-def readable(micro_batches, processor, examples, args, out, save):
-    """The micro-batches of a step without the rows whose image can no longer be decoded.
+def readable(micro_batches, step, args, out, processor, examples, save):
+    """Yield the micro-batches of a step without the rows whose image can no longer be decoded.
 
     With --skip-bad-rows they are listed in skipped.json; they count as 0 in the means of the step.
-    Without it, or where no row is left, `save` writes a checkpoint and the run stops: once the file
-    is repaired, --resume goes on. Several processes stop without one, because a single one of them
-    cannot write it.
+    Without it, with several processes, or where no row is left, the run stops; once the file is
+    repaired, --resume goes on. No weight has moved until then: that is the checkpoint's state.
     """
-    kept = []
+    any_left = False
     for number, micro in micro_batches:
         good = []
         for i in micro:
@@ -522,23 +532,33 @@ def readable(micro_batches, processor, examples, args, out, save):
                     processor.prefetch.get(record.image)
                 good.append(i)
             except BadInput as error:
-                bad = dataset.located(record.where, str(error))
                 if not args.skip_bad_rows or processes.total > 1:
-                    stop(f"{record.where}: {error}", save)
-                add_skipped(out, bad)
+                    stop(f"{record.where}: {error}", save, step)
+                add_skipped(out, dataset.located(record.where, str(error)))
         if good:
-            kept.append((number, good))
-    if micro_batches and not kept:
-        stop(f"{record.where}: no row of this step has an image that can be decoded.", save)
-    return kept
+            any_left = True
+            yield number, good
+    if micro_batches and not any_left:
+        stop(f"{record.where}: no row of this step has an image that can be decoded.", save, step)
 
 
-def stop(why, save):
-    """Write a checkpoint of what was trained so far, and raise BadInput."""
-    if processes.total > 1:
-        raise BadInput(f"{why} --resume goes on from the last checkpoint.")
-    save()
-    raise BadInput(f"{why} The steps before are saved; --resume goes on from there.")
+def stop(why, save, step):
+    """Write a checkpoint of the steps before this one, if possible, and raise BadInput."""
+    if keep_steps(save, step):
+        raise BadInput(f"{why} The steps before are saved; --resume goes on from there.")
+    raise BadInput(f"{why} --resume goes on from the last checkpoint, or begins anew without one.")
+
+
+def keep_steps(save, step):
+    """Before an error ends the run: write a checkpoint of the `step` updates so far -> written?
+
+    Of several processes the first to fail writes it alone. It cannot if each holds but a part of
+    the weights (sharding.py).
+    """
+    if not step or sharding.divided or not first_to_fail():
+        return False
+    save(step, alone=True)
+    return True
 
 
 def add_skipped(out, row):
@@ -582,8 +602,6 @@ def optimizer_for(model, lr, projector_lr, vision_lr=0.0):
     beta2 is .98 where the papers' scripts keep .999, for which hundreds of steps are too few.
     Of several processes, each keeps a part of an LLM that trains whole (sharding.py).
     """
-    import torch
-
     processes.check_same(trainable(model))
     sharding.shard(model)
     rates = {"llm": lr, "projector": projector_lr, "vision": vision_lr, "heads": lr}
@@ -600,11 +618,9 @@ def optimizer_for(model, lr, projector_lr, vision_lr=0.0):
 def numbers(metrics):
     """{name: number or tensor ()} -> {name: float}, 0 for a name without a number.
 
-    One transfer, and the only place where a step waits for the device: until here it queues work.
-    The numbers of several processes are added.
+    One transfer. A loop that does not sample queues its work and waits for the device here, and
+    again for the norm in `clip_gradients`. The numbers of several processes are added.
     """
-    import torch
-
     sharding.finish_passes()
 
     tensors = {name: x for name, x in metrics.items() if torch.is_tensor(x)}
@@ -619,8 +635,6 @@ def clip_gradients(optimizer, max_norm):
 
     It is the sum of the gradients of all processes.
     """
-    import torch
-
     whole, parts = [], []
     for group in optimizer.param_groups:
         (parts if sharding.is_part(group["params"][0]) else whole).extend(group["params"])
@@ -654,18 +668,16 @@ def trainable(model):
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(out, step, model, optimizer, state=None, keep=2, writes=None):
+def save_checkpoint(out, step, model, optimizer, alone=False, state=None, keep=2):
     """Write `out/checkpoints/step-<step>/` aside, flush, rename; then point `latest` to it.
 
     Saved are what trains, the optimizer, the random generators, and the algorithm's own `state`, a
     dict of JSON values (a running mean, say). The last `keep` checkpoints remain.
-    writes: whether this process does; by default process 0 does.
+    alone: this process writes, without the others; else process 0 does.
     """
-    import torch
-
     from formats.weights import write_tensors
 
-    writes = processes.number == 0 if writes is None else writes
+    writes = alone or processes.number == 0
     tensors = {}
     for n, p in trainable(model).items():
         saved = {f"model.{n}": p.detach()}
@@ -677,11 +689,12 @@ def save_checkpoint(out, step, model, optimizer, state=None, keep=2, writes=None
     if not writes:
         return
     tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if model.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(model.device)
 
     folder = out / "checkpoints"
-    final, aside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
+    final = folder / f"step-{step:06d}"
+    aside = final.with_suffix(".alone.tmp" if alone else ".tmp")  # the others may just write, too
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write_tensors(tensors, aside / "state.safetensors")
@@ -706,8 +719,6 @@ def load_checkpoint(out, model, optimizer, state=None):
 
     `state`, the dict that was given to `save_checkpoint`, is updated in place.
     """
-    import torch
-
     folder, tensors, saved = last_checkpoint(out / "checkpoints")
     if not folder:
         return 0
@@ -719,8 +730,8 @@ def load_checkpoint(out, model, optimizer, state=None):
             mine = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             optimizer.state[p] = {k: sharding.part_like(p, v) for k, v in mine.items()}
     torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if "rng.cuda" in tensors and model.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], model.device)
     if state is not None:
         state.update(saved["state"])
     return saved["step"]

@@ -44,6 +44,13 @@ class Rows:
         print(f"{len(rows)} of {total} rows are skipped, first {where}", file=sys.stderr)
         self.skipped += rows
 
+    def check_images(self, how):
+        """Leave out the rows whose image cannot be read; how: see `formats/pictures.py`."""
+        why = pictures.unreadable([r.image for r in self.records], how)
+        bad = [located(r.where, why[r.image]) for r in self.records if r.image in why]
+        self.leave_out(bad, len(self.records))
+        self.records = [r for r in self.records if r.image not in why]
+
     def encode(self, processor, every_turn=False, prompts_only=False, room=0):
         """Records -> Examples.
 
@@ -115,10 +122,7 @@ def read(
             print(f"{len(rows.records) - len(first)} rows repeat another row", file=sys.stderr)
         rows.records = list(first.values())
 
-    why = pictures.unreadable([r.image for r in rows.records], check_images)
-    bad = [located(r.where, why[r.image]) for r in rows.records if r.image in why]
-    rows.leave_out(bad, len(rows.records))
-    rows.records = [r for r in rows.records if r.image not in why]
+    rows.check_images(check_images)
     return rows
 
 

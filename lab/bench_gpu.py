@@ -174,6 +174,8 @@ class Bench:
 
     def __init__(self, shape, device):
         self.shape, self.device, self.models = shape, torch.device(device), {}
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
         self.made = None  # rank and nf4 of the model in memory
         self.rank, self.nf4 = shape["rank"], False  # what the next cell asks for
         self.once = False  # for --dry
@@ -444,7 +446,7 @@ class Bench:
         model.train()
         optimizer = training.optimizer_for(model, args.lr, 0.0)
         pictures = Pictures(pixels.unflatten(0, (n, -1)), sizes)
-        record = SimpleNamespace(where="a row of random numbers")
+        record = SimpleNamespace(where="a row of random numbers", image=None)
         prompts = [Prompt(row, [], [], record, number) for number, row in enumerate(rows)]
         clock, parts = training.Clock(), {}
 
@@ -621,6 +623,7 @@ class Pictures:
     """Stands where ppo.py has its Processor: decoded pictures, and answers that nothing ends."""
 
     stop_ids = ()
+    prefetch = SimpleNamespace(expect=lambda images: None)  # they are decoded
 
     def __init__(self, tiles, sizes):
         self.tiles, self.sizes = tiles, sizes  # (n, tiles, 3, H, W), (n, 2) or None

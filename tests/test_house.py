@@ -88,6 +88,29 @@ def test_every_loop_clips_and_checks_before_its_step(name):
     assert ast.unparse(order[0]) == "training.clip_gradients(optimizer, max_norm=1.0)"
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_in_a_micro_batch_is_copied_while_the_host_waits(name):
+    """A copy from pageable memory waits until the device is idle: Batch.to pins, the rest says how."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    loops = [n for n in ast.walk(tree) if isinstance(n, ast.For)]
+    collating = [n for n in loops if ".collate(" in ast.unparse(n)]
+    assert collating
+    waits = []
+    for call in (n for loop in collating for n in ast.walk(loop) if isinstance(n, ast.Call)):
+        method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        keywords = {k.arg for k in call.keywords}
+        if method == "tensor" and "device" in keywords:
+            waits.append(ast.unparse(call))
+        if method == "to" and "non_blocking" not in keywords:
+            moved = call.func.value  # a Batch, by its name or by what makes it
+            made = ast.unparse(moved.func) if isinstance(moved, ast.Call) else ast.unparse(moved)
+            if made not in ("batch", "replace", "processor.collate", "self.processor.collate"):
+                waits.append(ast.unparse(call))
+        if method == "policy_loss" or getattr(call.func, "id", "") == "policy_loss":
+            waits += [ast.unparse(a) for a in call.args if "last_of" in ast.unparse(a)]
+    assert not waits
+
+
 @pytest.mark.parametrize("name", ["common", "formats.files"])
 def test_reading_a_file_loads_no_torch(name):
     code = f"import {name}, sys; sys.exit('torch' in sys.modules)"

@@ -15,12 +15,18 @@ from test_house import ROOT, SCRIPTS
 
 import bdhs
 import data
+import dpo
+import prefetch
 import processes
+import rejection_sampling
+import reward_model
 import sft
+import sharding
+import steerlm
 import training
 from common import BadInput
 from data import Record
-from formats import dataset, inspector, pictures
+from formats import dataset, inspector, pictures, ratings
 
 SIZE = 40, 30
 
@@ -36,8 +42,14 @@ def jpeg(colour="red", share=1.0):
 def folder(tmp_path, monkeypatch):
     """0.jpg .. 3.jpg, of which 2.jpg ends too early, and pairs.json about them."""
     monkeypatch.chdir(tmp_path)
+    write_pairs(4)
+    return tmp_path
+
+
+def write_pairs(n):
+    """n images, of which 2.jpg ends too early, and pairs.json about them."""
     rows = []
-    for i in range(4):
+    for i in range(n):
         Path(f"{i}.jpg").write_bytes(jpeg(share=0.5 if i == 2 else 1))
         turns = lambda answer: [
             {"from": "human", "value": "<image>\nWhat?"},
@@ -48,7 +60,6 @@ def folder(tmp_path, monkeypatch):
             {"image": f"{i}.jpg", "conversations": chosen, "rejected_conversations": rejected}
         )
     Path("pairs.json").write_text(json.dumps(rows))
-    return tmp_path
 
 
 PATHS = [Path(f"{i}.jpg") for i in range(4)]
@@ -130,16 +141,28 @@ def test_every_trainer_looks_at_its_images(name):
     """Before the run as its flag says, and at those of a step before the step uses any random number."""
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    read = [c for c in calls if ast.unparse(c.func) == "dataset.read"]
-    ways = [ast.unparse(k.value) for c in read for k in c.keywords if k.arg == "check_images"]
-    assert ways == ["args.check_images"]
+    read = [c for c in calls if ast.unparse(c.func) in ("dataset.read", "rows.check_images")]
+    given = [k.value for c in read for k in c.keywords if k.arg == "check_images"]
+    given += [c.args[0] for c in read if ast.unparse(c.func) == "rows.check_images"]
+    assert [ast.unparse(way) for way in given] == ["args.check_images"]
     (loop,) = [
         n for n in ast.walk(tree) if isinstance(n, ast.For) and ast.unparse(n.target) == "step"
     ]
     text = ast.unparse(loop)
-    assert "save = lambda: training.save_checkpoint(out, step, model, optimizer)" in text
     drawn = ("processor.collate(", "collate(", "hallucinate(", "random.Random(", "draw_rollout(")
-    assert 0 < text.index("training.readable(") < min(text.find(c) for c in drawn if c in text)
+    looked = "prompts_of(" if name == "ppo" else "training.batches("
+    assert 0 < text.index(looked) < min(text.find(c) for c in drawn if c in text)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_trainer_sets_its_threads_before_it_decodes(name):
+    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    line = text.rindex("\n    processor.prefetch.workers = args.workers\n")
+    assert (
+        text.index("checkpoints.load(")
+        < line
+        < text.index("report.show_start(" if name != "reward_model" else "before = evaluate(")
+    )
 
 
 # ---- in a run
@@ -159,9 +182,10 @@ def late(folder):
     return processor, examples
 
 
-def readable(late, micro_batches, skip, saved):
+def readable(late, micro_batches, skip, saved, step=7):
     args = SimpleNamespace(skip_bad_rows=skip)
-    return training.readable(micro_batches, *late, args, Path(), lambda: saved.append("saved"))
+    save = lambda step, alone: saved.append((step, alone))
+    return list(training.readable(micro_batches, step, args, Path(), *late, save))
 
 
 def test_a_row_that_fails_late_is_skipped_and_listed(late, capsys):
@@ -178,12 +202,36 @@ def test_a_row_that_fails_late_is_skipped_and_listed(late, capsys):
 @pytest.mark.parametrize("total", [1, 2])
 @pytest.mark.parametrize("micro_batches, skip", [([(0, [0, 2])], False), ([(0, [2])], True)])
 def test_else_the_run_stops_with_a_checkpoint(late, monkeypatch, micro_batches, skip, total):
-    """Also if no row of the step is left. One of several processes cannot write a checkpoint alone."""
+    """Also if no row of the step is left; of several processes this one writes it."""
     monkeypatch.setattr(processes, "total", total)
     saved = []
-    with pytest.raises(BadInput, match="pairs.json, row 2: .*--resume goes on"):
+    with pytest.raises(BadInput, match="pairs.json, row 2: .*before are saved; --resume goes on"):
         readable(late, micro_batches, skip, saved)
-    assert saved == ["saved"] * (total == 1)
+    assert saved == [(7, True)]
+
+
+@pytest.mark.parametrize("why", ["no step yet", "divided weights", "another failed first"])
+def test_or_without_one_where_there_is_none_to_write(late, monkeypatch, why):
+    monkeypatch.setattr(sharding, "divided", ["a model"] * (why == "divided weights"))
+    monkeypatch.setattr(training, "first_to_fail", lambda: why != "another failed first")
+    saved, step = [], 0 if why == "no step yet" else 7
+    with pytest.raises(BadInput, match="pairs.json, row 2: .*--resume goes on from the last"):
+        readable(late, [(0, [2])], False, saved, step)
+    assert not saved
+
+
+def test_a_micro_batch_does_not_wait_for_the_images_of_the_next(late, monkeypatch):
+    processor, examples = late
+    asked, get = [], processor.prefetch.get
+    monkeypatch.setattr(processor.prefetch, "get", lambda i: asked.append(i.name) or get(i))
+    args = SimpleNamespace(
+        seed=0, steps=2, batch_size=1, grad_accum=3, workers=2, skip_bad_rows=False
+    )
+    good = [examples[i] for i in (0, 1, 3)]
+    indices, micro_batches = training.batches(0, args, Path(), processor, good, None)
+    assert not asked and len(indices) == 3
+    for number, (found, micro) in enumerate(micro_batches):
+        assert found == number and micro == [indices[number]] and len(asked) == number + 1
 
 
 def test_several_processes_skip_nothing(late, monkeypatch):
@@ -193,8 +241,8 @@ def test_several_processes_skip_nothing(late, monkeypatch):
         readable(late, [(0, [0, 2])], True, [])
 
 
-def train(monkeypatch, checkpoint, out, *flags):
-    """sft.py on pairs.json, a row a step."""
+def train(monkeypatch, checkpoint, out, *flags, script=sft):
+    """sft.py, or another script, on pairs.json, a row a step."""
     argv = [
         "--model",
         checkpoint,
@@ -208,8 +256,8 @@ def train(monkeypatch, checkpoint, out, *flags):
         2,
     ]
     argv += ["--save-every", 0, "--check-images", "header", "--out", out, *flags]
-    monkeypatch.setattr("sys.argv", ["sft.py", *map(str, argv)])
-    sft.main()
+    monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, argv)])
+    script.main()
     return load_file(Path(out) / "adapter" / "adapter_model.safetensors")
 
 
@@ -224,6 +272,99 @@ def test_a_run_goes_on_once_the_file_is_repaired(folder, checkpoint, monkeypatch
     whole = train(monkeypatch, checkpoint, "whole")
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 4
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_run_whose_first_step_fails_begins_anew(folder, checkpoint, monkeypatch):
+    """There is nothing to save yet; the broken image is not in the first micro-batch."""
+    with pytest.raises(BadInput, match=f"row 2: {WHY}.*begins anew"):
+        train(monkeypatch, checkpoint, "run", "--grad-accum", 4)
+    assert not Path("run/checkpoints").exists()
+    Path("2.jpg").write_bytes(Path("1.jpg").read_bytes())
+    resumed = train(monkeypatch, checkpoint, "run", "--grad-accum", 4, "--resume")
+    whole = train(monkeypatch, checkpoint, "whole", "--grad-accum", 4)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_step_that_fails_half_way_leaves_no_trace(folder, checkpoint, monkeypatch):
+    """Its first micro-batch has gone through the model; what is saved is the state before it."""
+    argv = ("--grad-accum", 2, "--epochs", 3)
+    args = SimpleNamespace(seed=0, steps=None, epochs=3, batch_size=1, grad_accum=2)
+    steps = [training.batch_of(i, args, 4)[0] for i in range(6)]
+    step = next(i for i in range(1, 6) if steps[i][1] == 2)
+    broken, late = Path("2.jpg").read_bytes(), training.take_step
+    Path("2.jpg").write_bytes(jpeg())
+    whole, taken = train(monkeypatch, checkpoint, "whole", *argv), []
+
+    def take_step(*args):
+        late(*args)
+        taken.append(1)
+        if len(taken) == step:
+            Path("2.jpg").write_bytes(broken)
+
+    good = Path("2.jpg").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_step", take_step)
+        with pytest.raises(BadInput, match=f"row 2: {WHY}.*The steps before are saved"):
+            train(monkeypatch, checkpoint, "run", *argv, "--workers", 0)
+    assert Path("run/checkpoints/latest").read_text() == f"step-{step:06d}"
+    Path("2.jpg").write_bytes(good)
+    resumed = train(monkeypatch, checkpoint, "run", *argv, "--resume")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("script, flags", [
+    (dpo, ()),
+    (reward_model, ("--no-facts", "--held-out", 2)),
+    (bdhs, ("--max-new-tokens", 4)),
+], ids=["dpo", "reward_model", "bdhs"])  # fmt: skip
+def test_what_is_read_outside_of_a_step_is_skipped_too(
+    tmp_path, checkpoint, monkeypatch, script, flags
+):
+    """Every row, or those held out: with --skip-bad-rows their pixels are looked at before the run."""
+    monkeypatch.chdir(tmp_path)
+    write_pairs(10)
+    for i in (0, 4, 5, 7):  # of which some is held out
+        Path(f"{i}.jpg").write_bytes(jpeg(share=0.5))
+    flags = ("--skip-bad-rows", *flags)
+    if script is bdhs:
+        argv = ["bdhs.py", "--model", checkpoint, "--data", "pairs.json", "--out", "run"]
+        argv += ["--check-images", "header", *flags]
+        monkeypatch.setattr("sys.argv", list(map(str, argv)))
+        bdhs.main()
+    else:
+        train(monkeypatch, checkpoint, "run", *flags, script=script)
+    skipped = json.loads(Path("run/skipped.json").read_text())
+    assert [row["row"] for row in skipped] == [0, 2, 4, 5, 7]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_flag_holds_from_the_first_image(folder, checkpoint, monkeypatch, workers):
+    """dpo.py's reference pass is before the first step."""
+    made, pool = [], prefetch.ThreadPoolExecutor
+    note = lambda n, **how: made.append(n) or pool(n, **how)
+    monkeypatch.setattr(prefetch, "ThreadPoolExecutor", note)
+    train(monkeypatch, checkpoint, "run", "--skip-bad-rows", "--workers", workers, script=dpo)
+    assert made == [workers] * (workers > 0)
+
+
+@pytest.mark.parametrize("script", [rejection_sampling, steerlm])
+def test_images_of_ratings_are_looked_at(folder, checkpoint, monkeypatch, script):
+    rated = lambda text: {"response": text} | ratings.BEST
+    rows = [
+        {"image": f"{i}.jpg", "turns": ["What?"], "answers": [rated(f"A jar {i}.")]}
+        for i in range(4)
+    ]
+    Path("ratings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data", "ratings.jsonl", "--check-images", "full")
+    argv = ("--model", checkpoint, "--steps", 1, "--batch-size", 1, "--lora-rank", 2, *flags)
+    monkeypatch.setattr("sys.argv", list(map(str, ("x.py", *argv, "--out", "refused"))))
+    with pytest.raises(BadInput, match=f"ratings.jsonl, row 2: {WHY}.*1 of 4 rows are refused"):
+        script.main()
+    monkeypatch.setattr(
+        "sys.argv", list(map(str, ("x.py", *argv, "--skip-bad-rows", "--out", "run")))
+    )
+    script.main()
+    assert [row["row"] for row in json.loads(Path("run/skipped.json").read_text())] == [2]
 
 
 def test_a_run_skips_what_fails_late(folder, checkpoint, monkeypatch):

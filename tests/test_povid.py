@@ -70,10 +70,11 @@ def test_distorted_answer(llava, examples):
         )
         for e in examples[:2]
     ]
-    batch, noisy = processor.collate(examples), torch.randn(2, 3, 28, 28)
+    batch = processor.collate(examples)
+    noisy = replace(batch, pixel_values=torch.randn(2, 3, 28, 28))
     weight, at, avoided = model.llm.get_output_embeddings().weight, 0, 0
-    weight[model.image_token_id] = 2 * weight[povid.distorted(model, batch, noisy)[0]]
-    wrong = povid.distorted(model, batch, noisy)
+    weight[model.image_token_id] = 2 * weight[povid.distorted(model, noisy)[0]]
+    wrong = povid.distorted(model, noisy)
     rows = povid.distorted_log_probs(model, batch, wrong, 2)
     assert rows.shape == (3, 2)
     assert torch.allclose(rows[[0, 2]], model.answer_log_probs(batch).view(2, 2).T)
@@ -85,7 +86,10 @@ def test_distorted_answer(llava, examples):
             )
         )
         dirty = model.hidden_states(
-            replace(pack([example.prompt], [example.answers[:1]]), pixel_values=noisy[b : b + 1])
+            replace(
+                pack([example.prompt], [example.answers[:1]]),
+                pixel_values=noisy.pixel_values[b : b + 1],
+            )
         )
         total, P = 0.0, len(example.prompt)
         for t in range(len(example.answers[0])):

@@ -1012,6 +1012,38 @@ def conversation(question, answer):
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_images_that_another_process_sampled_are_decoded_ahead(command, monkeypatch, advantage):
+    """What is kept goes before each phase, as in a process that sampled other prompts."""
+    late, prefetch = [], data.Prefetch
+
+    def forgets(phase):
+        def run(*given):
+            (processor,) = (
+                g if isinstance(g, data.Processor) else g.processor
+                for g in given
+                if isinstance(g, (data.Processor, ppo.Reward))
+            )
+            ahead, get = processor.prefetch, prefetch.get
+            ahead.kept.clear()
+            with monkeypatch.context() as patch:
+                known = lambda i: i in ahead.begun or i in ahead.kept
+                note = lambda self, i: (late.append(i) if not known(i) else None, get(self, i))[1]
+                patch.setattr(prefetch, "get", note)
+                return phase(*given)
+
+        return run
+
+    for place, name in (
+        (ppo, "with_reference_and_values"),
+        (ppo, "update"),
+        (ppo.Reward, "by_reward_model"),
+    ):
+        monkeypatch.setattr(place, name, forgets(getattr(place, name)))
+    command("run", "--steps", "1", "--no-eval", "--advantage", advantage)
+    assert not late
+
+
 @pytest.fixture
 def command(checkpoint, tmp_path, monkeypatch):
     """A function that runs ppo.py with a reward model of random weights -> the run folder."""

@@ -42,6 +42,19 @@ def test_what_is_decoded_ahead_is_what_is_asked_for(workers):
     assert (decode.threads - {here} != set()) == (workers > 0)
 
 
+def test_another_number_of_workers_is_another_pool():
+    """Also after the first use, and 0: then the threads stop."""
+    decode = Decoder()
+    ahead = Prefetch(decode, 1)
+    for workers, first in ((1, 0), (3, 20), (0, 40), (2, 60)):
+        ahead.workers = workers
+        ahead.expect(range(first, first + 6))
+        assert len(ahead.begun) == (6 if workers else 0)
+        assert not workers or ahead.pool._max_workers == workers
+        assert [ahead.get(n)[1][0] for n in range(first, first + 6)] == [*range(first, first + 6)]
+    assert sorted(decode.calls) == [n + i for n in (0, 20, 40, 60) for i in range(6)]
+
+
 def test_an_error_is_raised_where_its_image_is_asked_for():
     ahead = Prefetch(Decoder())
     ahead.expect([11, 12, 13, 14])

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 import reward_model
 import training
 from common import BadInput
@@ -566,6 +567,24 @@ def test_learns_resumes_and_reports(command, checkpoint, monkeypatch, capsys):
     again = command("b", "--steps", "6", "--facts", "facts.json", "--save-every", "2", "--resume")
     for name in ("adapter/adapter_model.safetensors", "head.safetensors"):
         assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_held_out_images_are_decoded_ahead(command, monkeypatch):
+    late, prefetch, evaluate = [], data.Prefetch, reward_model.evaluate
+    get = prefetch.get
+
+    def forgets(model, processor, *given):
+        ahead = processor.prefetch
+        ahead.kept.clear()
+        with monkeypatch.context() as patch:
+            known = lambda i: i in ahead.begun or i in ahead.kept
+            note = lambda self, i: (late.append(i) if not known(i) else None, get(self, i))[1]
+            patch.setattr(prefetch, "get", note)
+            return evaluate(model, processor, *given)
+
+    monkeypatch.setattr(reward_model, "evaluate", forgets)
+    command("run", "--steps", "1", "--no-facts")
+    assert not late
 
 
 # ---- what a run reads, and what comes back

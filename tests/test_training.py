@@ -579,6 +579,26 @@ def small(build):
     return model, optimizer
 
 
+def test_a_model_on_the_cpu_saves_no_generator_of_a_gpu(small, tmp_path, monkeypatch):
+    """There may be one, in use by others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.zeros(1))
+    training.save_checkpoint(tmp_path, 2, *small)
+    names = load_file(tmp_path / "checkpoints" / "step-000002" / "state.safetensors").keys()
+    assert {name for name in names if name.startswith("rng")} == {"rng.cpu"}
+
+
+def test_one_process_saves_alone(small, tmp_path, monkeypatch):
+    """One that is not the first, while that one may be writing the same checkpoint."""
+    monkeypatch.setattr(processes, "number", 1)
+    training.save_checkpoint(tmp_path, 2, *small)
+    assert not (tmp_path / "checkpoints").exists()
+    half = tmp_path / "checkpoints" / "step-000002.tmp"
+    half.mkdir(parents=True)
+    training.save_checkpoint(tmp_path, 2, *small, True)
+    assert half.is_dir() and training.load_checkpoint(tmp_path, *small) == 2
+
+
 def test_a_checkpoint_brings_everything_back(small, build, tmp_path):
     """Weights, Adam's averages, the generator's state and the step: the next step is the same, bit for bit."""
     model, optimizer = small
@@ -801,7 +821,7 @@ def test_a_run_folder_and_its_args(folder):
     out = training.start(flags(given={"lr"}), "dpo", [], ["more.json"])
     assert out == Path("runs/dpo-0") and sorted(p.name for p in out.iterdir()) == ["args.json"]
     record = json.loads((out / "args.json").read_text())
-    assert record.keys() == {"script", "flags", "processes", "versions", "data"}
+    assert record.keys() == {"script", "flags", "processes", "versions", "data", "skipped"}
     assert record["script"] == "dpo" and record["processes"] == 1
     assert record["flags"] == {
         "seed": 0,
@@ -857,6 +877,28 @@ def test_a_resumed_run_is_the_same_run(folder, key, name, value, said):
     file.write_text(json.dumps(record))
     with pytest.raises(BadInput, match=said):
         training.start(flags(out="run", resume=True), "dpo")
+
+
+def test_a_resumed_run_leaves_out_the_same_rows(folder):
+    """Else every permutation would be another; what the run itself has added to the list stays."""
+    rows = [{"file": "rows.json", "row": i, "why": "torn"} for i in (3, 3, 5)]
+    again = flags(out="run", skip_bad_rows=True, resume=True)
+    training.start(flags(out="run", skip_bad_rows=True), "dpo", rows)
+    training.add_skipped(folder / "run", {"file": "rows.json", "row": 8, "why": "torn"})
+    training.start(again, "dpo", [row | {"why": "gone"} for row in rows])
+    listed = json.loads((folder / "run" / "skipped.json").read_text())
+    assert [row["row"] for row in listed] == [3, 3, 5, 8]
+    with pytest.raises(BadInput, match="rows.json, row 5 was left out and is now used; a resumed"):
+        training.start(again, "dpo", rows[:2])
+    with pytest.raises(BadInput, match="rows.json, row 3 was left out and is now used; a resumed"):
+        training.start(again, "dpo", rows[1:])
+    with pytest.raises(BadInput, match="rows.json, row 8 was used and is now left out; a resumed"):
+        training.start(again, "dpo", [*rows, rows[0] | {"row": 8}])
+    file = folder / "run" / "args.json"  # a run of earlier code does not know
+    record = json.loads(file.read_text())
+    del record["skipped"]
+    file.write_text(json.dumps(record))
+    training.start(again, "dpo", rows[:1])
 
 
 def test_a_run_resumes_with_another_number_of_processes(folder):
@@ -946,12 +988,17 @@ def test_device_and_dtype():
         parse("nowhere", "auto")
 
 
+set_devices = []  # what `gpu` has noted
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A function that says whether there is a GPU with bfloat16 arithmetic."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", set_devices.append)
+    set_devices.clear()
     with_bfloat16 = lambda has: monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: has or including_emulation
     )
@@ -978,6 +1025,7 @@ def test_auto_where_there_is_a_gpu(gpu):
     ):
         found = training.device_and_dtype(argparse.Namespace(device=device, dtype=dtype))
         assert found == (torch.device(want[0]), want[1])
+    assert set_devices == [torch.device("cuda:1")], "else GPU 0 is worked on, too"
 
 
 @pytest.mark.parametrize(
