@@ -11,9 +11,9 @@ The first half of Li et al. 2024:
             each, and rates helpfulness, correctness, coherence, complexity and verbosity, 0 to 4
 3. write    quality Q = helpfulness + correctness + coherence
             preferences.json   chosen: the answer of the highest Q; rejected: one drawn among those
-                               with Q <= Q_max - 2; no pair without one      (POVID's layout: dpo.py)
+                               with Q <= Q_max - 2; no pair without one     (POVID's layout: dpo.py)
             best.json          the best answer, if Q >= --threshold; rejection sampling is sft.py
-                               on it                        (LLaVA-Instruct's: rejection_sampling.py)
+                               on it                       (LLaVA-Instruct's: rejection_sampling.py)
             attributes.json    every rated answer; the prompt asks for its attributes
                                (LLaVA-Instruct's: steerlm.py)
             reference.json     the data's own answers of the same prompts: the paper's plain SFT
@@ -237,7 +237,7 @@ def read_reply(reply, n):
 
 
 def dict_of(text):
-    """ "helpfulness 3, ..." -> {attribute: value}, or None unless all five are there once, 0 to 4."""
+    """ "helpfulness 3, ..." -> {attribute: value}; None unless all five are there once, 0 to 4."""
     values = [(name.lower(), float(value)) for name, value in VALUE.findall(text)]
     if sorted(name for name, _ in values) != sorted(ATTRIBUTES):
         return None
@@ -255,8 +255,8 @@ def make_rater(args, device, dtype, usage):
     device = judge.checked(args, device)
     if args.facts or (Path(args.annotator) / "reward.json").is_file():
         raise BadInput(
-            f"--annotator {args.annotator}: a reward model, with facts or without, gives one score; "
-            "accepted are oracle, a LLaVA checkpoint, endpoint."
+            f"--annotator {args.annotator}: a reward model, with facts or without, gives one "
+            "score; accepted are oracle, a LLaVA checkpoint, endpoint."
         )
     if args.annotator == "oracle":
         return rate_by_oracle

@@ -34,8 +34,8 @@ def check_flags(args):
     """Either --answers, or all that a model needs; --out must be new or empty."""
     if args.answers and (args.model or args.adapter or args.attributes):
         raise BadInput(
-            "--answers scores a file without a model; --model, --adapter and --attributes do not go "
-            "with it."
+            "--answers scores a file without a model; --model, --adapter and --attributes do not "
+            "go with it."
         )
     if not args.answers and not (args.model and args.out):
         raise BadInput(

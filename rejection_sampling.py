@@ -1,4 +1,4 @@
-"""Rejection sampling: the best of a model's own answers to each prompt, then supervised fine-tuning.
+"""Rejection sampling: the best of a model's own answers to each prompt, then fine-tuning on it.
 
     y*   = argmax_k Q(y_k | x), kept if Q(y* | x) >= --threshold            y_1 .. y_4 ~ pi(. | x)
     loss = - sum_t log p(y*_t | image, x, y*_<t) / number of answer tokens in the whole batch
@@ -7,9 +7,9 @@
     python rejection_sampling.py --model llava-hf/llava-1.5-13b-hf \\
         --data runs/annotate-0/ratings.jsonl --images DIR
 
-Q is helpfulness + correctness + coherence as the judge of annotate.py rated them, 0 to 12: Li et al.
-2024, who compare this with DPO, SteerLM and plain fine-tuning on the same prompts. --model is the
-model that gave the answers. Nothing tells it what a worse answer is: compare dpo.py on
+Q is helpfulness + correctness + coherence as the judge of annotate.py rated them, 0 to 12: Li et
+al. 2024, who compare this with DPO, SteerLM and plain fine-tuning on the same prompts. --model is
+the model that gave the answers. Nothing tells it what a worse answer is: compare dpo.py on
 preferences.json of the same ratings, which does.
 
 One step:

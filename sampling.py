@@ -138,7 +138,7 @@ def sample(
 
 
 def tiles_of(model, prompts, image_sizes):
-    """How many pictures the tower sees for each prompt: 0 without an image, with tiles more than 1."""
+    """How many images the tower sees for each prompt: 0 without one, with tiles more than 1."""
     tiles = [int((p == model.image_token_id).any()) for p in prompts]
     if not model.anyres or image_sizes is None or len(image_sizes) != sum(tiles):
         return tiles  # more or fewer images than the text shows are found later

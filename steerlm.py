@@ -8,7 +8,7 @@
     python steerlm.py --model llava-hf/llava-1.5-13b-hf \\
         --data runs/annotate-0/ratings.jsonl --images DIR
     python sample.py --model llava-hf/llava-1.5-13b-hf --adapter runs/steerlm-0/adapter \\
-        --image cat.jpg --attributes helpfulness=4,correctness=4,coherence=4,complexity=4,verbosity=4
+        --image cat.jpg --attributes complexity=2,verbosity=2
 
 Dong et al. 2023 (2310.05344), as Li et al. 2024 use it: on the model's own answers, rated by the
 judge of annotate.py. All rated answers are trained on, good and bad. In use the prompt asks for the

@@ -715,7 +715,7 @@ def load_checkpoint(out, model, optimizer, state=None):
     """Restore a run's last checkpoint -> the step to go on with; 0 without a checkpoint.
 
     One whose files cannot be read gives way to the one before it, which is said. What can be read
-    but cannot be right is refused: another model's parameters, NaN, a step that is not the folder's.
+    but cannot be right is refused: another model's parameters, NaN, the step of another folder.
 
     `state`, the dict that was given to `save_checkpoint`, is updated in place.
     """

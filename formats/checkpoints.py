@@ -169,9 +169,9 @@ def read_tokenizer(folder):
 
 
 def make_processor(folder, tokenizer, model, template, image_aspect, max_length=0, own=None):
-    """The Processor of a model. own: the `Template` that the name OWN stands for. Mean and standard deviation of the images come from `folder`.
+    """The Processor of a model. own: the `Template` that the name OWN stands for.
 
-    They are in a file of their own (transformers 4.x) or in processor_config.json (5.x).
+    Mean and standard deviation of the images come from `folder`. They are in a file of their own (transformers 4.x) or in processor_config.json (5.x).
     """
     vision = model.vision.config
     context = model.llm.config.max_position_embeddings
@@ -601,8 +601,8 @@ def save(model, processor, folder, dtype=None):
     all call this, and process 0 writes.
 
     transformers 4.46 to 5.23 read it, with AutoProcessor (tests/old_versions.py tries some), which
-    crops before 4.49 instead of padding. 4.41 reads the weights alone. `folder` must not exist; it appears when
-    it is complete.
+    crops before 4.49 instead of padding. 4.41 reads the weights alone. `folder` must
+    not exist; it appears when it is complete.
     """
     widest = dtype or model.dtype
     kept = []

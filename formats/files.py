@@ -291,8 +291,8 @@ def _what_folder(path):
     for name, what in (
         (
             "ratings.jsonl",
-            "a run of annotate.py: its ratings.jsonl is for rejection_sampling.py and steerlm.py, its "
-            "preferences.json for dpo.py",
+            "a run of annotate.py: its ratings.jsonl is for rejection_sampling.py and steerlm.py, "
+            "its preferences.json for dpo.py",
         ),
         ("preferences.json", f"a run folder, whose data are {path / 'preferences.json'}"),
         ("args.json", "a run folder"),
@@ -368,7 +368,7 @@ class ImageFolder:
         raise BadInput(f"image {listed} is not below --images {folders}.")
 
     def look_up(self, name):
-        """(The file of a path, the leading folders that were dropped); (None, "") without a file."""
+        """(The file of a path, the leading folders that were dropped), or (None, "")."""
         if not isinstance(name, str) or not name:
             return None, ""
         parts = name.replace("\\", "/").split("/")

@@ -676,8 +676,8 @@ def read(path, images=None):
             layout = next(fits, None)
             if layout is None and {"turns", "answers"} <= row.keys():
                 raise BadInput(
-                    f"{path}: rated answers of annotate.py, which rejection_sampling.py and steerlm.py "
-                    "read; beside them are its preferences.json, best.json and attributes.json."
+                    f"{path}: rated answers of annotate.py, which rejection_sampling.py and "
+                    "steerlm.py read; beside them are its preferences.json, best.json and attributes.json."
                 )
             if layout is None:
                 known = [f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items()]

@@ -80,7 +80,7 @@ def our_hub_name(name):
 
 
 def name_in_memory(name):
-    """The hub's name of a tensor of LLM's blocks or projector -> that in transformers since 4.52."""
+    """The hub's name of a tensor of LLM or projector -> that in transformers since 4.52."""
     name = re.sub(r"^language_model\.model\.", "language_model.", name)
     return f"model.{name}"
 
