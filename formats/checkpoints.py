@@ -171,7 +171,8 @@ def read_tokenizer(folder):
 def make_processor(folder, tokenizer, model, template, image_aspect, max_length=0, own=None):
     """The Processor of a model. own: the `Template` that the name OWN stands for.
 
-    Mean and standard deviation of the images come from `folder`. They are in a file of their own (transformers 4.x) or in processor_config.json (5.x).
+    Mean and standard deviation of the images come from `folder`, from a file of their own
+    (transformers 4.x) or from processor_config.json (5.x).
     """
     vision = model.vision.config
     context = model.llm.config.max_position_embeddings

@@ -677,7 +677,7 @@ def read(path, images=None):
             if layout is None and {"turns", "answers"} <= row.keys():
                 raise BadInput(
                     f"{path}: rated answers of annotate.py, which rejection_sampling.py and "
-                    "steerlm.py read; beside them are its preferences.json, best.json and attributes.json."
+                    "steerlm.py read; its preferences.json, best.json and attributes.json are beside."
                 )
             if layout is None:
                 known = [f"{name}: {' + '.join(keys)}" for name, (keys, _) in LAYOUTS.items()]
