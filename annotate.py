@@ -12,16 +12,16 @@ The first half of Li et al. 2024:
 3. write    quality Q = helpfulness + correctness + coherence
             preferences.json   chosen: the answer of the highest Q; rejected: one drawn among those
                                with Q <= Q_max - 2; no pair without one     (POVID's layout: dpo.py)
-            best.json          the best answer, if Q >= --threshold; rejection sampling is sft.py
-                               on it                       (LLaVA-Instruct's: rejection_sampling.py)
-            attributes.json    every rated answer; the prompt asks for its attributes
-                               (LLaVA-Instruct's: steerlm.py)
-            reference.json     the data's own answers of the same prompts: the paper's plain SFT
-                               (LLaVA-Instruct's: sft.py)
+            reference.json     the data's own answer to each prompt, for the paper's plain SFT
+                               (LLaVA-Instruct's layout: sft.py)
+            best.json          the best answer, if Q >= --threshold   (LLaVA-Instruct's layout)
+            attributes.json    every rated answer; the prompt asks for its attributes      (the same)
 
-ratings.jsonl holds a line a prompt as soon as it is rated (formats/ratings.py). A run that was
-stopped goes on with --resume: a prompt that has its line is not asked again. --limit bounds the
-number of prompts, and so the cost; the tokens that an endpoint counted are in statistics.json.
+rejection_sampling.py and steerlm.py read ratings.jsonl (formats/ratings.py); best.json and
+attributes.json are what they train on, for other programs. ratings.jsonl holds the line of a prompt
+as soon as it is rated. A run that was stopped goes on with --resume: a prompt that has its line is
+not asked again. --limit bounds the number of prompts, and so the cost; the tokens that an endpoint
+counted are in statistics.json.
 
 --flip P exchanges chosen and rejected in a share P of the pairs: the paper's study of noise.
 --share S takes a share S of the prompts: its study of data size. Both draw with --seed.

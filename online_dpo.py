@@ -91,9 +91,9 @@ METRICS = (  # of every step, also of one without a pair
     "annotator/ties",
     "annotator/unreadable",
     "annotator/score",
-    "scores",
     "response_length",
-    "answers",
+    "scores",  # how many make annotator/score and
+    "answers",  # response_length: for their means, not logged
 )
 
 
@@ -263,12 +263,12 @@ def main():
         # 1. batch: eq. 4, pairs[i] is the data's pair, or None where the policy answers
         size = args.sample_batch_size
         indices, batches = training.batches(step, args, out, processor, examples, save, size)
-        for number, chosen in batches:
+        for number, batch_indices in batches:
             seed = f"{args.seed}/{step}/{number}"
             rng = random.Random(f"{seed}/alpha")
-            pairs = [examples[i] if rng.random() < args.mix else None for i in chosen]
+            pairs = [examples[i] if rng.random() < args.mix else None for i in batch_indices]
             places = [i for i, pair in enumerate(pairs) if pair is None]
-            online = [examples[chosen[i]] for i in places]
+            online = [examples[batch_indices[i]] for i in places]
 
             if online:
                 # 2. sample

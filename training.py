@@ -310,10 +310,8 @@ def show_memory(
     plan: a `memory.Plan`. drawn: a row trains on so many answers of `plan.new` tokens.
     The longest row is looked for among the 64 with the most characters.
     """
-    import torch
-
     import memory
-    from formats import checkpoints, dataset
+    from formats import checkpoints
 
     outline = functools.partial(checkpoints.load, dtype=dtype, device="meta")
     if args.model:

@@ -164,11 +164,6 @@ SHAPES = {
 }
 
 
-def sample(model, *args, **how):
-    """Draw answers."""
-    return sampling.sample(model, *args, **how)
-
-
 class Bench:
     """The model on the device, made at the first use, and what the cells do with it."""
 
@@ -408,7 +403,7 @@ class Bench:
         def ours():
             """Our sampling."""
             temperature = 0.0 if how == "t0" else 1.0
-            sample(model, rows, pixels, k, new, temperature, image_sizes=sizes)
+            sampling.sample(model, rows, pixels, k, new, temperature, image_sizes=sizes)
 
         @torch.no_grad()
         def generate():
@@ -502,7 +497,7 @@ class Bench:
         def run():
             """What is timed."""
             draw = {"masked": mask, "given": given, "image_sizes": sizes}
-            sample(model, rows, pixels, 1, new, 1.0, **draw)
+            sampling.sample(model, rows, pixels, 1, new, 1.0, **draw)
 
         figures = self.measure(run, warm=1, timed=2)
         return figures | {"seconds_an_answer": figures["seconds"][0] / n}

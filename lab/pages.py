@@ -195,9 +195,6 @@ def gpu_table(gpu):
             if ours in cells
         ]
         used = [i for i in range(len(GPU_COLUMNS)) if any(line[i] for line in lines)]
-        shown = markdown(
-            [GPU_COLUMNS[i] for i in used], [[line[i] for i in used] for line in lines]
-        )
         made = [
             f"{name} {', '.join(sorted(found))}"
             for name in ("torch", "transformers", "trl", "commit")

@@ -27,7 +27,6 @@ from tokenizers import (
 )
 
 import facts
-import sft
 from common import BadInput
 from data import TEMPLATES, Example, Processor, Record
 from formats import dataset, files, layouts

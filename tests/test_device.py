@@ -51,10 +51,6 @@ def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def sample(model, *args, **how):
-    return sampling.sample(model, *args, **how)
-
-
 @pytest.fixture
 def twice(build, device):
     """A function that makes the same model on the CPU and on the device.
@@ -197,7 +193,9 @@ def test_tiles(twice, device):
     got, want = there.log_probs(batch.to(device))[0], here.log_probs(batch)[0]
     assert (got.cpu() - want).abs().max() <= 1e-4
     how = {"max_new_tokens": 8, "temperature": 0, "image_sizes": sizes}
-    assert_same_samples(sample(there, rows, images, **how), sample(here, rows, images, **how))
+    assert_same_samples(
+        sampling.sample(there, rows, images, **how), sampling.sample(here, rows, images, **how)
+    )
 
 
 @pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
@@ -254,7 +252,9 @@ def test_gradients_and_answers_of_a_4_bit_base(twice):
     assert sum(g is not None for g in got[1].values()) >= 20
     rows, images = prompts(), pixels()
     how = {"max_new_tokens": 12, "temperature": 0, "stop_ids": STOP}
-    assert_same_samples(sample(there, rows, images, **how), sample(here, rows, images, **how))
+    assert_same_samples(
+        sampling.sample(there, rows, images, **how), sampling.sample(here, rows, images, **how)
+    )
 
 
 # ---- bfloat16
@@ -354,8 +354,8 @@ def test_greedy_answers(twice, kind, more):
     rows, images = [*prompts(), *prompts()], pixels(4)
     for stop in (STOP, ()):
         how = {"max_new_tokens": 16, "temperature": 0, "stop_ids": stop}
-        want = sample(here, rows, images, **how)
-        assert_same_samples(sample(there, rows, images, **how), want)
+        want = sampling.sample(here, rows, images, **how)
+        assert_same_samples(sampling.sample(there, rows, images, **how), want)
     assert len({t for row in want.tokens for t in row[0].tolist()}) > 5, "it repeats itself"
 
 
@@ -368,13 +368,15 @@ def test_given_texts_and_hidden_pictures(twice):
     for b, row in enumerate(rows):
         mask[b, : len(row)] = (row == IMAGE) & (torch.arange(len(row)) % 2 == 0)
     how = {"max_new_tokens": 7, "temperature": 0, "masked": mask, "given": given}
-    assert_same_samples(sample(there, rows, images, **how), sample(here, rows, images, **how))
+    assert_same_samples(
+        sampling.sample(there, rows, images, **how), sampling.sample(here, rows, images, **how)
+    )
 
     for b, row in enumerate(rows):
         mask[b, : len(row)] = row == IMAGE
-    one = sample(there, rows, images, **how)
-    assert_same_samples(sample(there, rows, pixels() * 2, **how), one)
-    shown = sample(there, rows, images, **(how | {"masked": None}))
+    one = sampling.sample(there, rows, images, **how)
+    assert_same_samples(sampling.sample(there, rows, pixels() * 2, **how), one)
+    shown = sampling.sample(there, rows, images, **(how | {"masked": None}))
     assert not torch.allclose(shown.log_probs[0][0][:1], one.log_probs[0][0][:1], atol=1e-3)
 
 
@@ -383,7 +385,7 @@ def test_drawn_answers(twice, device):
     _, there = twice()
     rows, images = prompts(), pixels()
     how = {"k": 5, "max_new_tokens": 15, "temperature": 0.8, "stop_ids": STOP}
-    draw = lambda seed: sample(
+    draw = lambda seed: sampling.sample(
         there, rows, images, **how, generator=torch.Generator(device).manual_seed(seed)
     )
     samples, again, other = draw(0), draw(0), draw(1)
