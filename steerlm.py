@@ -21,9 +21,10 @@ One step:
 4. step    clip the gradient, update
 5. log
 
-In the toy world (seed 0, one run) a request for all 4 makes yes/no questions, whose true answers
-have verbosity 0, be answered with descriptions: POPE falls to chance (.84 to .49 adversarial) and
-CHAIR_s hardly moves (.64 to .62). What one asks for must fit the question.
+It does not work in the toy world (seed 0, one run): behind a request the small LLM answers yes/no
+questions at chance, also those it was trained on. Adversarial POPE is .49 with a request for all 4
+and for complexity=0,verbosity=0, and .85 without a request (the base: .84); CHAIR_s hardly moves
+(.64 to .62). Presumably 230 steps do not teach it to look past the request to the question.
 
 Choices where the paper is silent, and deviations:
 1. It does not say which request gave its row: all five at 4, complexity and verbosity at 2, or
