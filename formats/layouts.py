@@ -27,6 +27,9 @@
                     + preference_strength             negative, else the second > the first
     trl             chosen + rejected (+ prompt)      chosen > rejected: strings, or lists of
                                                       {role, content}
+    problem         problem + solution or answer      none: problems with their right answer, for
+                                                      grpo.py (R1-V's CLEVR and GEOQA, geometry3k,
+                                                      multimodal-open-r1, VLM-R1's RefCOCO)
 
 Left out, and counted: rows of hadpo whose `correct` is true; in helpsteer2, the validation split
 and rows of strength 0.
@@ -59,7 +62,14 @@ from pathlib import Path
 
 from common import BadInput
 from data import Record
-from formats.files import ImageFolder, PackedImage, image_folders, open_header, rows
+from formats.files import (
+    ImageFolder,
+    PackedImage,
+    image_folders,
+    image_size,
+    open_header,
+    rows,
+)
 
 
 def captions(path):
@@ -102,6 +112,14 @@ def text_field(value, key):
             f"`{key}` holds half of a surrogate pair: {value!a:.80}; whole characters are needed."
         )
     return value.strip()
+
+
+def answer_field(value, key):
+    """As `text_field`. A number, or a list of numbers such as a box, becomes its text."""
+    numbers = value if isinstance(value, list) else [value]
+    if numbers and all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        value = json.dumps(value)
+    return text_field(value, key)
 
 
 # The columns that hold the image of a row, in every layout: `image`, `images`, `image_path`,
@@ -226,7 +244,9 @@ def dialogue(conversations, key, used=None):
             f"`{key}` has the roles {roles}; human and gpt must alternate, from human to gpt."
         )
     return [
-        text_field(turn.get("value", turn.get("content")), f"{key}[{first + i}].value")
+        (answer_field if i % 2 else text_field)(
+            turn.get("value", turn.get("content")), f"{key}[{first + i}].value"
+        )
         for i, turn in enumerate(turns[:used])
     ]
 
@@ -585,6 +605,24 @@ def _trl(row, where, images, notes):
     return [Record(where, image, tuple(turns), pair)]
 
 
+def _problem(row, where, images, notes):
+    image = picture(row, images)
+    question = text_field(row["problem"], "problem")
+    key = "solution" if row.get("answer") is None and "solution" in row else "answer"
+    answer = answer_field(row.get(key), key)
+
+    # RefCOCO's rows state the size of the picture that a box is measured in
+    stated = row.get("height"), row.get("width")
+    if isinstance(row.get(key), list) and image is not None and None not in stated:
+        height, width = image_size(image)
+        if stated != (height, width):
+            raise BadInput(
+                f"`{key}` is a box in a picture of {stated[1]} x {stated[0]} pixels; "
+                f"the file has {width} x {height}."
+            )
+    return [Record(where, image, take_placeholder((question,), image), (answer,))]
+
+
 def pairs_by_quality(rated, notes):
     """Records of one rated answer each -> at most one pair per prompt.
 
@@ -629,6 +667,7 @@ LAYOUTS = {
     "helpsteer": (("prompt", "response", "helpfulness"), _helpsteer),
     "helpsteer2": (("prompt", "response_1", "response_2", "preference_strength"), _helpsteer2),
     "trl": (("chosen", "rejected"), _trl),
+    "problem": (("problem", "solution|answer"), _problem),
 }
 
 

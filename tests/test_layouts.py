@@ -18,6 +18,7 @@ from formats import dataset, files, layouts
 
 HERE, ROOT = Path(__file__).parent / "data", Path(__file__).parents[1]
 SPLIT = ("Hi.", "Hello.", "Who are you?")
+REGION = "Please provide the bounding box coordinate of the region this sentence describes: the {}."
 LEFT_OUT = "prompts left out: the answers' quality differs by less than 2"
 
 
@@ -140,6 +141,30 @@ FILES = {  # name: (layout, records as (row, image, turns, answers), refused row
         },
         {},
     ),
+    "refcoco.json": (
+        "problem",
+        [
+            (0, "lamp.jpg", (REGION.format("lamp"),), ("[1.0, 2.0, 12.0, 13.5]",)),
+            (1, "desk.png", (REGION.format("lamp"),), ("[0, 0, 40, 30]",)),
+        ],
+        {
+            2: "`solution` is a box in a picture of 80 x 60 pixels; the file has 40 x 30.",
+            3: "`solution` is []; a non-empty string",
+            4: "`solution` is None; a non-empty string",
+            5: "`problem` is ''; a non-empty string",
+        },
+        {dropped("train2014"): 5},
+    ),
+    "refcoco_lines.jsonl": (
+        "llava_instruct",
+        [
+            (0, "lamp.jpg", (REGION.format("lamp"),), ("[1.0, 2.0, 12.0, 13.5]",)),
+            (1, "lamp.jpg", (REGION.format("light"),), ("[1.0, 2.0, 12.0, 13.5]",)),
+            (2, "desk.png", ("How many desks are there?",), ("1",)),
+        ],
+        {3: "`conversations[1].value` is True", 4: "the row has 2 pictures"},
+        {},
+    ),
     "helpsteer.jsonl": (
         "helpsteer",
         [
@@ -195,7 +220,8 @@ def test_a_file(images, tmp_path, name, gzipped):
             BadInput, match=rf"\({len(refused)} of {file.rows} rows are refused; --skip-bad-rows"
         ):
             read_records([path], images)
-        rows = dataset.read([path], images, skip_bad_rows=True)
+        answers = min(len(r.answers) for r in file.records)
+        rows = dataset.read([path], images, answers, skip_bad_rows=True)
         assert len(rows.records) == len(records) and rows.skipped == [
             {"file": path.name, **r} for r in file.refused
         ]
@@ -388,6 +414,73 @@ def test_rlaif_v_parquet(images, tmp_path, picture):
     assert (file.layout, file.refused, len(file.records)) == ("rlaif_v", [], 2)
     blue = files.open_image(file.records[1].image).getpixel((2, 2)) == (0, 0, 255)
     assert blue == (picture == "image")  # the bytes go before the path
+
+
+PROBLEMS = {  # a public data set with its columns, and the answers that its rows give
+    "clevr_cogen_a_train": (
+        {
+            "image": ["red", "blue"],
+            "problem": ["How many items are there in the image?", "Count the balls."],
+            "solution": ["<answer> 3 </answer>", "<answer> 10 </answer>"],
+        },
+        ["<answer> 3 </answer>", "<answer> 10 </answer>"],
+    ),
+    "GEOQA_R1V_Train_8K": (
+        {
+            "image": ["red", "blue"],
+            "problem": ["As shown, find the angle C.", "Find the radius."],
+            "solution": ["<answer> 145° </answer>", "<answer> 2√3 </answer>"],
+        },
+        ["<answer> 145° </answer>", "<answer> 2√3 </answer>"],
+    ),
+    "geometry3k": (
+        {
+            "images": ["red", "blue"],
+            "problem": ["<image>Find x.", "<image>Find $\\angle 2$."],
+            "answer": ["2 \\sqrt { 221 }", "120"],
+            "id": [0, 1],
+            "choices": [["1", "2"], ["3", "4"]],
+            "ground_truth": ["B", "A"],
+        },
+        ["2 \\sqrt { 221 }", "120"],
+    ),
+    "multimodal-open-r1-8k-verified": (
+        {
+            "image": ["red", "blue"],
+            "problem": ["Which is it?\nA: cup\nB: dog", "Is it red?"],
+            "solution": ["<think>It barks.</think>\n\n<answer>B</answer>", "<answer>No</answer>"],
+            "original_question": ["Which is it?", "Is it red?"],
+            "original_answer": ["dog", "no"],
+        },
+        ["<think>It barks.</think>\n\n<answer>B</answer>", "<answer>No</answer>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems_with_their_answer(tmp_path, monkeypatch, name):
+    """What people train GRPO on, in the columns of the parquet files as downloaded."""
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    columns, answers = PROBLEMS[name]
+    pictures = [{"bytes": png(colour), "path": None} for colour in ("red", "blue")]
+    if "images" in columns:
+        columns = columns | {"images": [[cell] for cell in pictures]}
+    else:
+        columns = columns | {"image": pictures}
+    file = layouts.read(write_parquet(tmp_path / f"{name}.parquet", columns, 1))
+    assert (file.layout, file.rows, file.with_picture, file.refused) == ("problem", 2, 2, [])
+    asked = [problem.removeprefix("<image>") for problem in columns["problem"]]
+    assert [r.turns for r in file.records] == [(text,) for text in asked]
+    assert [r.answers for r in file.records] == [(text,) for text in answers]
+    shown = [files.open_image(r.image).getpixel((2, 2)) for r in file.records]
+    assert shown == [(255, 0, 0), (0, 0, 255)]
+
+    flags = [f"{name}.parquet", "--json"]
+    script = [sys.executable, str(ROOT / "data.py"), *flags]
+    summary = json.loads(subprocess.run(script, capture_output=True, check=True).stdout)
+    assert (summary["layout"], summary["rows"], summary["refused"]) == ("problem", 2, [])
+    assert {s["chosen"] for s in summary["samples"]} == set(answers)
 
 
 MEASURE = """
