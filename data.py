@@ -88,6 +88,7 @@ class Example:
     answers: list
     scored: list
     record: Record
+    weights: list | None = None  # K x (R,), of the scored tokens in log p(answer); None: 1 each
 
 
 @dataclass
@@ -343,7 +344,10 @@ class Processor:
         pixel_values, image_sizes = self.images(examples, view)
         prompts = [e.prompt for e in examples]
         answers, scored = [e.answers for e in examples], [e.scored for e in examples]
-        return pack(prompts, answers, scored, pixel_values, image_sizes=image_sizes)
+        batch = pack(prompts, answers, scored, pixel_values, image_sizes=image_sizes)
+        if examples[0].weights:
+            batch.weights = torch.cat([w for e in examples for w in e.weights])
+        return batch
 
 
 if __name__ == "__main__":

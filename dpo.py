@@ -9,8 +9,9 @@
     python dpo.py                                                                 # toy world, CPU
     python dpo.py --model llava-hf/llava-1.5-7b-hf --data RLHF-V-Dataset.parquet
 
-log pi(y|x) is the sum over the answer's tokens. pi_ref is the model that training starts from; its
-log-probs are computed before the first step, and kept in `.cache/` for runs on the same pairs.
+log pi(y|x) is the sum over the answer's tokens; --token-weight and --average-log-prob weigh them
+(token_weights.py). pi_ref is the model that training starts from; its log-probs are computed before
+the first step, and kept in `.cache/` for runs on the same pairs.
 
 One step:
 1. batch   pairs (x, y+, y-), each one row [prompt | chosen | rejected]; for each micro-batch:
@@ -51,8 +52,9 @@ import torch
 import torch.nn.functional as F
 
 import processes
+import token_weights
 import training
-from common import Parser, Progress, positive, run
+from common import BadInput, Parser, Progress, positive, run
 from formats import checkpoints, dataset
 from lab import report, toy
 
@@ -79,11 +81,29 @@ def parse():
     flag = parser.add_argument_group("preference optimization").add_argument
     flag("--loss", default="dpo", choices=tuple(BETA), help="objective (default %(default)s)")
     flag("--beta", type=positive, help=f"strength of the pull to the reference (default {BETA})")
-    return training.parse(parser)
+    flag(
+        "--token-weight",
+        type=positive,
+        default=1.0,
+        metavar="W",
+        help="of tokens in corrected segments; RLHF-V: 5 (default %(default)s)",
+    )
+    flag(
+        "--average-log-prob",
+        action="store_true",
+        help="means over tokens in place of sums; needs a larger --beta (RLHF-V: .5)",
+    )
+    args = training.parse(parser)
+    if args.loss in ("ipo", "ipo_sum") and (args.token_weight != 1 or args.average_log_prob):
+        raise BadInput(
+            f"--loss {args.loss} says itself whether it divides by an answer's tokens; "
+            "--token-weight and --average-log-prob are for dpo and slic."
+        )
+    return args
 
 
 def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="dpo", tokens=None):
-    """The loss of each pair from its four summed log-probs, all (B,).
+    """The loss of each pair from its four log-probs, all (B,).
 
     tokens: (2, B), the lengths of chosen and rejected; "ipo" alone needs them.
     -> losses (B,), rewards of the chosen and of the rejected answers (B,).
@@ -157,6 +177,7 @@ def main():
     )
     processor.prefetch.workers = args.workers
     examples = rows.encode(processor)
+    examples = token_weights.weigh(examples, args.token_weight, args.average_log_prob)
     out = training.start(args, "dpo", rows.skipped)
     report.show_start(processor, examples)
     clock.lap("setup")

@@ -124,6 +124,7 @@ class Batch:
     shortest_prompt: int  # tokens
     pixel_values: torch.Tensor | None = None  # (I, 3, H, W) in row order; NeXT: all their tiles
     image_sizes: torch.Tensor | None = None  # (I, 2) height and width in pixels; LLaVA-NeXT only
+    weights: torch.Tensor | None = None  # (N,) of the tokens in `answer_log_probs`; None: 1 each
 
     def to(self, device):
         """The same batch with its tensors on `device`; `image_sizes`, which Python reads, stay.
@@ -399,8 +400,10 @@ class MLLM(nn.Module):
         return fused_log_probs(h.to(self.dtype), self.head_weight(), batch.targets)
 
     def answer_log_probs(self, batch):
-        """log p(answer | prompt): the sum over its scored tokens, (M,)."""
+        """log p(answer | prompt): the sum over its scored tokens, weighted or not, (M,)."""
         log_p, _ = self.log_probs(batch)
+        if batch.weights is not None:
+            log_p = log_p * batch.weights
         return log_p.new_zeros(len(batch.lengths)).index_add(0, batch.owner, log_p)
 
     def values(self, batch, wanted, head):

@@ -831,7 +831,8 @@ def fingerprint(model, processor, examples):
     lines = [repr(part) for part in parts]
     for e in examples:
         answers = [a.tolist() for a in e.answers]
-        lines.append(f"{image_identity(e.record.image)} {e.prompt.tolist()} {answers}")
+        weights = [w.tolist() for w in e.weights] if e.weights else ""
+        lines.append(f"{image_identity(e.record.image)} {e.prompt.tolist()} {answers}{weights}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "common",
-    "processes attention lora noise prefetch formats.files formats.anyres formats.weights "
+    "processes attention lora noise prefetch token_weights formats.files formats.anyres formats.weights "
     "lab.drawing",
     "nf4 formats.pictures",
     "model memory lab.toyworld",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,16 @@ def test_dpo_trains_on_each_layout_and_pope_scores_it(run, tmp_path, file):
         run("eval_pope.py", "--adapter", "run/adapter", *questions)
         scores = json.loads((tmp_path / "pope" / "metrics.json").read_text())
         assert scores["mean"]["n"] == len((PHOTOS / "pope_photos.json").read_text().split("\n{"))
+
+
+def test_corrected_segments_of_photographs_weigh_more(run, tmp_path):
+    """RLHF-V's own recipe; its score is a mean over tokens."""
+    data = ["--data", PHOTOS / "rlhf_v.parquet", "--steps", 2, "--batch-size", 2, "--lora-rank", 4]
+    done = run("dpo.py", *data, "--token-weight", 5, "--average-log-prob", "--out", "run")
+    share = int(re.search(r"corrected segments: (\d+)% of", done.stderr)[1])
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < share < 100 and first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert -30 < first["logps/chosen"] < 0
 
 
 def test_reward_model_reads_the_captions_and_serves_online_dpo_and_ppo(run, tmp_path):
