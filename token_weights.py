@@ -3,7 +3,7 @@
     log pi(y|x) = sum_t w_t log p(y_t | x, y_<t)
 
     default                 w_t = 1
-    --token-weight g        w_t = g in a corrected segment, else 1; RLHF-V's code, g = 5 in its paper
+    --token-weight g        w_t = g in a corrected segment, else 1: RLHF-V; g = 5 in its paper
     --average-log-prob      w_t = 1 / tokens of y; an option of Li et al. 2024's code
     both                    w_t / (sum of w): DDPO, the score of RLHF-V's paper (arXiv 2312.00849)
 

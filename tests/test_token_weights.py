@@ -1,4 +1,4 @@
-"""token_weights.py: corrected segments by hand and against another version of the rule; weighted DPO in a run."""
+"""token_weights.py: corrected segments by hand and by another version of the rule; a run."""
 
 import math
 import random
@@ -132,7 +132,7 @@ def edited(train, tmp_path):  # noqa: F811
 
 
 def by_hand(checkpoint, policy, flags, beta):
-    """Mean loss, margin and log pi(y+) over all pairs, in float64 from whole logits; policy: changes it."""
+    """Means over all pairs of loss, margin and log pi, in float64 from whole logits."""
     weight, mean = 5 if "--token-weight" in flags else 1, "--average-log-prob" in flags
     model, processor = checkpoints.load(checkpoint)
     totals = []
@@ -164,7 +164,7 @@ def by_hand(checkpoint, policy, flags, beta):
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_run_by_hand(edited, checkpoint, name):
-    """Step 0 is ln 2; step 1 is that of the projector that step 0 left, against the same reference."""
+    """Step 0 is ln 2; step 1 has the projector that step 0 left, against the same reference."""
     flags = [*FLAGS[name], "--beta", 0.5, "--lr", 0, "--projector-lr", 1e-2, "--save-every", 1]
     out = edited(dpo, "run", *flags, "--steps", 2, "--batch-size", 5)
     lines = lines_of(out)
