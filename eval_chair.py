@@ -37,11 +37,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import evaluation
 from common import BadInput, Parser, positive_int, run, write_json
 from data import Record
-from evaluation import add_flags, check_flags, load
 from formats.files import ImageFolder, image_folders, rows
-from sampling import generate
 
 PROMPT = "Describe the image."
 # "t-shirt" and "o'clock" are one token, "dog's" is three
@@ -305,6 +304,22 @@ def report(captions, truth, pictures, vocabulary, out):
     return figures
 
 
+def read(instances, captions, synonyms, images, prompt=PROMPT, limit=None):
+    """COCO's files -> (vocabulary, pictures, truth, {image id: Record}) of the first `limit` images."""
+    vocabulary = read_synonyms(synonyms)
+    pictures = read_pictures(instances, captions, vocabulary)
+    numbers = list(pictures)[:limit]
+    truth = truth_of(numbers, pictures, vocabulary)
+
+    records = {}
+    folder = ImageFolder(images or image_folders(instances[0]))
+    for number in numbers:
+        image = folder.find(pictures[number].file)
+        records[number] = Record(f"image id {number}", image, (prompt,))
+    folder.report()
+    return vocabulary, pictures, truth, records
+
+
 def evaluate(
     model,
     processor,
@@ -318,33 +333,16 @@ def evaluate(
     max_new_tokens=128,
     batch_size=64,
 ):
-    """Let a model describe the first `limit` images of the instance files -> figures.
+    """Let a model in memory describe the first `limit` images of the instance files -> figures.
 
     instances, captions: lists of COCO files. images: a folder. Decoding is greedy. With `out`,
     writes captions.jsonl and metrics.json there.
     """
-    vocabulary = read_synonyms(synonyms)
-    pictures = read_pictures(instances, captions, vocabulary)
-    numbers = list(pictures)[:limit]
-    truth = truth_of(numbers, pictures, vocabulary)
-
-    records = []
-    folder = ImageFolder(images or image_folders(instances[0]))
-    for number in numbers:
-        image = folder.find(pictures[number].file)
-        records.append(Record(f"image id {number}", image, (prompt,)))
-    folder.report()
-    texts = generate(
-        model,
-        processor,
-        records,
-        max_new_tokens,
-        batch_size=batch_size,
-        label="CHAIR",
-        split=True,
-    )
-    described = [(number, text) for number, (text,) in zip(numbers, texts)]
-    return report(described, truth, pictures, vocabulary, out)
+    read_in = read(instances, captions, synonyms, images, prompt, limit)
+    vocabulary, pictures, truth, records = read_in
+    contestant = evaluation.in_memory(model, processor, batch_size)
+    texts = evaluation.answer(contestant, list(records.values()), max_new_tokens, None, "CHAIR")
+    return report(list(zip(records, texts)), truth, pictures, vocabulary, out)
 
 
 def score_file(instances, captions, synonyms, answers, out=None):
@@ -405,9 +403,9 @@ def parse():
         metavar="N",
         help="cuts captions after N tokens (default %(default)s; OPERA: 512)",
     )
-    add_flags(parser)
+    evaluation.add_flags(parser)
     args = parser.parse_args()
-    check_flags(args)
+    evaluation.check_flags(args)
     if args.limit and args.answers:
         raise BadInput("--limit does not go with --answers: a captions file is scored whole.")
     return args
@@ -420,16 +418,25 @@ def main():
     if args.answers:
         figures = score_file(*files, args.answers, args.out)
     else:
-        figures = evaluate(
-            *load(args),
-            *files,
-            args.images,
-            args.out,
-            args.prompt,
-            args.limit,
-            args.max_new_tokens,
-            args.batch_size,
-        )
+        read_in = read(*files, args.images, args.prompt, args.limit)
+        vocabulary, pictures, truth, records = read_in
+        about = {
+            "files": evaluation.hashes([*args.instances, *args.captions, args.synonyms]),
+            "prompt": args.prompt,
+            "limit": args.limit,
+            "max_new_tokens": args.max_new_tokens,
+        }
+        for contestant in evaluation.contestants(args, about):
+            texts = evaluation.answer(
+                contestant,
+                list(records.values()),
+                args.max_new_tokens,
+                contestant.path("replies.jsonl"),
+                "CHAIR",
+            )
+            contestant.release()
+            described = list(zip(records, texts))
+            figures = report(described, truth, pictures, vocabulary, contestant.folder)
     for name, value in figures.items():
         number = f"{value:10d}" if name == "n" else f"{value:10.4f}"
         print(f"{name:8}{number}")

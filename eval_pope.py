@@ -32,12 +32,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import BadInput, Parser, run, write_json
+import evaluation
+from common import BadInput, Parser, run, write_json, write_text
 from data import Record
-from evaluation import add_flags, check_flags, load
 from formats.files import ImageFolder, image_folders, rows
 from formats.layouts import take_placeholder
-from sampling import generate
 
 SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's
 MAX_NEW_TOKENS = 16
@@ -213,16 +212,10 @@ def report(scores, out):
     return metrics
 
 
-def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_size=64):
-    """Ask the questions of `files` -> {split: figures, ..., "mean": figures}.
-
-    The images are below the folder `images`. Decoding is greedy. With `out`, writes
-    answers_<split>.jsonl (official layout) and metrics.json there.
-    """
+def read_records(files, images, suffix):
+    """Question files -> {split: questions}, {(image, text): Record}; all images must be there."""
     splits = read_splits(files)
-
-    # look for every image before the first answer
-    records = {}  # (image, text) -> Record
+    records = {}
     folder = ImageFolder(images or image_folders(files[0]))
     for path, questions in zip(files, splits.values()):
         for i, q in enumerate(questions):
@@ -234,25 +227,22 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
                 raise BadInput(f"{where}: {error}") from None
             records[q["image"], q["text"]] = Record(where, image, turns)
     folder.report()
+    return splits, records
 
-    # The splits share all questions whose answer is yes, so each question is asked once:
-    # of the 9000 official ones 5127 are distinct.
-    answers = {}  # (image, text) -> answer
-    scores = {}
+
+def ask(contestant, splits, records, path=None, out=None):
+    """Ask one contestant all questions -> {split: its answers' texts, in the file's order}.
+
+    The splits share all questions whose answer is yes, so each question is asked once:
+    of the 9000 official ones 5127 are distinct. With `out`, writes answers_<split>.jsonl, in the
+    official layout.
+    """
+    texts = evaluation.answer(contestant, list(records.values()), MAX_NEW_TOKENS, path, "POPE")
+    answers = dict(zip(records, texts))
+    by_split = {}
     for split, questions in splits.items():
         keys = [(q["image"], q["text"]) for q in questions]
-        new = [key for key in dict.fromkeys(keys) if key not in answers]
-        texts = generate(
-            model,
-            processor,
-            [records[key] for key in new],
-            MAX_NEW_TOKENS,
-            batch_size=batch_size,
-            label=f"POPE {split}",
-            split=True,
-        )
-        answers.update((key, text) for key, (text,) in zip(new, texts))
-        scores[split] = score([q["label"] for q in questions], [answers[key] for key in keys])
+        by_split[split] = [answers[key] for key in keys]
         if out:
             lines = "".join(
                 json.dumps({"question": text, "image": image, "answer": answers[image, text]})
@@ -260,8 +250,25 @@ def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_siz
                 for image, text in keys
             )
             Path(out).mkdir(parents=True, exist_ok=True)
-            (Path(out) / f"answers_{split}.jsonl").write_text(lines, encoding="utf-8")
-    return report(scores, out)
+            write_text(Path(out) / f"answers_{split}.jsonl", lines)
+    return by_split
+
+
+def score_splits(splits, answers, out=None):
+    """{split: questions}, {split: texts} -> {split: figures, ..., "mean": figures}."""
+    labels = {split: [q["label"] for q in questions] for split, questions in splits.items()}
+    return report({split: score(labels[split], answers[split]) for split in splits}, out)
+
+
+def evaluate(model, processor, files, images, out=None, suffix=SUFFIX, batch_size=64):
+    """Ask a model in memory the questions of `files` -> {split: figures, ..., "mean": figures}.
+
+    The images are below the folder `images`. Decoding is greedy. With `out`, writes
+    answers_<split>.jsonl (official layout) and metrics.json there.
+    """
+    splits, records = read_records(files, images, suffix)
+    contestant = evaluation.in_memory(model, processor, batch_size)
+    return score_splits(splits, ask(contestant, splits, records, out=out), out)
 
 
 def score_files(questions, answers, out=None):
@@ -312,16 +319,20 @@ def main():
         default=SUFFIX,
         help='added after each question, "" for nothing (default: LLaVA\'s %(default)r)',
     )
-    add_flags(parser)
+    evaluation.add_flags(parser)
     args = parser.parse_args()
-    check_flags(args)
+    evaluation.check_flags(args)
 
     if args.answers:
         metrics = score_files(args.questions, args.answers, args.out)
     else:
-        metrics = evaluate(
-            *load(args), args.questions, args.images, args.out, args.suffix, args.batch_size
-        )
+        splits, records = read_records(args.questions, args.images, args.suffix)
+        about = {"questions": evaluation.hashes(args.questions), "suffix": args.suffix}
+        for contestant in evaluation.contestants(args, about):
+            path = contestant.path("replies.jsonl")
+            answers = ask(contestant, splits, records, path, contestant.folder)
+            contestant.release()
+            metrics = score_splits(splits, answers, contestant.folder)
     print_table(metrics)
 
 

@@ -457,10 +457,10 @@ def ask_checkpoint(name, device="cpu", dtype=torch.float32, max_tokens=VERDICT_T
 # ---- a server
 
 
-def read_key(file=None):
+def read_key(file=None, flag="--judge-key-file"):
     """The key in a file, else that of OPENAI_API_KEY; "" without any. No message shows it."""
     if file:
-        source = f"--judge-key-file {file}"
+        source = f"{flag} {file}"
         try:
             key = Path(file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -498,11 +498,18 @@ def ask_endpoint(
     pause=1.0,
     max_tokens=REPLY_TOKENS,
     usage=None,
+    temperature=0,
+    flag="--judge-url",
+    resume="--resume",
 ):
     """A server's chat completions -> `ask`, which yields the replies in order as they come.
 
+    An item of what `ask` gets is (record, text): the record's image and the text, or with None for
+    the text the record's own dialogue, turn by turn.
+
     max_tokens bounds a reply: a model that rambles is paid for. usage: a Counter that gets the
-    server's counts, "requests", "tokens in", "tokens out".
+    server's counts, "requests", "tokens in", "tokens out". flag, resume: how messages name the
+    address and the way to go on.
 
     `workers` requests run at a time. Each is tried up to `tries` times. The pauses between tries
     are `pause` seconds, twice that, four times that, ..., or as long as the server says; a minute
@@ -512,7 +519,7 @@ def ask_endpoint(
     is_http = parts.scheme in ("http", "https") and parts.hostname
     if not is_http or "@" in parts.netloc or parts.query or parts.fragment:
         raise BadInput(
-            "--judge-url: http(s)://host[:port]/path is accepted, without a user, a key or a "
+            f"{flag}: http(s)://host[:port]/path is accepted, without a user, a key or a "
             "query in it."
         )
     target = url.rstrip("/") + "/chat/completions"
@@ -520,7 +527,7 @@ def ask_endpoint(
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    options = {"temperature": 0, "max_tokens": max_tokens}
+    options = {"temperature": temperature, "max_tokens": max_tokens}
     usage = Counter() if usage is None else usage
     stop, counting = threading.Event(), threading.Lock()
 
@@ -589,7 +596,7 @@ def ask_endpoint(
             return None, status, 0
         if error.code not in RETRY:
             raise NoAnswer(
-                f"--judge-url {url}: {status}; mend it, and --resume goes on from here."
+                f"{flag} {url}: {status}; mend it, and {resume} goes on from here."
             ) from None
         wait = error.headers.get("Retry-After", "")
         return None, status, float(wait) if wait.isdecimal() else 0
@@ -597,10 +604,14 @@ def ask_endpoint(
     def patient(item):
         """The reply to one question, asked again after a pause if that may help."""
         record, text = item
-        content = [{"type": "text", "text": text}]
+        turns = record.turns if text is None else (text,)
+        content = [{"type": "text", "text": turns[0]}]
         if record.image is not None:
             content.insert(0, {"type": "image_url", "image_url": {"url": data_url(record.image)}})
-        body = {"model": model, "messages": [{"role": "user", "content": content}]}
+        messages = [{"role": "user", "content": content}]
+        for i, turn in enumerate(turns[1:], 1):
+            messages.append({"role": ("user", "assistant")[i % 2], "content": turn})
+        body = {"model": model, "messages": messages}
 
         for n in range(tries):
             reply, why, wait = once(body)
@@ -609,8 +620,8 @@ def ask_endpoint(
             if n + 1 < tries and stop.wait(min(60.0, max(wait, pause * 2**n))):
                 break
         raise NoAnswer(
-            f"--judge-url {url}: no answer after {tries} tries, at last {why}; "
-            "--resume goes on from here."
+            f"{flag} {url}: no answer after {tries} tries, at last {why}; "
+            f"{resume} goes on from here."
         )
 
     def ask(questions):

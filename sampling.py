@@ -29,12 +29,14 @@ class Samples:
 
     tokens[b][k]: (R,), the stop token included. log_probs[b][k]: (R,), under the full softmax at
     temperature 1, whatever temperature drew the tokens. finished[b][k]: False for an answer that
-    was cut off at `max_new_tokens`.
+    was cut off at `max_new_tokens`. first[b][k]: (W,), what the tokens `watch` had for logits where
+    the answer's first token was drawn, as the arithmetic rounded them.
     """
 
     tokens: list
     log_probs: list
     finished: list
+    first: list
 
 
 class KVCache:
@@ -89,6 +91,7 @@ def sample(
     generator=None,
     image_sizes=None,
     room=None,
+    watch=(),
 ):
     """Draw k answers to each prompt -> `Samples`.
 
@@ -102,6 +105,7 @@ def sample(
     room: bytes that this may take (default: most of what the device has free). What needs more is
     drawn in groups of prompts, one after the other. They share the generator, so at temperatures
     above 0 another room may give other draws; the same room gives the same.
+    watch: token ids; see `Samples`.
     """
     given = given or [[(torch.zeros(0, dtype=torch.long), [0])]] * len(prompts)
     branches = [
@@ -114,7 +118,7 @@ def sample(
     training = model.training
     model.eval()  # gradient checkpointing would switch off the cache
 
-    samples = Samples([], [], [])
+    samples = Samples([], [], [], [])
     with cast_once(model.llm, model.dtype):
         room = SHARE * memory.available(model.device) if room is None else room
         for some in groups(model, lengths, answers, tiles, max_new_tokens, room):
@@ -131,7 +135,7 @@ def sample(
                 part(pixel_values, shown),
                 part(image_sizes, images),
                 part(masked, some),
-                (max_new_tokens, temperature, stop_ids, generator),
+                (max_new_tokens, temperature, stop_ids, generator, watch),
             )
     model.train(training)
     return samples
@@ -183,7 +187,7 @@ def draw(samples, model, prompts, given, branches, pixel_values, image_sizes, ma
     )
     # 2. decode: one token of every answer at a time
     drawn = decode(model, growing, *how)
-    tokens, log_probs, lengths, finished = (x.cpu() for x in drawn)
+    tokens, log_probs, lengths, finished, first = (x.cpu() for x in drawn)
 
     m = 0
     for row in branches:
@@ -191,6 +195,7 @@ def draw(samples, model, prompts, given, branches, pixel_values, image_sizes, ma
         samples.tokens.append([tokens[i, : lengths[i]] for i in mine])
         samples.log_probs.append([log_probs[i, : lengths[i]] for i in mine])
         samples.finished.append([bool(finished[i]) for i in mine])
+        samples.first.append([first[i] for i in mine])
         m += len(row)
 
 
@@ -227,8 +232,11 @@ def prefill(model, prompts, given, branches, pixel_values, image_sizes, masked, 
     return Growing(cache, h, visible, positions, next_position)
 
 
-def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
-    """Draw until every answer has ended -> tokens, log-probs (M, max), lengths, finished (M,)."""
+def decode(model, growing, max_new_tokens, temperature, stop_ids, generator, watch=()):
+    """Draw until every answer has ended -> tokens, log-probs (M, max), lengths, finished (M,).
+
+    And the logits of the tokens `watch` at the first step, (M, W).
+    """
     cache, h, next_position = growing.cache, growing.h, growing.next_position
     M, L, device = len(h), cache.length, h.device
     visible = F.pad(growing.visible, (0, max_new_tokens))
@@ -250,6 +258,8 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
         # draw token t of every answer
         logits = (h.to(model.dtype) @ head.t()).float()  # (M, V)
         log_p = logits.log_softmax(-1)
+        if t == 0:
+            first = logits[:, list(watch)]  # (M, W)
         logits[:, model.image_token_id] = -torch.inf
         if temperature == 0:
             token = logits.argmax(-1)
@@ -288,7 +298,7 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator):
         )
         h = model.run_llm(embeddings(token)[:, None], mask, now[:, None], cache)[:, 0]
         cache.length += 1
-    return tokens, log_probs, drawn, finished
+    return tokens, log_probs, drawn, finished, first
 
 
 def generate(

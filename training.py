@@ -45,11 +45,20 @@ from formats.files import image_identity
 # ---- the command line
 
 
-def add_model_flags(parser, without):
-    """Where the model comes from and how it runs. without: what happens without --model."""
+def add_model_flags(parser, without, several=False):
+    """Where the model comes from and how it runs. without: what happens without --model.
+
+    several: --model is a list.
+    """
     group = parser.add_argument_group("model")
     flag = group.add_argument
-    flag("--model", metavar="DIR_OR_HUB_ID", help=f"LLaVA checkpoint; without it: {without}")
+    flag(
+        "--model",
+        nargs="+" if several else None,
+        action="extend" if several else "store",
+        metavar="DIR_OR_HUB_ID",
+        help=f"LLaVA checkpoint; without it: {without}",
+    )
     flag(
         "--device",
         default="auto",

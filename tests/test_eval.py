@@ -221,12 +221,13 @@ def test_bad_questions(tmp_path, row, message):
 def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
     asked = []
 
-    def generate(model, processor, records, max_new_tokens, batch_size, label, split):
-        assert (max_new_tokens, batch_size, split) == (16, 5, True)
+    def ask(contestant, records, max_new_tokens, *_):
+        assert (max_new_tokens, contestant.batch_size) == (16, 5)
         asked.append([(r.image.name, r.turns) for r in records])
-        return [["No, none."] if "cat" in r.turns[0] else ["Yes"] for r in records]
+        for i, r in enumerate(records):
+            yield [(i, {"answer": "No, none." if "cat" in r.turns[0] else "Yes"})]
 
-    monkeypatch.setattr(eval_pope, "generate", generate)
+    monkeypatch.setattr(evaluation, "ask_model", ask)
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     dog = question("a.png", "dog")
@@ -240,8 +241,12 @@ def test_evaluate_asks_equal_questions_once(tmp_path, monkeypatch):
     metrics = eval_pope.evaluate(None, None, files, tmp_path, out, suffix=" Short.", batch_size=5)
     prompt = lambda thing: (f"Is there a {thing} in the image? Short.",)
     assert asked == [
-        [("a.png", prompt("dog")), ("b.png", prompt("cat")), ("b.png", prompt("dog"))],
-        [("a.png", prompt("owl"))],
+        [
+            ("a.png", prompt("dog")),
+            ("b.png", prompt("cat")),
+            ("b.png", prompt("dog")),
+            ("a.png", prompt("owl")),
+        ]
     ]
     assert metrics["random"] == pytest.approx(
         {"accuracy": 0.75, "precision": 2 / 3, "recall": 1, "f1": 0.8, "yes_ratio": 0.75, "n": 4}
@@ -277,11 +282,11 @@ def test_pictures_and_placeholders_of_a_question_file(tmp_path, monkeypatch, cap
     """Without --images they are looked for beside the questions; leading folders are told."""
     asked = []
 
-    def generate(model, processor, records, *sizes, **how):
+    def ask(contestant, records, *_):
         asked.extend(records)
-        return [["Yes"] for _ in records]
+        yield [(i, {"answer": "Yes"}) for i in range(len(records))]
 
-    monkeypatch.setattr(eval_pope, "generate", generate)
+    monkeypatch.setattr(evaluation, "ask_model", ask)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").touch()
     row = question("val/a.png", "dog")
@@ -294,7 +299,7 @@ def test_pictures_and_placeholders_of_a_question_file(tmp_path, monkeypatch, cap
 
 
 def test_missing_picture_is_found_before_the_first_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_pope, "generate", lambda *a, **k: pytest.fail("asked too early"))
+    monkeypatch.setattr(evaluation, "ask_model", lambda *a: pytest.fail("asked too early"))
     (tmp_path / "a.png").touch()
     path = write_lines(tmp_path / "random.json", [question(), question("b.png")])
     with pytest.raises(BadInput, match="random.json, row 1: image 'b.png' is not below"):
@@ -486,6 +491,7 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, arguments, message)
     write_lines(Path("a.jsonl"), [{"answer": "Yes"}])
     write_lines(Path("bad.jsonl"), [{"answer": None, "text": "Yes"}])
     Path("empty.json").touch()
+    Path("a.png").touch()
     Path("full").mkdir()
     Path("full/file").touch()
     monkeypatch.setattr(sys, "argv", ["eval_pope.py", *arguments.split()])
@@ -713,11 +719,11 @@ def test_truth_of_two_files(coco, vocabulary):
 def test_chair_evaluate(coco, monkeypatch):
     said = {"COCO_42.jpg": "A dog and a bus. A bus!", "COCO_7.jpg": "A bus."}
 
-    def generate(model, processor, records, max_new_tokens, batch_size, label, split):
-        assert [r.turns for r in records] == [("Tell.",)] * 2 and max_new_tokens == 128 and split
-        return [[said[r.image.name]] for r in records]
+    def ask(contestant, records, max_new_tokens, *_):
+        assert [r.turns for r in records] == [("Tell.",)] * 2 and max_new_tokens == 128
+        yield [(i, {"answer": said[r.image.name]}) for i, r in enumerate(records)]
 
-    monkeypatch.setattr(eval_chair, "generate", generate)
+    monkeypatch.setattr(evaluation, "ask_model", ask)
     files = [coco / "instances.json"], [coco / "captions.json"], coco / "synonyms.txt"
     figures = eval_chair.evaluate(None, None, *files, coco, coco / "out", prompt="Tell.", limit=2)
     assert figures == pytest.approx(
@@ -892,8 +898,11 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
     found = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in found] == ["split", *SPLITS, "mean"]
     assert int(found[-1][-1]) == sum(map(len, asked.values()))
-    with pytest.raises(BadInput, match="is not an empty folder"):
-        eval_pope.main()
+    figures = (tmp_path / "pope" / "metrics.json").read_bytes()
+    monkeypatch.setattr(evaluation, "ask_model", lambda *a: pytest.fail("asked again"))
+    eval_pope.main()  # the same command finds all answers there
+    assert (tmp_path / "pope" / "metrics.json").read_bytes() == figures
+    monkeypatch.undo()
     model.prepare(lora_rank=4)
     torch.manual_seed(0)
     for name, weight in model.named_parameters():

@@ -1,0 +1,339 @@
+"""The one way through all evaluations: who answers, how they are asked, how a run goes on; intervals and differences."""
+
+import argparse
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import comparison
+import evaluation
+import sampling
+from common import BadInput, Parser
+from data import Record
+from formats import checkpoints
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures of different shapes."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i, size in enumerate(((28, 28), (40, 28), (28, 50))):
+        paths.append(tmp_path / f"p{i}.png")
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def records(pictures):
+    """Questions about three pictures in mixed order, one without a picture, one twice, a dialogue."""
+    asked = [
+        (0, "Is there a dog?"),
+        (1, "Is there a cup on the table?"),
+        (0, "Is there a dog on the left of the kitchen?"),
+        (2, "Describe the image in detail."),
+        (None, "What is a dog?"),
+        (0, "What is in the picture?"),
+        (1, "Is there a dog?"),
+        (0, "Is there a dog?"),
+    ]
+    made = [
+        Record(f"q{n}", None if i is None else pictures[i], (text,))
+        for n, (i, text) in enumerate(asked)
+    ]
+    return [*made, Record("q8", pictures[1], ("Is there a dog?", "No.", "Why not?"))]
+
+
+# ---- asking
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_questions_of_an_image_together_are_answered_as_alone(llava, records, batch_size):
+    """The image and what its questions begin with run once; the answers are those of one by one."""
+    model, processor = llava
+    want = [texts[0] for texts in sampling.generate(model, processor, records, 12, batch_size=1)]
+    assert len(set(want)) > 3, "else a mix-up would not be seen"
+    contestant = evaluation.in_memory(model, processor, batch_size)
+    assert evaluation.answer(contestant, records, 12) == want
+    assert contestant.asked == len(records) - 1 and contestant.seconds > 0
+
+
+def test_an_image_is_encoded_once(llava, records, monkeypatch):
+    model, processor = llava
+    shown = []
+    features = model.image_features
+    monkeypatch.setattr(
+        model,
+        "image_features",
+        lambda pixels, *a: shown.append(len(pixels)) or features(pixels, *a),
+    )
+    evaluation.answer(evaluation.in_memory(model, processor), records, 4)
+    assert sum(shown) == 3
+    shown.clear()
+    evaluation.answer(evaluation.in_memory(model, processor, batch_size=1), records, 4)
+    assert sum(shown) == 7, "one by one: a question is encoded alone"
+
+
+def test_what_was_watched_is_what_decided(llava, records):
+    """The logits of the watched first tokens, by a forward pass of the prompt alone."""
+    model, processor = llava
+    contestant = evaluation.in_memory(model, processor)
+    rows = evaluation.replies(contestant, records, 3, watch=("Yes", "No"))
+    ids = [processor.tokenise(" Yes")[0], processor.tokenise(" No")[0]]
+    assert ids[0] != ids[1]
+    for record, row in zip(records, rows):
+        batch = processor.collate([processor.encode(record)])
+        with torch.no_grad():
+            h = model.hidden_states(batch)[0, len(processor.encode(record).prompt) - 1]
+        want = (h @ model.head_weight().t())[ids]
+        assert row["first"] == pytest.approx(want.tolist(), abs=1e-4)
+
+
+def test_by_image_bounds_a_batch():
+    class Example:
+        def __init__(self, image, length):
+            self.record = Record("", image, ("?",))
+            self.prompt = torch.zeros(length)
+
+    rng = random.Random(0)
+    for _ in range(50):
+        size = rng.randrange(1, 9)
+        examples = [
+            Example(rng.choice(["a", "b", "c", None]), rng.randrange(5, 30)) for _ in range(40)
+        ]
+        batches = evaluation.by_image(examples, size)
+        assert sorted(i for batch in batches for row in batch for i in row) == list(range(40))
+        for batch in batches:
+            assert 0 < sum(map(len, batch)) <= size
+            for row in batch:
+                images = {examples[i].record.image for i in row}
+                assert len(images) == 1 and (images != {None} or len(row) == 1)
+
+
+def test_shared_start():
+    prompts = [torch.tensor(p) for p in ([1, 2, 3, 4], [1, 2, 5], [1, 2])]
+    start, given = evaluation.shared_start(prompts)
+    assert start.tolist() == [1, 2]
+    assert [(rest.tolist(), cuts) for rest, cuts in given] == [([3, 4], [2]), ([5], [1]), ([], [0])]
+
+
+# ---- going on
+
+
+def test_a_killed_run_asks_nothing_twice(llava, records, tmp_path, monkeypatch, capsys):
+    model, processor = llava
+    path = tmp_path / "replies.jsonl"
+    want = evaluation.answer(evaluation.in_memory(model, processor), records, 6)
+
+    asked = []
+    whole = evaluation.ask_model
+
+    def killed(contestant, records, *how):
+        for n, part in enumerate(whole(contestant, records, *how)):
+            if n == 2:
+                raise KeyboardInterrupt
+            asked.extend(evaluation.key_of(records[place]) for place, _ in part)
+            yield part
+
+    monkeypatch.setattr(evaluation, "ask_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.answer(evaluation.in_memory(model, processor, 2), records, 6, path)
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(asked) > 1
+    with open(path, "a") as file:
+        file.write('{"image": nu')  # killed inside a line
+    capsys.readouterr()
+
+    def seen(contestant, records, *how):
+        asked.extend(map(evaluation.key_of, records))
+        return whole(contestant, records, *how)
+
+    monkeypatch.setattr(evaluation, "ask_model", seen)
+    assert evaluation.answer(evaluation.in_memory(model, processor, 2), records, 6, path) == want
+    assert len(asked) == len(set(asked)) == len({evaluation.key_of(r) for r in records})
+    assert f"line {len(lines) + 1}: half a line" in capsys.readouterr().err
+    assert path.read_text().splitlines()[: len(lines)] == lines
+
+    monkeypatch.setattr(evaluation, "ask_model", lambda *a: pytest.fail("asked again"))
+    unloaded = evaluation.Contestant("x", load=lambda: pytest.fail("loaded for nothing"))
+    assert evaluation.answer(unloaded, records, 6, path) == want
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        (b"{}", "KeyError"),
+        (b'{"image": null, "prompt": ["?"], "answer": 3}', "`answer` is no text"),
+        (b"[", "JSONDecodeError"),
+        (b'{"image": null, "prompt": ["?"], "answer": "\xff"}', "UnicodeDecodeError"),
+    ],
+)
+def test_a_file_that_is_not_ours(tmp_path, line, why):
+    good = json.dumps({"image": None, "prompt": ["?"], "answer": "."}).encode()
+    path = tmp_path / "replies.jsonl"
+    path.write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
+    with pytest.raises(BadInput, match=f"replies.jsonl, line 2: no reply of ours .*{why}"):
+        evaluation.read_replies(path)
+
+
+def test_empty_answers_are_told(tmp_path, capsys):
+    contestant = evaluation.Contestant("m", server=lambda *a: lambda items: ["", "Yes", " "])
+    records = [Record("", None, (f"{i}?",)) for i in range(3)]
+    assert evaluation.answer(contestant, records, 5) == ["", "Yes", " "]
+    assert "m: 2 of 3 answers are empty" in capsys.readouterr().err
+
+
+# ---- who answers
+
+
+def parse(*words):
+    parser = Parser("")
+    evaluation.add_flags(parser)
+    parser.add_argument("--answers", nargs="+")
+    args = parser.parse_args(list(map(str, words)))
+    evaluation.check_flags(args)
+    return args
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("", "--model and --out are needed (or --endpoint and --out), or --answers"),
+        ("--model m", "--model and --out are needed"),
+        ("--answers a --model m", "do not go with it"),
+        ("--answers a --endpoint http://x --endpoint-model m", "do not go with it"),
+        ("--endpoint http://x --out o", "--endpoint and --endpoint-model go together"),
+        ("--model m --endpoint-model n --out o", "--endpoint and --endpoint-model go together"),
+        (
+            "--endpoint http://x --endpoint-model n --adapter a --out o",
+            "--adapter is for --model; none",
+        ),
+        (
+            "--endpoint http://x --endpoint-model n --template plain --out o",
+            "--template is for --model",
+        ),
+        ("--model m n --adapter a --out o", "--adapter with several --model"),
+    ],
+)
+def test_flags_that_do_not_go_together(words, message):
+    with pytest.raises(BadInput, match=re.escape(message)):
+        parse(*words.split())
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["runs/dpo-0/adapter"], ["dpo-0"]),
+        (["runs/dpo-0/adapter", "runs/bdhs-0/adapter"], ["dpo-0", "bdhs-0"]),
+        (["llava-hf/llava-1.5-7b-hf", "runs/dpo-0/adapter"], ["llava-1.5-7b-hf", "dpo-0"]),
+        (["a/x/model", "b/x/model"], ["a/x", "b/x"]),
+        (["x/model", "x/adapter"], ["model", "adapter"]),
+        (["adapter"], ["adapter"]),
+        (["/m"], ["m"]),
+    ],
+)
+def test_names_of(paths, names):
+    assert evaluation.names_of(paths) == names
+
+
+def test_a_contestant_given_twice():
+    with pytest.raises(BadInput, match="a/b is given twice"):
+        evaluation.names_of(["a/b", "c", "a/b"])
+
+
+def test_a_folder_of_another_run_is_refused(checkpoint, tmp_path, capsys):
+    """By the first thing that differs: questions, prompt, model, settings."""
+    flags = ("--model", checkpoint, "--out", tmp_path / "out", "--device", "cpu")
+    about = {"questions": {"q.json": "0123"}, "suffix": "?"}
+    (one,) = evaluation.contestants(parse(*flags), about)
+    assert one.name == checkpoint.name and one.path("replies.jsonl").parent == tmp_path / "out"
+    evaluation.contestants(parse(*flags), about)
+    assert "goes on" in capsys.readouterr().err
+    for other, more, message in (
+        (about | {"suffix": "!"}, (), "it was begun with about, suffix: '?', and here it is '!'"),
+        (about | {"questions": {"q.json": "9"}}, (), "about, questions, q.json: '0123'"),
+        (about | {"limit": 5}, (), "about, limit: None, and here it is 5"),
+        (about, ("--template", "plain"), "template: None, and here it is 'plain'"),
+        (about, ("--batch-size", "1"), "batch_size: 64, and here it is 1"),
+        (about, ("--dtype", "bfloat16"), "dtype: 'float32', and here it is 'bfloat16'"),
+        (about, ("--adapter", "none", "--endpoint", "http://x", "--endpoint-model", "m"), ", m: "),
+    ):
+        with pytest.raises(BadInput, match=re.escape(message)):
+            evaluation.contestants(parse(*flags, *more), other)
+
+
+def test_weights_that_changed_are_another_model(checkpoint, tmp_path):
+    model, processor = checkpoints.load(checkpoint)
+    checkpoints.save(model, processor, tmp_path / "m")
+    flags = ("--model", tmp_path / "m", "--out", tmp_path / "out", "--device", "cpu")
+    evaluation.contestants(parse(*flags), {})
+    (tmp_path / "m").rename(tmp_path / "old")
+    checkpoints.save(model, processor, tmp_path / "m")
+    with pytest.raises(BadInput, match="contestants, m, files: "):
+        evaluation.contestants(parse(*flags), {})
+
+
+# ---- intervals
+
+
+def accuracy(sums):
+    return {"accuracy": sums[..., 0] / np.maximum(1, sums[..., 1])}
+
+
+def test_an_interval_is_that_of_a_mean():
+    """Of one question an image the bootstrap agrees with the normal approximation."""
+    rng = np.random.default_rng(1)
+    right = rng.random(1000) < 0.8
+    other = np.where(rng.random(1000) < 0.1, ~right, right)
+    units = {n: np.stack([x, np.ones(1000)], 1) for n, x in (("a", right), ("b", other))}
+    results = comparison.compare(units, accuracy)
+    a, b = results["a"]["accuracy"], results["b"]["accuracy"]
+    error = lambda x: 1.96 * np.std(x) / 1000**0.5
+    assert a["value"] == right.mean() and b["value"] == other.mean()
+    assert a["low"] == pytest.approx(right.mean() - error(right), abs=0.003)
+    assert a["high"] == pytest.approx(right.mean() + error(right), abs=0.003)
+    difference = other.astype(float) - right
+    assert b["difference"] == pytest.approx(difference.mean())
+    assert b["difference_low"] == pytest.approx(difference.mean() - error(difference), abs=0.003)
+    assert b["difference_high"] == pytest.approx(difference.mean() + error(difference), abs=0.003)
+    assert "difference" not in a
+    assert comparison.compare(units, accuracy) == results, "the draws are seeded"
+
+
+def test_images_are_the_units():
+    """Six equal answers about an image are one trial: the interval is that of the images."""
+    rng = np.random.default_rng(2)
+    right = rng.random(300) < 0.7
+    one = comparison.compare({"a": np.stack([right, np.ones(300)], 1)}, accuracy)
+    six = comparison.compare({"a": np.stack([6 * right, np.full(300, 6)], 1)}, accuracy)
+    assert one == six
+
+
+def test_intervals_of_little():
+    units = {"a": np.array([[1.0, 1.0]]), "b": np.array([[0.0, 0.0]])}
+    results = comparison.compare(units, accuracy)
+    assert results["a"]["accuracy"] == {"value": 1, "low": 1, "high": 1}
+    assert results["b"]["accuracy"]["difference"] == -1
+    with pytest.raises(BadInput, match="the same units, 1 or more"):
+        comparison.compare({"a": np.zeros((0, 2))}, accuracy)
+    with pytest.raises(BadInput, match="the same units"):
+        comparison.compare({"a": np.zeros((2, 2)), "b": np.zeros((3, 2))}, accuracy)
+
+
+def test_table_and_sheet(pictures, tmp_path):
+    units = {"base": np.array([[1, 1]] * 4 + [[0, 1]] * 4), "dpo": np.array([[1, 1]] * 8)}
+    lines = comparison.table(comparison.compare(units, accuracy), titles={"accuracy": "POPE"})
+    assert lines[0].split()[:2] == ["contestant", "value"] and lines[0].endswith("minus base")
+    assert lines[1].split()[:3] == ["POPE", "base", "0.5000"]
+    assert lines[2].split()[:2] == ["dpo", "1.0000"] and lines[2].endswith("not 0")
+    answers = [("base", "Yes " * 200, False), ("dpo", "No", True)]
+    rows = [(pictures[i % 3] if i else None, "Is there a dog?", answers) for i in range(30)]
+    assert comparison.sheet(tmp_path / "s.png", "base against dpo", rows) == 30
+    with Image.open(tmp_path / "s.png") as page:
+        assert page.size == (2 * comparison.WIDTH, 34 + 12 * comparison.HEIGHT)
+    assert comparison.sheet(tmp_path / "none.png", "base against dpo", []) == 0
