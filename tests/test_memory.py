@@ -467,7 +467,7 @@ def defaults(monkeypatch, name, *more):
     return script.parse()
 
 
-@pytest.mark.parametrize("name", "sft dpo online_dpo bdhs povid reward_model ppo".split())
+@pytest.mark.parametrize("name", "sft dpo mpo online_dpo bdhs povid reward_model ppo".split())
 def test_no_default_needs_more_than_80_gb(monkeypatch, name):
     """LLaVA-NeXT-7B with its largest picture, 2,928 tokens, and long answers; 79 GiB are free."""
     args = defaults(monkeypatch, name)
@@ -523,7 +523,7 @@ def test_a_34b_annotator_takes_65_gib():
 # ---- what a trainer prints
 
 
-@pytest.mark.parametrize("name", "sft dpo online_dpo bdhs povid reward_model ppo".split())
+@pytest.mark.parametrize("name", "sft dpo mpo online_dpo bdhs povid reward_model ppo".split())
 def test_every_trainer_says_it_before_it_reads_weights(name):
     """`training.show_memory` stands before the first `load` or `make` of a model."""
     text = (ROOT / f"{name}.py").read_text()

@@ -122,6 +122,18 @@ def test_corrected_segments_of_photographs_weigh_more(run, tmp_path):
     assert -30 < first["logps/chosen"] < 0
 
 
+@pytest.mark.parametrize("name, value", [("mpo", "loss/nll")])
+def test_relatives_of_dpo_train_on_photographs(run, tmp_path, name, value):
+    """What step 0 must print; in 4 bits the weights are others, and step 0 is the same."""
+    data = ["--data", PHOTOS / "vlfeedback.jsonl", "--images", PHOTOS / "images", "--steps", 2]
+    for i, more in enumerate(([], ["--quantize", "nf4", "--projector-lr", 0])):
+        flags = [*data, "--batch-size", 2, "--lora-rank", 4, *more]
+        run(f"{name}.py", *flags, "--out", f"run-{i}")
+        first = json.loads((tmp_path / f"run-{i}" / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(0.8318 + first[value], abs=1e-4)
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
 def test_reward_model_reads_the_captions_and_serves_online_dpo_and_ppo(run, tmp_path):
     """The whole of Fact-RLHF on photographs: a reward model, an annotator, a reward."""
     facts = PHOTOS / "image_to_caption.json"
