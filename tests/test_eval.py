@@ -343,7 +343,7 @@ def test_pope_answers_on_the_command_line(tmp_path):
         metrics["mean"]["yes_ratio"],
         metrics["mean"]["n"],
     ) == (1.0, 0.75, 8)
-    table = [line.split() for line in done.stdout.splitlines()]
+    table = [line.split() for line in done.stdout.split("\n\n")[0].splitlines()]
     assert [row[0] for row in table] == ["split", "random", "popular", "mean"]
     assert table[1][1:] == ["0.5000"] * 5 + ["4"]
     assert table[3][5:] == ["0.7500", "8"]
@@ -895,7 +895,8 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
             for line in (tmp_path / "pope" / f"answers_{split}.jsonl").read_text().splitlines()
         ]
         assert [line["question"] for line in lines] == [q["text"] for q in questions]
-    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out
+    found = [line.split() for line in printed.split("\n\n")[0].splitlines()]
     assert [row[0] for row in found] == ["split", *SPLITS, "mean"]
     assert int(found[-1][-1]) == sum(map(len, asked.values()))
     figures = (tmp_path / "pope" / "metrics.json").read_bytes()
