@@ -81,14 +81,15 @@ def table(results, only=None, titles=None):
     only: names of figures, in their order. titles: {figure: what stands there in its place}.
     """
     first, *others = results
-    width = max(len("contestant"), *map(len, results))
-    heading = f"{'':24}{'contestant':{width}}     value  95 % interval   "
+    width = max(len("contestant"), *map(len, results)) if others else 0  # one needs no name
+    heading = f"{'':24}{'contestant' if others else '':{width}}     value  95 % interval   "
     lines = [heading + (f"  minus {first}" if others else "")]
     for key in only or results[first]:
         for name in results:
             r = results[name][key]
             title = (titles or {}).get(key, key) if name == first else ""
-            line = f"{title:24}{name:{width}}{r['value']:10.4f}  {r['low']:.4f} .. {r['high']:.4f}"
+            shown = f"{name if others else '':{width}}{r['value']:10.4f}"
+            line = f"{title:24}{shown}  {r['low']:.4f} .. {r['high']:.4f}"
             if name != first:
                 low, high = r["difference_low"], r["difference_high"]
                 surely = "  not 0" if low > 0 or high < 0 else ""

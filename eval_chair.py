@@ -1,10 +1,14 @@
 """CHAIR (Rohrbach et al. 2018): how many of the objects that a caption mentions are not there?
 
-    python eval_chair.py --instances FILE --captions FILE --synonyms FILE \\
-        --images DIR --model DIR --out DIR --limit 500
-    python eval_chair.py --instances FILE --captions FILE --synonyms FILE --answers FILE
+    python eval_chair.py --instances FILE... --captions FILE... --synonyms FILE \\
+        --images DIR --model DIR --adapter none runs/dpo-0/adapter --out DIR --limit 500
+    python eval_chair.py --instances FILE... --captions FILE... --synonyms FILE --answers FILE...
+    python eval_chair.py --instances FILE... --captions FILE... --synonyms FILE \\
+        --questions obj_halbench_300_with_image.jsonl --model DIR --out DIR
 
-The second form only scores; it needs no model.
+The first form asks (evaluation.py says who can be asked, and how a run goes on). The second only
+scores, a file a contestant; it needs no model. The third takes images and prompts from Object
+HalBench (RLHF-V).
 
     chair_i   of all mentions of objects, repetitions counted, the share that is hallucinated
     chair_s   the share of captions with a hallucinated object
@@ -15,6 +19,12 @@ The second form only scores; it needs no model.
 
 An object is in an image if its category is annotated or a reference caption mentions it. A line of
 the synonym file is one object. Its first form, the node word, stands for all of them.
+
+With --questions, `chair_s_refine` is the share among the captions that mention an object at all,
+Object HalBench's "response hallucination". Its own figures are others: there gpt-3.5-turbo-0613,
+retired, lists the objects of an answer; here the words are looked up, as its script does without
+--use_gpt. So name them "Object HalBench's prompts, CHAIR's rule". Its `obj_rec` is our recall; it
+is the column Recall of Amirloo et al. 2024, who listed the objects with GPT.
 
 Words are taken as chair.py of LisaAnne/Hallucination takes them: lower case, tokens, singular.
 Compounds become one word: "hot dog" is no dog, "baby elephant" is no person. In a caption with a
@@ -32,13 +42,27 @@ same. There are 1.6 % more in all, because
 3. Sentences without a blank between them ("a dog.A cat") are split.
 """
 
+import base64
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+import comparison
 import evaluation
-from common import BadInput, Parser, positive_int, run, write_json
+import processes
+from common import (
+    BadInput,
+    Parser,
+    file_hash,
+    positive_int,
+    run,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from data import Record
 from formats.files import ImageFolder, image_folders, rows
 
@@ -227,16 +251,58 @@ def truth_of(numbers, pictures, vocabulary):
     return truth
 
 
-def read_answers(path, pictures):
+# ---- Object HalBench
+
+
+def read_prompts(path, pictures):
+    """Object HalBench's file -> [(image id, prompt)]. Rows are {"image_id", "question", "image"}."""
+    prompts = []
+    for i, row in rows(Path(path)):
+        where = f"{path}, row {i}"
+        number = field(row, "image_id", int, where)
+        if number not in pictures:
+            raise BadInput(f"{where}: image id {number} is not in --instances.")
+        prompts.append((number, field(row, "question", str, where)))
+    doubled = next((pair for pair in prompts if prompts.count(pair) > 1), None)
+    if doubled or not prompts:
+        raise BadInput(f"{path}: {f'{doubled} is there twice' if doubled else 'no prompt'}.")
+    return prompts
+
+
+def unpack_images(path):
+    """The images inside Object HalBench's file, as files in `.cache` -> {image id: path}."""
+    folder = Path(".cache") / f"object-halbench-{file_hash(path)[:16]}"
+    numbers = {}
+    with whole_folder(folder) as aside:
+        for i, row in rows(Path(path)):
+            where, number = f"{path}, row {i}", row["image_id"]
+            try:
+                content = base64.b64decode(field(row, "image", str, where), validate=True)
+            except ValueError:
+                raise BadInput(
+                    f"{where}: `image` is no image in base64; without one, --images is needed."
+                ) from None
+            numbers[number] = folder / f"{number}.jpg"
+            (aside / f"{number}.jpg").write_bytes(content)
+    return numbers
+
+
+# ---- scoring
+
+
+def read_answers(path, pictures, prompts=None):
     """Answers file -> [(image id, caption)].
 
-    Rows, JSON lines or an array, are {"image_id": id or file name, "caption"}.
+    Rows, JSON lines or an array, are {"image_id": id or file name, "caption"}; RLHF-V's files have
+    the caption in `text` or `answer`. prompts: [(image id, prompt)] that must be answered, each
+    once; then the result has their order.
     """
     ids = {picture.file: number for number, picture in pictures.items()}
     ids |= {number: number for number in pictures} | {str(number): number for number in pictures}
-    captions = []
+    captions, asked = [], []
     for i, row in rows(Path(path)):
-        text = field(row, "caption", str, f"{path}, row {i}")
+        key = next((k for k in ("text", "answer") if isinstance(row, dict) and k in row), "caption")
+        text = field(row, "caption" if "caption" in row else key, str, f"{path}, row {i}")
         name = row.get("image_id")
         if type(name) not in (int, str) or name not in ids:
             raise BadInput(
@@ -250,74 +316,114 @@ def read_answers(path, pictures):
                 f"{pictures[ids[name]].file!r} in --instances; is the file of another split?"
             )
         captions.append((ids[name], text))
-    return captions
+        asked.append((ids[name], row.get("question", row.get("prompt"))))
+    return captions if prompts is None else in_order(path, prompts, asked, captions)
 
 
-def score(captions, truth, vocabulary):
+def in_order(path, prompts, asked, captions):
+    """The captions in the order of the prompts; a row without its prompt is known by its image."""
+    alone = len({number for number, _ in prompts}) == len(prompts)
+    keys = [number if alone and text is None else (number, text) for number, text in asked]
+    places = {}
+    for place, key in enumerate(keys):
+        if key in places:
+            raise BadInput(f"{path}, row {place}: a second answer to {key}; one is accepted.")
+        places[key] = place
+    found = [places.get(pair, places.get(pair[0])) for pair in prompts]
+    if None in found:
+        raise BadInput(f"{path}: {prompts[found.index(None)]} has no answer.")
+    if len(found) < len(keys):
+        extra = next(key for place, key in enumerate(keys) if place not in found)
+        raise BadInput(f"{path}: an answer to {extra}, which is no question of --questions.")
+    return [captions[place] for place in found]
+
+
+COUNTED = ("mentioned", "hallucinated", "false", "present", "recalled", "words", "n", "with_object")
+
+
+def counts(number, text, truth, vocabulary):
+    """What a caption adds to each of COUNTED: mentions, those not there, 1 with such a one, ..."""
+    objects = mentions(text, vocabulary)
+    absent = sum(name not in truth[number] for name in objects)
+    recalled = len(truth[number].intersection(objects))
+    present, words = len(truth[number]), len(text.split())
+    return [len(objects), absent, absent > 0, present, recalled, words, 1, len(objects) > 0]
+
+
+def ratios(sums, refine=False):
+    """Sums (..., 8) of `counts` -> the figures; refine: also that of Object HalBench."""
+    mentioned, hallucinated, false, present, recalled, words, n, with_object = np.moveaxis(
+        sums, -1, 0
+    )
+    figures = {
+        "chair_i": hallucinated / np.maximum(1, mentioned),
+        "chair_s": false / np.maximum(1, n),
+        "recall": recalled / np.maximum(1, present),
+        "length": words / np.maximum(1, n),
+    }
+    return figures | ({"chair_s_refine": false / np.maximum(1, with_object)} if refine else {})
+
+
+def score(captions, truth, vocabulary, refine=False):
     """[(image id, text)], {image id: set of node words} -> figures.
 
     A second caption of an image counts like the first.
     """
     if not captions:
         raise BadInput("there is no caption to score.")
-    n = len(captions)
-    mentioned = 0  # mentions of objects
-    hallucinated = 0  # those of objects that are not in the image
-    false_captions = 0  # captions with such a mention
-    present = 0  # objects in the images
-    recalled = 0  # those that are mentioned
-    words = 0
-    for number, text in captions:
-        objects = mentions(text, vocabulary)
-        absent = sum(name not in truth[number] for name in objects)
-        mentioned += len(objects)
-        hallucinated += absent
-        false_captions += absent > 0
-        present += len(truth[number])
-        recalled += len(truth[number].intersection(objects))
-        words += len(text.split())
-    return {
-        "chair_i": hallucinated / max(1, mentioned),
-        "chair_s": false_captions / n,
-        "recall": recalled / max(1, present),
-        "length": words / n,
-        "n": n,
-    }
+    sums = np.sum([counts(number, text, truth, vocabulary) for number, text in captions], axis=0)
+    return {k: float(v) for k, v in ratios(sums, refine).items()} | {"n": len(captions)}
 
 
-def report(captions, truth, pictures, vocabulary, out):
-    """[(image id, text)] -> figures. With `out`, writes captions.jsonl and metrics.json there."""
-    figures = score(captions, truth, vocabulary)
+def report(captions, truth, pictures, vocabulary, out, prompts=None):
+    """[(image id, text)] -> figures. With `out`, writes captions.jsonl and metrics.json there.
+
+    prompts: Object HalBench's, in the order of the captions; they are written too.
+    """
+    figures = score(captions, truth, vocabulary, refine=prompts is not None)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
-        with open(Path(out) / "captions.jsonl", "w", encoding="utf-8") as file:
-            for number, text in captions:
-                objects = mentions(text, vocabulary)
-                row = {
-                    "image_id": number,
-                    "image": pictures[number].file,
-                    "caption": text,
-                    "hallucinated": [name for name in objects if name not in truth[number]],
-                }
-                file.write(json.dumps(row) + "\n")
+        lines = []
+        for i, (number, text) in enumerate(captions):
+            objects = mentions(text, vocabulary)
+            row = {
+                "image_id": number,
+                "image": pictures[number].file,
+                "caption": text,
+                "hallucinated": [name for name in objects if name not in truth[number]],
+            }
+            if prompts:  # as RLHF-V's script reads it
+                row |= {"question": prompts[i][1], "text": text}
+            lines.append(json.dumps(row) + "\n")
+        write_text(Path(out) / "captions.jsonl", "".join(lines))
         write_json(Path(out) / "metrics.json", figures)
     return figures
 
 
-def read(instances, captions, synonyms, images, prompt=PROMPT, limit=None):
-    """COCO's files -> (vocabulary, pictures, truth, {image id: Record}) of the first `limit` images."""
+# ---- asking
+
+
+def read(instances, captions, synonyms, images, prompt=PROMPT, limit=None, questions=None):
+    """COCO's files -> (vocabulary, pictures, truth, [(image id, prompt)], [Record]).
+
+    Of the first `limit` images, or with `questions` of Object HalBench's.
+    """
     vocabulary = read_synonyms(synonyms)
     pictures = read_pictures(instances, captions, vocabulary)
-    numbers = list(pictures)[:limit]
-    truth = truth_of(numbers, pictures, vocabulary)
+    if questions:
+        prompts = read_prompts(questions, pictures)[:limit]
+    else:
+        prompts = [(number, prompt) for number in list(pictures)[:limit]]
+    truth = truth_of({number for number, _ in prompts}, pictures, vocabulary)
 
-    records = {}
+    packed = unpack_images(questions) if questions and not images else {}
     folder = ImageFolder(images or image_folders(instances[0]))
-    for number in numbers:
-        image = folder.find(pictures[number].file)
-        records[number] = Record(f"image id {number}", image, (prompt,))
+    records = []
+    for number, text in prompts:
+        image = packed.get(number) or folder.find(pictures[number].file)
+        records.append(Record(f"image id {number}", image, (text,)))
     folder.report()
-    return vocabulary, pictures, truth, records
+    return vocabulary, pictures, truth, prompts, records
 
 
 def evaluate(
@@ -338,20 +444,82 @@ def evaluate(
     instances, captions: lists of COCO files. images: a folder. Decoding is greedy. With `out`,
     writes captions.jsonl and metrics.json there.
     """
-    read_in = read(instances, captions, synonyms, images, prompt, limit)
-    vocabulary, pictures, truth, records = read_in
+    vocabulary, pictures, truth, prompts, records = read(
+        instances, captions, synonyms, images, prompt, limit
+    )
     contestant = evaluation.in_memory(model, processor, batch_size)
-    texts = evaluation.answer(contestant, list(records.values()), max_new_tokens, None, "CHAIR")
-    return report(list(zip(records, texts)), truth, pictures, vocabulary, out)
+    texts = evaluation.answer(contestant, records, max_new_tokens, None, "CHAIR")
+    said = [(number, text) for (number, _), text in zip(prompts, texts)]
+    return report(said, truth, pictures, vocabulary, out)
 
 
-def score_file(instances, captions, synonyms, answers, out=None):
-    """Captions file -> figures. With `out`, writes captions.jsonl and metrics.json there."""
-    vocabulary = read_synonyms(synonyms)
-    pictures = read_pictures(instances, captions, vocabulary)
-    described = read_answers(answers, pictures)
-    truth = truth_of({number for number, _ in described}, pictures, vocabulary)
-    return report(described, truth, pictures, vocabulary, out)
+# ---- the command line
+
+
+def compared(said, truth, vocabulary, refine):
+    """{contestant: [(image id, text)]} -> `comparison.compare`, with images as the units."""
+    first, *others = said
+    numbers = sorted({number for number, _ in said[first]})
+    for name in others:
+        theirs = {number for number, _ in said[name]}
+        if theirs != set(numbers):
+            odd = min(theirs ^ set(numbers))
+            raise BadInput(
+                f"image id {odd} has a caption of {first if odd in numbers else name} alone; "
+                "contestants are compared on the same images."
+            )
+    place = {number: i for i, number in enumerate(numbers)}
+    units = {name: np.zeros((len(numbers), len(COUNTED))) for name in said}
+    for name, captions in said.items():
+        for number, text in captions:
+            units[name][place[number]] += counts(number, text, truth, vocabulary)
+    return comparison.compare(units, lambda sums: ratios(sums, refine))
+
+
+def changed(first, other, names, truth, vocabulary, image_of):
+    """Rows of `comparison.sheet`: captions of an image with other hallucinated objects."""
+    wrong = lambda number, text: [
+        name for name in mentions(text, vocabulary) if name not in truth[number]
+    ]
+    found = []
+    for (number, text), (_, theirs) in zip(sorted(first), sorted(other)):
+        objects = [wrong(number, text), wrong(number, theirs)]
+        if set(objects[0]) != set(objects[1]):
+            told = [f"{n} ({', '.join(dict.fromkeys(o)) or '-'})" for n, o in zip(names, objects)]
+            answers = list(zip(told, (text, theirs), (not objects[0], not objects[1])))
+            found.append((image_of(number), f"image id {number}; not there: (...)", answers))
+    return found
+
+
+def finish(said, truth, pictures, vocabulary, prompts, args):
+    """Print and write what is known of {contestant: [(image id, text)]}."""
+    figures = {
+        name: score(captions, truth, vocabulary, prompts is not None)
+        for name, captions in said.items()
+    }
+    results = compared(said, truth, vocabulary, prompts is not None)
+    if prompts:
+        print("Object HalBench's prompts, CHAIR's rule: not comparable with figures of its judge")
+    for name, value in next(iter(figures.values())).items() if len(said) == 1 else ():
+        number = f"{value:10d}" if name == "n" else f"{value:10.4f}"
+        print(f"{name:8}{number}")
+    print("95 % intervals (bootstrap over images; differences are paired)")
+    print("\n".join(comparison.table(results)))
+
+    if args.out:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "metrics.json", figures if len(said) > 1 else next(iter(figures.values())))
+        write_json(out / "details.json", {name: {"intervals": r} for name, r in results.items()})
+        folder = ImageFolder(args.images or image_folders(args.instances[0]))
+        image_of = lambda number: folder.look_up(pictures[number].file)[0]
+        first, *others = said
+        for other in others:
+            names = first, other
+            found = changed(said[first], said[other], names, truth, vocabulary, image_of)
+            path = out / f"changed-{other.replace('/', '-')}.png"
+            comparison.sheet(path, f"{first} against {other}, other hallucinations", found)
+            print(f"{path}: {len(found)} captions with other hallucinated objects")
 
 
 def parse():
@@ -378,12 +546,21 @@ def parse():
         "--synonyms",
         required=True,
         metavar="FILE",
-        help="for COCO: data/synonyms.txt of LisaAnne/Hallucination",
+        help="for COCO: data/synonyms.txt of LisaAnne/Hallucination; Object HalBench has one of "
+        "its own, eval/data/synonyms_refine.txt of RLHF-V/RLHF-V",
+    )
+    flag(
+        "--questions",
+        metavar="FILE",
+        help="Object HalBench's images and prompts, obj_halbench_300_with_image.jsonl of RLHF-V",
     )
     flag(
         "--answers",
+        nargs="+",
+        action="extend",
         metavar="FILE",
-        help="score this file: lines or array of {image_id: id or file name, caption}",
+        help="score these files, one a contestant: lines or array of {image_id: id or file name, "
+        "caption}",
     )
     flag(
         "--prompt",
@@ -408,38 +585,56 @@ def parse():
     evaluation.check_flags(args)
     if args.limit and args.answers:
         raise BadInput("--limit does not go with --answers: a captions file is scored whole.")
+    if args.questions and "prompt" in args.given:
+        raise BadInput("--prompt does not go with --questions, which has prompts of its own.")
     return args
 
 
-def main():
-    """Let a model describe the images, or score a captions file; print the figures."""
-    args = parse()
+def read_said(args):
+    """--answers -> {contestant: [(image id, text)]}, truth, pictures, vocabulary, prompts."""
+    vocabulary = read_synonyms(args.synonyms)
+    pictures = read_pictures(args.instances, args.captions, vocabulary)
+    prompts = read_prompts(args.questions, pictures) if args.questions else None
+    said = {}
+    for name, path in zip(evaluation.names_of(args.answers), args.answers):
+        said[str(Path(name).with_suffix(""))] = read_answers(path, pictures, prompts)
+    numbers = {number for captions in said.values() for number, _ in captions}
+    return said, truth_of(numbers, pictures, vocabulary), pictures, vocabulary, prompts
+
+
+def ask(args):
+    """Let each contestant describe the images -> as `read_said`."""
     files = args.instances, args.captions, args.synonyms
-    if args.answers:
-        figures = score_file(*files, args.answers, args.out)
-    else:
-        read_in = read(*files, args.images, args.prompt, args.limit)
-        vocabulary, pictures, truth, records = read_in
-        about = {
-            "files": evaluation.hashes([*args.instances, *args.captions, args.synonyms]),
-            "prompt": args.prompt,
-            "limit": args.limit,
-            "max_new_tokens": args.max_new_tokens,
-        }
-        for contestant in evaluation.contestants(args, about):
-            texts = evaluation.answer(
-                contestant,
-                list(records.values()),
-                args.max_new_tokens,
-                contestant.path("replies.jsonl"),
-                "CHAIR",
-            )
-            contestant.release()
-            described = list(zip(records, texts))
-            figures = report(described, truth, pictures, vocabulary, contestant.folder)
-    for name, value in figures.items():
-        number = f"{value:10d}" if name == "n" else f"{value:10.4f}"
-        print(f"{name:8}{number}")
+    vocabulary, pictures, truth, prompts, records = read(
+        *files, args.images, args.prompt, args.limit, args.questions
+    )
+    more = [args.questions] if args.questions else []
+    about = {
+        "files": evaluation.hashes([*args.instances, *args.captions, args.synonyms, *more]),
+        "prompt": args.prompt,
+        "limit": args.limit,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    said, numbers = {}, [number for number, _ in prompts]
+    prompts = prompts if args.questions else None
+    for contestant in evaluation.contestants(args, about):
+        path = contestant.path("replies.jsonl")
+        texts = evaluation.answer(contestant, records, args.max_new_tokens, path, "CHAIR")
+        contestant.release()
+        said[contestant.name] = list(zip(numbers, texts))
+        report(said[contestant.name], truth, pictures, vocabulary, contestant.folder, prompts)
+    args.out = args.out if processes.number == 0 else None
+    return said, truth, pictures, vocabulary, prompts
+
+
+def main():
+    """Let contestants describe the images, or read captions files; score."""
+    args = parse()
+    said, truth, pictures, vocabulary, prompts = read_said(args) if args.answers else ask(args)
+    if args.answers and args.out and len(said) == 1:
+        (captions,) = said.values()
+        report(captions, truth, pictures, vocabulary, args.out, prompts)
+    finish(said, truth, pictures, vocabulary, prompts, args)
 
 
 if __name__ == "__main__":
