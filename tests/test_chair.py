@@ -118,6 +118,7 @@ def test_prompts_and_images_of_object_halbench(coco, checkpoint, monkeypatch, ca
     write_lines(coco / "turned.jsonl", [rows[i] for i in (2, 0, 1)])
     main(monkeypatch, *"--questions obj.jsonl --answers turned.jsonl --out again".split())
     assert json.loads(open("again/metrics.json").read()) == metrics
+    assert [json.loads(line) for line in open("again/captions.jsonl")] == rows
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,7 @@ def test_two_contestants(coco, monkeypatch, capsys):
     details = json.loads(open("out/details.json").read())
     paired = details["after"]["intervals"]["chair_s"]
     assert paired["difference"] == -0.25 and paired["difference_high"] == 0
+    assert paired["difference_low"] < -0.25 and paired["low"] < paired["value"] < paired["high"]
     assert "out/changed-after.png: 1 captions with other hallucinated objects" in printed
     write_lines(coco / "after.jsonl", [{"image_id": 1, "caption": "A dog."}])
     with pytest.raises(BadInput, match="image id 2 has a caption of before alone"):
