@@ -6,6 +6,7 @@ No torch here: reading a JSON file or printing `--help` must not load it.
 import argparse
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -60,6 +62,8 @@ def run(main, trains=False):
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             text, status = f"{script}: {error.filename}: {error.strerror}.", 2
+        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            text, status = f"{script}: {error.strerror}, while a file was written.", 2
         elif lacks_memory(error):
             text, status = f"{script}: {OUT_OF_MEMORY[trains]} ({one_line(error)}).", 1
         elif not process_ids:
@@ -119,7 +123,7 @@ def end(text, status, stderr, patience=600):
     """
     first = first_to_fail()
     if first:
-        print(text, file=stderr, flush=True)
+        print(printable(text, LONGEST), file=stderr, flush=True)
     if not process_ids:
         sys.exit(status)
     if not first:
@@ -135,7 +139,27 @@ def lacks_memory(error):
 
 def one_line(error):
     """The kind and the beginning of another library's error."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return f"{type(error).__name__}: {' '.join(str(error)[:2000].split())[:160]}"
+
+
+LONGEST = 20_000  # characters of a message: a traceback fits
+
+
+def printable(text, limit):
+    """Text of others for the terminal: control characters spelled out, except the ends of lines.
+
+    A file name, a cell or a server's reply may hold codes that move the cursor, rename the window
+    or hide what was printed; Unicode's marks of direction do the same to a line. Longer texts are
+    cut, and that is said.
+    """
+    cut = text[:limit] + f" ... ({len(text)} characters)" if len(text) > limit else text
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), cut)
+
+
+# C0 without tab and line feed, DEL, C1, halves of surrogate pairs, marks of direction
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 
 
 # ---- the command line
@@ -169,22 +193,28 @@ def flag_name(dest):
     return f"--{dest.replace('_', '-')}"
 
 
-def ranged(kind, accepted, good):
+MOST = 10**9  # of anything that is counted: more fits no memory, and no tensor's size
+
+
+def ranged(kind, accepted, good, most=MOST):
     """A `type=` for argparse: a finite number of this kind for which `good` is true.
 
-    accepted: how the message describes the range.
+    accepted: how the message describes the range. most: bounds the size of a whole number.
     """
 
     def convert(text):
         """The number that a text spells."""
         try:
             value = kind(text)
+            usable = kind is int or math.isfinite(value)
         except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not good(value):
+            usable = False
+        if usable and kind is int and abs(value) > most:
+            raise argparse.ArgumentTypeError(f"{text!r:.80} was given; at most {most} is accepted")
+        if not usable or not good(value):
             kinds = {int: "a whole number", float: "a number"}
             raise argparse.ArgumentTypeError(
-                f"{text!r} was given; {kinds[kind]}, {accepted}, is needed"
+                f"{text!r:.80} was given; {kinds[kind]}, {accepted}, is needed"
             )
         return value
 
@@ -193,6 +223,7 @@ def ranged(kind, accepted, good):
 
 positive_int = ranged(int, "1 or more", lambda n: n >= 1)
 natural = ranged(int, "0 or more", lambda n: n >= 0)
+seed = ranged(int, "positive or negative", lambda n: True, most=2**63 - 1)  # torch takes no more
 positive = ranged(float, "more than 0", lambda x: x > 0)
 not_negative = ranged(float, "0 or more", lambda x: x >= 0)
 finite = ranged(float, "finite", lambda x: True)
@@ -202,7 +233,7 @@ fraction = ranged(float, "0 to 1", lambda x: 0 <= x <= 1)
 # ---- files and folders: whole or absent
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -225,11 +256,15 @@ def write_text(path, text):
     """Write a file whole or not at all: aside, flushed to disk, renamed."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
-    with naming(path), open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with naming(path), open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # half a file, on a disk that may be full
+        raise
 
 
 def write_json(path, value):
@@ -299,12 +334,15 @@ def file_identity(path):
 def whole_folder(path, flush=True):
     """A folder that appears only when it is complete: filled aside, flushed to disk, renamed.
 
-    Of several processes the first to finish wins.
+    Of several processes the first to finish wins. What a killed one left beside it is removed.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    refuse_no_folder(path.parent)
+    remove_leftovers(path.parent)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)  # a killed process of the same number left it
     aside.mkdir(parents=True)
+    held = hold(aside)
     try:
         with naming(path):
             yield aside
@@ -313,16 +351,96 @@ def whole_folder(path, flush=True):
                 os.fsync(descriptor)
                 os.close(descriptor)
         if not path.exists():
-            os.replace(aside, path)
+            try:
+                os.replace(aside, path)
+            except OSError:
+                if not path.is_dir():  # else another process was faster by a moment
+                    raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if held is not None:
+            os.close(held)
 
 
-def refuse_below_file(out):
-    """Refuse a folder of --out that cannot be made, before hours of work end in it."""
-    for parent in Path(out or ".").parents:
-        if parent.exists() and not parent.is_dir():
-            raise BadInput(f"--out {out}: {parent} is a file; a folder is accepted.")
+def hold(folder):
+    """Lock a folder as long as this process lives -> its descriptor; None if another holds it.
+
+    The system lets go of the lock when the process ends, however it ends. Where a file system has
+    no locks, nothing is held.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass
+    return descriptor
+
+
+claimed = {}  # of run folders that are locked until this process ends: {(device, inode): descriptor}
+
+
+def claim(folder):
+    """Lock a run folder for this process; refuse one in which another works.
+
+    Two runs in one folder would write over each other.
+    """
+    status = os.stat(folder)
+    key = status.st_dev, status.st_ino
+    if key not in claimed:
+        descriptor = hold(folder)
+        if descriptor is None:
+            raise BadInput(
+                f"--out {folder}: another process works in this folder; give another one."
+            )
+        claimed[key] = descriptor
+
+
+def remove_leftovers(folder):
+    """Remove what killed processes left half-filled in a folder: `.NAME.PID.part`.
+
+    The process of `whole_folder` is gone, and no other, of another machine perhaps, holds it.
+    """
+    for aside in Path(folder).glob(".*.part"):
+        pid = re.fullmatch(r"\..+\.([0-9]{1,9})\.part", aside.name)
+        if not pid or not aside.is_dir() or is_alive(int(pid[1])):
+            continue
+        with contextlib.suppress(OSError):  # another process removes it, too
+            held = hold(aside)
+            if held is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.close(held)
+
+
+def refuse_no_folder(path):
+    """Refuse a path that is there and is no folder: a file, or a link that leads nowhere."""
+    path = Path(path)
+    if os.path.lexists(path) and not path.is_dir():
+        what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "a file"
+        raise BadInput(f"{path}: {what}; a folder is needed there.")
+
+
+def refuse_unwritable(out):
+    """Refuse a folder of --out that cannot be made or written, before hours of work end in it.
+
+    A folder is made there and removed: rights, a read-only or a full disk, and /proc show in
+    nothing less.
+    """
+    refuse_no_folder(".cache")
+    out = Path(out or "runs/new")
+    for parent in (out, *out.parents):
+        if os.path.lexists(parent):
+            if not parent.is_dir():
+                raise BadInput(f"--out {out}: {parent} is a file; a folder is accepted.")
+            break
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=parent))
+    except OSError as error:
+        raise BadInput(
+            f"--out {out}: nothing can be written in {parent} ({error.strerror})."
+        ) from None
 
 
 def new_folder(path):

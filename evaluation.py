@@ -51,12 +51,13 @@ import training
 from common import (
     BadInput,
     Progress,
+    claim,
     file_hash,
     flag_name,
     one_line,
     positive_int,
     read_json,
-    refuse_below_file,
+    refuse_unwritable,
     write_json,
     write_text,
 )
@@ -125,7 +126,7 @@ def add_flags(parser):
 
 def check_flags(args):
     """Either --answers, or all that a model or a server needs; --out must be ours or empty."""
-    refuse_below_file(args.out)
+    refuse_unwritable(args.out)
     asks = args.model or args.endpoint
     if args.answers and (asks or args.adapter or args.attributes):
         raise BadInput(
@@ -331,8 +332,10 @@ def begin(out, settings):
         if difference:
             raise BadInput(f"--out {out}: {difference}; give another folder.")
         print(f"{out}: goes on", file=sys.stderr)
+        claim(out)
         return
     out.mkdir(parents=True, exist_ok=True)
+    claim(out)
     write_json(file, settings)
 
 

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import training
-from common import BadInput, Parser, not_negative, positive_int, run
+from common import BadInput, Parser, not_negative, positive_int, run, seed
 from data import Record
 from formats import adapters, checkpoints, ratings
 from formats.layouts import take_placeholder
@@ -54,7 +54,7 @@ def parse():
         metavar="N",
         help="most tokens of an answer (default %(default)s)",
     )
-    flag("--seed", type=int, default=0, help="seeds the sampling and names the toy base model")
+    flag("--seed", type=seed, default=0, help="seeds the sampling and names the toy base model")
     args = parser.parse_args()
     if args.temperature is None:
         args.temperature = 0.0 if args.k == 1 else 1.0

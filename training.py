@@ -4,6 +4,7 @@ A script calls these in the order in which they stand here. There is no trainer 
 loss and the metrics are in the script.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -26,15 +28,20 @@ from common import (
     BadInput,
     NonFinite,
     Progress,
+    claim,
     file_hash,
     first_to_fail,
     flag_name,
+    naming,
     natural,
     not_negative,
     one_line,
     positive_int,
     read_json,
-    refuse_below_file,
+    refuse_no_folder,
+    refuse_unwritable,
+    remove_leftovers,
+    seed,
     whole_folder,
     write_json,
     write_text,
@@ -129,7 +136,7 @@ def add_data_flags(parser):
         help="go on from the last checkpoint of --out; other flags must be the same, but for the "
         "micro-batches of a batch, --gradient-checkpointing, --check-images and --workers",
     )
-    flag("--seed", type=int, default=0, help="of world, base model and run")
+    flag("--seed", type=seed, default=0, help="of world, base model and run")
     return group
 
 
@@ -242,7 +249,7 @@ def parse_run(parser):
         raise BadInput(
             f"--out {args.out} exists; give another folder, or --resume to go on with it."
         )
-    refuse_below_file(args.out)
+    refuse_unwritable(args.out)
     if args.model and not args.data:
         raise BadInput(
             "--model needs --data: a data file in one of the layouts of formats/layouts.py."
@@ -359,8 +366,6 @@ def start(args, script, skipped=(), more_data=()):
     args.json holds every resolved flag, versions, a hash of each data file, and what was skipped.
     skipped: the rows that --skip-bad-rows left out. more_data: data files besides those of --data.
     """
-    out = Path(args.out) if args.out else next_free(Path("runs"), script)
-    out = processes.from_first(out)
     flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "given")}
     packages = ("torch", "transformers", "pillow", "numpy", "safetensors")
     record = {
@@ -376,9 +381,10 @@ def start(args, script, skipped=(), more_data=()):
             raise BadInput(f"--data {path}: no such file.")
         record["data"][path] = file_hash(path)
     if args.resume:
+        out = Path(args.out)
         check_same_run(read_json(out / "args.json"), record)
-    elif processes.number == 0:
-        out.mkdir(parents=True)
+    out = processes.from_first(run_folder(args, script) if processes.number == 0 else None)
+    if not args.resume and processes.number == 0:
         if args.skip_bad_rows:  # a resumed run keeps it: rows may have been added in the run
             write_json(out / "skipped.json", list(skipped))
         write_json(out / "args.json", record)
@@ -388,9 +394,31 @@ def start(args, script, skipped=(), more_data=()):
     return out
 
 
-def next_free(folder, script):
-    """runs/<script>-<n> with the first n that is not taken."""
-    return next(p for n in range(10**6) if not (p := folder / f"{script}-{n}").exists())
+def run_folder(args, script):
+    """Make --out, or runs/<script>-<n> with the first n that is not taken -> its Path, locked.
+
+    With --resume it is there, and what a killed process left half-written in it is removed.
+    """
+    if args.resume:
+        out = Path(args.out)
+    elif args.out:
+        out = Path(args.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.mkdir()
+    else:
+        Path("runs").mkdir(exist_ok=True)
+        for n in range(10**6):
+            out = Path("runs", f"{script}-{n}")
+            with contextlib.suppress(FileExistsError):
+                out.mkdir()
+                break
+    claim(out)
+    if args.resume:
+        remove_leftovers(out)
+        refuse_no_folder(out / "checkpoints")
+        for half in (out / "checkpoints").glob("step-*.tmp"):
+            shutil.rmtree(half, ignore_errors=True)
+    return out
 
 
 def check_same_run(old, new):
@@ -704,10 +732,14 @@ def save_checkpoint(out, step, model, optimizer, alone=False, state=None, keep=2
     aside = final.with_suffix(".alone.tmp" if alone else ".tmp")  # the others may just write, too
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write_tensors(tensors, aside / "state.safetensors")
-    with open(aside / "state.safetensors", "rb") as file:
-        os.fsync(file.fileno())
-    write_json(aside / "state.json", {"step": step, "state": state or {}})
+    try:
+        write_tensors(tensors, aside / "state.safetensors")
+        with open(aside / "state.safetensors", "rb") as file:
+            os.fsync(file.fileno())
+        write_json(aside / "state.json", {"step": step, "state": state or {}})
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # its room, on a disk that may be full
+        raise
     if final.exists():  # a run resumed from an older step passes this one again
         shutil.rmtree(final)
     os.replace(aside, final)
@@ -753,13 +785,14 @@ def last_checkpoint(folder):
 
     # 1. candidates, newest first
     number = lambda path: int(path.name.removeprefix("step-"))
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", p.name)]
     found.sort(key=number, reverse=True)
     pointer = folder / "latest"
     if not found and not pointer.exists():
         return None, None, None
-    named = folder / (pointer.read_text(errors="replace").strip() if pointer.is_file() else "")
-    if named.name.removeprefix("step-").isdigit():
+    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    if re.fullmatch(r"step-[0-9]{1,18}", name):  # nothing that leads out of the folder
+        named = folder / name
         found = [p for p in found if number(p) <= number(named)]
         found = found if named in found else [named, *found]
 
@@ -769,7 +802,7 @@ def last_checkpoint(folder):
         try:
             tensors = load_file(path / "state.safetensors")
             saved = json.loads((path / "state.json").read_text())
-            saved["step"], saved["state"], tensors["rng.cpu"]
+            saved["step"], saved["state"].items(), tensors["rng.cpu"]
         except Exception as error:  # missing, cut short, no JSON; safetensors has its own class
             damaged.append(f"{path} is damaged ({one_line(error)})")
             continue
@@ -796,11 +829,21 @@ def check_checkpoint(folder, tensors, saved, params):
         if not name.startswith("rng."):
             check_values(tensor, name, file)
     for name, p in params.items():
-        for kind in (f"model.{name}", f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq"):
-            shape = tuple(tensors[kind].shape) if kind in tensors else tuple(p.shape)
-            if shape != tuple(p.shape):
-                raise BadInput(f"{file}: {kind} has the shape {shape}, not {tuple(p.shape)}.")
-    if saved["step"] != int(folder.name.removeprefix("step-")):
+        shapes = {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+        shapes = {f"optimizer.{name}.{kind}": shape for kind, shape in shapes.items()}
+        missing = sorted(shapes.keys() - tensors.keys())
+        if 0 < len(missing) < len(shapes):  # none at all: it never had a gradient
+            raise BadInput(f"{file}: {missing[0]} is missing, which belongs to the other two.")
+        for kind, shape in {f"model.{name}": tuple(p.shape), **shapes}.items():
+            if kind in tensors and tuple(tensors[kind].shape) != shape:
+                found = tuple(tensors[kind].shape)
+                raise BadInput(f"{file}: {kind} has the shape {found}, not {shape}.")
+    for name, here in (("rng.cpu", torch.get_rng_state()), ("rng.cuda", None)):
+        state = tensors.get(name)
+        same = here is None or state is None or state.shape == here.shape
+        if state is not None and not (same and state.dtype == torch.uint8):
+            raise BadInput(f"{file}: {name} is no state of a random generator of this version.")
+    if type(saved["step"]) is not int or saved["step"] != int(folder.name.removeprefix("step-")):
         raise BadInput(f"{folder}/state.json: step is {saved['step']!r}; its folder says another.")
 
 
@@ -847,19 +890,36 @@ def fingerprint(model, processor, examples):
 
 def cached(name, compute):
     """The tensor that `compute` gives, kept in `.cache/<name>/`: computed at the first use only."""
-    from safetensors.torch import load_file
-
     from formats.weights import write_tensors
 
     folder = Path(".cache") / name
-    if processes.from_first(folder.is_dir()):
+    tensor = processes.from_first(read_cached(folder) if processes.number == 0 else None)
+    if tensor is not None:
         print(f"from the cache: {folder}", file=sys.stderr)
-        return load_file(folder / "tensor.safetensors")["tensor"]
+        return tensor
     tensor = compute()
     if processes.number == 0:
         with whole_folder(folder) as aside:
             write_tensors({"tensor": tensor}, aside / "tensor.safetensors")
     return tensor
+
+
+def read_cached(folder):
+    """The tensor in a folder of `cached`; None if there is none, or one that cannot be right."""
+    from safetensors.torch import load_file
+
+    if not folder.is_dir():
+        return None
+    try:
+        tensor = load_file(folder / "tensor.safetensors")["tensor"]
+        if tensor.isfinite().all():
+            return tensor
+        why = "it holds NaN or infinity"
+    except Exception as error:  # missing, cut short; safetensors has its own class
+        why = one_line(error)
+    print(f"{folder} is damaged and computed anew ({why})", file=sys.stderr)
+    shutil.rmtree(folder)
+    return None
 
 
 # ---- log
@@ -877,26 +937,26 @@ class Log:
         if processes.number:
             return
         path = out / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = []
         for i, line in enumerate(lines, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 continue  # a killed run may leave half a line
             try:
                 before = json.loads(line)["step"] < first
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise BadInput(f"{path}, line {i}: not a step of a run.") from None
-            kept += [line] * before
+            kept += [line.decode()] * before
         write_text(path, "".join(kept))
-        self.file, self.first = open(path, "a", encoding="utf-8"), first
+        self.path, self.first = path, first
         self.progress = Progress("step", steps, first)
 
     def __call__(self, step, show, metrics):
         """Write one step's metrics; `show` names those on the progress line."""
         if processes.number:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
         values = "".join(f"{name} {metrics[name]:.4f}  " for name in show)
         if step == self.first:
             print(f"step {step}: {values}", file=sys.stderr)

@@ -79,7 +79,14 @@ def _unpacked(file, column):
                 starts.append(out.tell())
             write_json(aside / "starts.json", starts)
 
-    starts = json.loads((folder / "starts.json").read_text())
+    try:
+        starts = json.loads((folder / "starts.json").read_text())
+        ordered = all(a <= b for a, b in zip([0, *starts], starts))
+        whole = ordered and starts[-1] == (folder / "pictures").stat().st_size
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        whole = False
+    if not whole:
+        raise BadInput(f"{folder}: damaged; once it is removed, it is made anew.")
     return (folder / "pictures").resolve(), starts
 
 

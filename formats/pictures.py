@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import processes
-from common import BadInput, Progress
+from common import BadInput, Progress, naming
 from formats.files import PackedImage, image_identity, open_header, open_image
 
 HOW = ("full", "header")
@@ -38,7 +38,7 @@ def unreadable(images, how):
 def decoded(images):
     """`unreadable` by decoding. Only good images are remembered: another may be repaired."""
     memory = Path(".cache") / SEEN
-    seen = set(memory.read_text().split()) if memory.is_file() else set()
+    seen = set(memory.read_text(errors="replace").split()) if memory.is_file() else set()
     names = {image: identity(image) for image in images}
     new = [image for image in images if names[image] not in seen]
     if not new:
@@ -49,7 +49,7 @@ def decoded(images):
     for start in range(0, len(new), AT_A_TIME):
         part = looked_at(new[start : start + AT_A_TIME], open_image)
         bad |= {image: why for image, why in part if why}
-        with open(memory, "a") as file:
+        with naming(memory), open(memory, "a") as file:
             file.write("".join(f"{names[image]}\n" for image, why in part if not why))
         progress(start + len(part), f"{len(bad)} cannot be  ")
     return bad

@@ -107,10 +107,8 @@ def build():
     return make
 
 
-@pytest.fixture(scope="session")
-def parts(tmp_path_factory):
-    """A folder with `vision` (CLIP) and `llm` (Llama, byte-level BPE tokenizer with BOS and EOS), as downloaded."""
-    folder = tmp_path_factory.mktemp("parts")
+def write_parts(folder):
+    """Write `vision` (CLIP) and `llm` (Llama, byte-level BPE tokenizer with BOS and EOS), as downloaded."""
     torch.manual_seed(0)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = (
@@ -136,6 +134,12 @@ def parts(tmp_path_factory):
     vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP))
     scatter(vision).save_pretrained(folder / "vision")
     return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """The folder that `write_parts` makes. Not to be changed."""
+    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_house import SCRIPTS
 
 import common
 from common import BadInput, Parser
@@ -213,8 +214,6 @@ def test_a_collective_that_lost_a_process_says_which():
 
 # ---- what to do about it
 
-TRAINERS = "sft dpo online_dpo bdhs povid reward_model ppo rejection_sampling steerlm".split()
-
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()])
 def test_advice_is_what_the_script_can_follow(capsys, error):
@@ -240,7 +239,7 @@ def test_advice_is_what_the_script_can_follow(capsys, error):
 def test_trainers_alone_say_that_they_train():
     scripts = [path for path in ROOT.glob("*.py") if "\n    run(main" in path.read_text()]
     trains = {path.stem for path in scripts if "run(main, trains=True)" in path.read_text()}
-    assert trains == set(TRAINERS) and len(scripts) > len(trains)
+    assert trains == set(SCRIPTS) and len(scripts) > len(trains)
 
 
 # ---- what a file is not
