@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import eval_chair
+import evaluation
 from common import BadInput
 
 SYNONYMS = "person, man, woman\ndog, puppy\nbus\ncat\ndining table, table\n"
@@ -181,6 +182,63 @@ def test_two_contestants(coco, monkeypatch, capsys):
     write_lines(coco / "after.jsonl", [{"image_id": 1, "caption": "A dog."}])
     with pytest.raises(BadInput, match="image id 2 has a caption of before alone"):
         main(monkeypatch, *"--answers before.jsonl after.jsonl".split())
+
+
+TRAPS = (
+    "bus, minibus\nairplane, plane, airbus\ntie, bow, bow tie\nboat, canoe\nmotorcycle,  motor bike\n"
+    "cake,  cheesecake\ncell phone, phone, iPhone\noven, stovetop, stove, stove top oven\ndog, doggie\n"
+    "wine glass\nskis, ski\nperson, thief\nsports ball, ball\n"
+)
+
+
+@pytest.mark.parametrize(
+    "text, ours, theirs",  # theirs: worked out with pattern.en and NLTK's tokens
+    [
+        ("a bus, two buses", ["bus", "bus"], ["bus"]),
+        ("minibuses, a minibus", ["bus", "bus"], ["bus"]),
+        ("an airbus, airbuses", ["airplane"] * 2, ["airplane"]),
+        ("a tie and ties", ["tie", "tie"], ["tie"]),
+        ("bow ties, a bow tie", ["tie", "tie"], ["tie", "tie"]),
+        ("a canoe, canoes", ["boat", "boat"], ["boat"]),
+        ("a motor bike, motorcycles", ["motorcycle"] * 2, ["motorcycle"]),
+        ("cheesecake, cakes", ["cake", "cake"], ["cake"]),
+        ("an iPhone, phones", ["cell phone"] * 2, ["cell phone"]),
+        ("a stove top oven", ["oven"], ["oven", "oven"]),
+        ("a dog.There is a dog.", ["dog", "dog"], ["dog"]),
+        ("doggies and a doggie", ["dog", "dog"], ["dog"]),
+        ("wine glasses, skis, sports balls", ["wine glass", "skis", "sports ball"], None),
+        ("thieves and a thief", ["person", "person"], ["person"]),
+        ("a dog. The dog's tail, 3.5 dogs", ["dog"] * 3, None),
+    ],
+)
+def test_traps_of_the_original(tmp_path, text, ours, theirs):
+    """By default they are mended; --original has them."""
+    (tmp_path / "s.txt").write_text(TRAPS)
+    mended = eval_chair.read_synonyms(tmp_path / "s.txt")
+    original = eval_chair.read_synonyms(tmp_path / "s.txt", original=True)
+    assert eval_chair.mentions(text, mended) == ours
+    assert eval_chair.mentions(text, original) == (ours if theirs is None else theirs)
+
+
+def test_original_on_the_command_line(coco, monkeypatch):
+    """The truth is read by the same rule: a category counts, a bus in a reference caption does not."""
+    captions = {"annotations": [{"image_id": i, "caption": "A bus."} for i in IMAGES]}
+    (coco / "captions.json").write_text(json.dumps(captions))
+    write_lines(coco / "a.jsonl", [{"image_id": i, "caption": "Two buses."} for i in (1, 2)])
+    for out, flags, chair_i in (("ours", "", 0), ("theirs", "--original", 0.5)):
+        main(monkeypatch, *f"--answers a.jsonl {flags} --out {out}".split())
+        assert json.loads(open(f"{out}/metrics.json").read())["chair_i"] == chair_i
+
+
+def test_a_model_counted_as_the_original(coco, checkpoint, monkeypatch):
+    ask = lambda contestant, records, *_: [[(i, {"answer": "A bus."}) for i in range(len(records))]]
+    monkeypatch.setattr(evaluation, "ask_model", ask)
+    flags = f"--questions obj.jsonl --model {checkpoint} --device cpu --out"
+    for more, chair_s in (("ours", 1), ("theirs --original", 0)):
+        main(monkeypatch, *f"{flags} {more}".split())
+        assert json.loads(open(f"{more[:6].strip()}/metrics.json").read())["chair_s"] == chair_s
+    with pytest.raises(BadInput, match="about, original: True, and here it is False"):
+        main(monkeypatch, *f"{flags} theirs".split())
 
 
 @pytest.mark.parametrize(
