@@ -92,6 +92,7 @@ class Plan:
     k: int = 0  # answers that it draws to a prompt, 0 if it draws none ...
     new: int = 0  # ... and the tokens of each
     trains: bool = True
+    views: int = 1  # rows of a batch that an example makes: 2 with a corrupted picture beside it
     trained: int = 1  # adapters of --lora-rank that train ...
     frozen: int = 0  # ... and that only act
     reference: bool = False  # a copy of an LLM that trains whole is kept
@@ -146,7 +147,7 @@ def training(model, args, load, plan=Plan()):
 
     args: the flags of `training.add_training_flags`.
     """
-    s = model.dtype.itemsize
+    s, load = model.dtype.itemsize, replace(load, rows=load.rows * plan.views)
     rank = args.lora_rank if args.lr else 0
     whole = bool(args.lr) and not rank
     nf4 = getattr(args, "quantize", None) == "nf4"
@@ -328,7 +329,7 @@ def says(model, args, load, device, room, plan=Plan()):
     room: bytes that the device has, None if no one asks.
     """
     need = peak(model, args, load, plan)
-    total, rows = sum(need.values()), f"{load.rows} x {load.length} tokens"
+    total, rows = sum(need.values()), f"{load.rows * plan.views} x {load.length} tokens"
     parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in need.items())
     line = f"memory: {total / GIB:.1f} GiB at the peak ({parts}; {rows})"
     if room is not None:

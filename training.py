@@ -536,16 +536,18 @@ def chunks(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def batches(step, args, out, processor, examples, save, size=None):
+def batches(step, args, out, processor, examples, save, size=None, beside=()):
     """The examples of an optimizer step -> the indices of all, and this process's micro-batches.
 
     A micro-batch (number, indices) is given as soon as its images are decoded, on --workers
     threads, which also begin with the next step's. size: as for `batch_of`. out, save: for rows
-    whose image cannot be decoded (`readable`); save(step) writes the run's checkpoint.
+    whose image cannot be decoded (`readable`); save(step) writes the run's checkpoint. beside: for
+    each example another one that is used with it, whose image is decoded ahead, too.
     """
     indices, mine = batch_of(step, args, len(examples), size)
     later = processes.share(whole_batch(step + 1, args, len(examples), size)[1])
-    ahead = [examples[i] for _, micro in [*mine, *later] for i in micro]
+    lists = (examples, beside) if beside else (examples,)
+    ahead = [e[i] for _, micro in [*mine, *later] for i in micro for e in lists]
     processor.prefetch.expect([e.record.image for e in ahead])
     return indices, readable(mine, step, args, out, processor, examples, save)
 

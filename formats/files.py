@@ -57,6 +57,17 @@ class PackedImage:
         return f"{self.file}, row {self.row}"
 
 
+@dataclass(frozen=True)
+class ChangedImage:
+    """An image that is shown as `change` makes it: RGB image -> RGB image of the same size.
+
+    The repr of `change` says what it does, for caches.
+    """
+
+    image: object
+    change: object
+
+
 @functools.lru_cache(maxsize=None)
 def _unpacked(file, column):
     """Unpack a column of images at the first use -> (path of the unpacked file, where each starts).
@@ -457,11 +468,13 @@ def gray_bits(file):
 
 
 def open_image(image):
-    """A Path or PackedImage -> RGB image.
+    """A Path, PackedImage or ChangedImage -> RGB image.
 
     It is turned as EXIF says. What is transparent becomes white, gray of 12 or 16 bits is scaled to
     8, other colour spaces are converted.
     """
+    if isinstance(image, ChangedImage):
+        return image.change(open_image(image.image))
     file = open_header(image)
     try:
         bits = gray_bits(file)
@@ -487,6 +500,8 @@ def image_size(image):
 
     A PNG is decoded, because its EXIF data may come last.
     """
+    if isinstance(image, ChangedImage):
+        image = image.image
     with open_header(image) as file:
         width, height = file.size
         try:
@@ -504,6 +519,8 @@ def image_identity(image):
 
     None for a text-only row.
     """
+    if isinstance(image, ChangedImage):
+        return f"{image_identity(image.image)} {image.change!r}"
     if isinstance(image, PackedImage):
         return f"{file_identity(image.file)} {image.row}"
     return image and file_identity(image)

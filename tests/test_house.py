@@ -19,12 +19,12 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "sharding data formats.adapters",
     "sampling facts formats.layouts formats.llava_original formats.chat",
     "formats.dataset formats.ratings formats.instruct formats.checkpoints",
-    "formats.inspector training lab.oracle",
+    "formats.inspector training corruption lab.oracle",
     "judge comparison lab.parts",
     "evaluation",
     "eval_pope eval_chair lab.toy",
     "lab.report",
-    "sft dpo mpo online_dpo bdhs povid reward_model ppo annotate rejection_sampling steerlm sample",
+    "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo annotate rejection_sampling steerlm sample",
     "lab.rows lab.similarity",
     "lab.claims lab.chart lab.fits",
     "lab.pages",
@@ -34,7 +34,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor.split()}
 SCRIPTS = (
-    "sft dpo mpo online_dpo bdhs povid reward_model ppo rejection_sampling steerlm".split()
+    "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo rejection_sampling steerlm".split()
 )  # those that train
 
 
@@ -113,7 +113,7 @@ def test_nothing_in_a_micro_batch_is_copied_while_the_host_waits(name):
     assert not waits
 
 
-@pytest.mark.parametrize("name", ["mpo"])
+@pytest.mark.parametrize("name", ["mpo", "mdpo"])
 def test_a_relative_of_dpo_shows_its_idea_and_little_else(name):
     """Lines of code that differ from dpo.py's: a replaced line counts once."""
     code = []

@@ -49,7 +49,9 @@ def main():
     processes.gathered(0)
     time.sleep(60 * (sys.argv[1] == "stopped"))
 """
-TRAINED = "dpo dpo-full mpo sft sft-full povid online_dpo online_dpo-full bdhs ppo ppo-rloo".split()
+TRAINED = (
+    "dpo dpo-full mpo mdpo sft sft-full povid online_dpo online_dpo-full bdhs ppo ppo-rloo".split()
+)
 TRAINED += ["reward_model"]
 QUESTIONS = [
     {"image": f"{i % 5}.png", "text": f"Is there a {name} in the image?", "label": label}
@@ -121,6 +123,7 @@ def same_runs(checkpoint, processes):
         "dpo": [*lora, *rate, "--save-every", 1],
         "dpo-full": [*no_lora, *rate, "--save-every", 1, "--gradient-checkpointing"],
         "mpo": [*lora, *rate],
+        "mdpo": [*lora, *rate],
         "sft": [*lora, *rate],
         "sft-full": [*no_lora, *rate, "--vision-lr", 1e-5],
         "povid": [*lora, *rate],
