@@ -4,16 +4,30 @@
         --prompt "Describe the image in detail."
     python sample.py --model llava-hf/llava-1.5-7b-hf --adapter runs/dpo-0/adapter \\
         --image cat.jpg dog.jpg --k 3
+    python sample.py --model llava-hf/llava-1.5-7b-hf --image cat.jpg --chat
 
 Without --model, the toy base model of --seed answers; images of its world are below
 `.cache/world-*/images`. One answer is greedy. Several are drawn at --temperature. Nothing is
 written.
+
+With an adapter, the words in [brackets] are those that the model without it would not have said: it
+reads the same words up to there, and its most likely next token is another one. A hallucination
+that the adapter removes shows as such a word at the place where the two part.
+
+--chat asks on about one image: a line is a turn, an empty line or the end of input ends it. With an
+adapter both answer every turn; the dialogue goes on with the answer of the adapter.
 """
 
+import re
 import shutil
+import sys
 import textwrap
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+
+import torch
 
 import training
 from common import BadInput, Parser, not_negative, positive_int, run, seed
@@ -40,6 +54,7 @@ def parse():
         help="images; each gets answers of its own",
     )
     flag("--prompt", default="Describe the image.", help="(default %(default)r)")
+    flag("--chat", action="store_true", help="several turns, read from the terminal")
     ratings.add_attributes_flag(group)
     flag("--k", type=positive_int, default=1, help="answers per image (default %(default)s)")
     flag(
@@ -58,6 +73,8 @@ def parse():
     args = parser.parse_args()
     if args.temperature is None:
         args.temperature = 0.0 if args.k == 1 else 1.0
+    if args.chat and (len(args.image) > 1 or args.k > 1):
+        raise BadInput("--chat is about one image, with one answer a turn: no --k.")
     for file in args.image:
         if not Path(file).is_file():
             raise BadInput(f"--image {file}: no such file.")
@@ -78,8 +95,73 @@ def side_by_side(columns, width):
     return lines
 
 
+def marked(model, processor, record, text):
+    """The text, in brackets each word that the model without its adapter would not have said there."""
+    # 1. what it would have said in the place of each token
+    batch = processor.collate([processor.encode(replace(record, answers=(text,)))])
+    tokens, batch = batch.targets[:-1], batch.to(model.device)  # without the end token
+    with torch.no_grad(), model.reference():
+        h = model.hidden_states(batch, batch.index)  # (R, D)
+        logits = (h.to(model.dtype) @ model.head_weight().t()).float()  # (R, V)
+    logits[:, model.image_token_id] = -torch.inf
+    differs = (logits.argmax(-1).cpu()[:-1] != tokens).tolist()
+
+    # 2. the words that these tokens are part of
+    decode = processor.tokenizer.decode
+    ends = [len(decode(tokens[: i + 1], skip_special_tokens=False)) for i in range(len(tokens))]
+    spans = [(a, b) for a, b, other in zip([0, *ends], ends, differs) if other]
+    shown = lambda m: any(a < m.end() and m.start() < b for a, b in spans)
+    whole = decode(tokens, skip_special_tokens=False)
+    return re.sub(r"\S+", lambda m: f"[{m[0]}]" if shown(m) else m[0], whole).strip()
+
+
+def answers_to(records, model, processor, args):
+    """k answers to each record -> columns: with an adapter those without it, then its own, marked."""
+    columns = []
+    for who in (model.reference(), nullcontext()) if args.adapter else (nullcontext(),):
+        with who:
+            columns.append(
+                generate(
+                    model,
+                    processor,
+                    records,
+                    args.max_new_tokens,
+                    args.temperature,
+                    args.k,
+                    batch_size=8,
+                    seed=args.seed,
+                )
+            )
+    return columns
+
+
+def show(record, texts, model, processor, args):
+    """Print the answers to one record: rows of columns."""
+    width = shutil.get_terminal_size((120, 0)).columns
+    if args.adapter:
+        print("\n".join(side_by_side(["BEFORE", "AFTER"], width)))
+    for row in zip(*texts):
+        if args.adapter:
+            row = row[0], marked(model, processor, record, row[1])
+        print("\n".join(side_by_side(row, width)) + "\n")
+
+
+def chat(record, model, processor, args):
+    """Answer line by line, until an empty one."""
+    turns = []
+    while True:
+        print("> ", end="", flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return print()
+        record = replace(record, turns=(*turns, line))
+        columns = answers_to([record], model, processor, args)
+        show(record, [texts[0] for texts in columns], model, processor, args)
+        turns += [line, columns[-1][0][0]]
+
+
 def main():
-    """Load, answer, answer again with the adapter, print."""
+    """Load, answer without and with the adapter, print."""
     args = parse()
     device, dtype = training.device_and_dtype(args)
     name = args.model or str(toy.base(args.seed))
@@ -87,35 +169,18 @@ def main():
     template, aspect, quantize = adapters.as_trained(args.adapter, *given)
     model, processor = checkpoints.load(name, dtype, device, template, aspect, quantize=quantize)
     processor.ask = ratings.request(args.attributes) if args.attributes else ""
+    if args.adapter:
+        adapters.load_adapter(model, args.adapter)
     (prompt,) = take_placeholder((args.prompt,), args.image)  # `<image>` is the picture's place
     training.show_prompt(processor, prompt)
     records = [Record(f"--image {file}", Path(file), (prompt,)) for file in args.image]
+    if args.chat:
+        return chat(records[0], model, processor, args)
 
-    def answers():
-        """k answers about each image."""
-        return generate(
-            model,
-            processor,
-            records,
-            args.max_new_tokens,
-            args.temperature,
-            args.k,
-            batch_size=8,
-            seed=args.seed,
-        )
-
-    columns = [answers()]
-    if args.adapter:
-        adapters.load_adapter(model, args.adapter)
-        columns.append(answers())
-
-    width = shutil.get_terminal_size((120, 0)).columns
+    columns = answers_to(records, model, processor, args)
     for record, *texts in zip(records, *columns):
         print(f"{record.image}  {prompt}")
-        if args.adapter:
-            print("\n".join(side_by_side(["BEFORE", "AFTER"], width)))
-        for row in zip(*texts):
-            print("\n".join(side_by_side(row, width)) + "\n")
+        show(record, texts, model, processor, args)
 
 
 if __name__ == "__main__":

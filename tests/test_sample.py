@@ -1,5 +1,7 @@
 """sample.py: what is printed is what the model says, before and after an adapter."""
 
+import io
+import re
 import sys
 from pathlib import Path
 
@@ -70,14 +72,95 @@ def test_without_and_with_an_adapter(ask, checkpoint, tmp_path):
     assert out.splitlines() == ["a.png  What?", *sample.side_by_side([before], 60), ""]
     out, _ = ask("--adapter", tmp_path / "adapter")
     head, names, *lines = out.splitlines()
+    loaded = adapters.load_adapter(checkpoints.load(checkpoint)[0], tmp_path / "adapter")
+    told = sample.marked(loaded, processor, record, after)
+    assert "[" in told, "it says something else"
     assert names.split() == ["BEFORE", "|", "AFTER"] and lines == [
-        *sample.side_by_side([before, after], 60),
+        *sample.side_by_side([before, told], 60),
         "",
     ]
     out, err = ask("--k", 3, "--image", "a.png")
     prompt = "USER: <image>\\nWhat? ASSISTANT:\", an answer ends with '</s>'"
     assert err.count("template vicuna_v1, image aspect pad; asked as") == err.count(prompt) == 1
     assert out.count("a.png") == 2 and out == ask("--k", 3, "--image", "a.png").out
+
+
+@pytest.fixture
+def adapted(tmp_path, monkeypatch, checkpoint):
+    """(model, processor) with an adapter that also has a projector, on a small picture a.png."""
+    Image.effect_noise((28, 28), 80).convert("RGB").save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    model, processor = checkpoints.load(checkpoint)
+    model.prepare(2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, layer in checkpoints.adapters(model):
+            layer.lora_B.normal_()
+        for p in model.projector.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    adapters.save_adapter(model, tmp_path / "adapter", checkpoint)
+    return adapters.load_adapter(checkpoints.load(checkpoint)[0], tmp_path / "adapter"), processor
+
+
+def test_marked_words_are_those_of_another_next_token(adapted, checkpoint):
+    """By the base alone, token after token: projector and LoRA of the adapter play no part."""
+    model, processor = adapted
+    base, _ = checkpoints.load(checkpoint)
+    record = Record("", Path("a.png"), ("What is in the picture?",))
+    texts = {i: processor.tokenizer.decode([i]) for i in range(len(processor.tokenizer))}
+    words = [i for i, text in texts.items() if re.fullmatch(" [a-z]{2,}", text)]
+    with torch.no_grad():
+        for m in (base, model):  # both say whole words alone
+            rows = m.head_weight()[words].clone()
+            m.head_weight().zero_()[words] = rows + 9 * rows.sign()
+    ((own,),) = sampling.generate(base, processor, [record], 6)
+    assert len(own.split()) == 6 and sample.marked(model, processor, record, own) == own
+
+    text = own + " bananas  and\na bowl, no dog."
+    ids = processor.encode(Record("", record.image, record.turns, (text,))).answers[0][:-1]
+    prompt = processor.encode(record).prompt
+    pixels, _ = processor.images([processor.encode(record)])
+    so_far, marks = "", []
+    for i in range(len(ids)):
+        drawn = sampling.sample(
+            base, [torch.cat([prompt, ids[:i]])], pixels, max_new_tokens=1, temperature=0
+        )
+        piece = processor.tokenizer.decode(ids[: i + 1])[len(so_far) :]
+        if drawn.tokens[0][0][0] != ids[i]:
+            marks += range(len(so_far), len(so_far) + len(piece))
+        so_far += piece
+    words = re.split(r"(\s+)", so_far)
+    place, want = 0, ""
+    for word in words:
+        told = word.strip() and set(marks) & set(range(place, place + len(word)))
+        want += f"[{word}]" if told else word
+        place += len(word)
+    assert sample.marked(model, processor, record, text) == want.strip() and "[" in want
+    assert sample.marked(model, processor, record, "") == ""
+
+
+def test_chat(ask, monkeypatch, adapted, checkpoint, tmp_path):
+    """Both answer every turn; the dialogue goes on with the adapter's words, as they were said."""
+    model, processor = adapted
+    base, _ = checkpoints.load(checkpoint)
+    dialogue, want = [], []
+    for line in ("Is there a dog?", "And a cup?"):
+        record = Record("", Path("a.png"), (*dialogue, line))
+        ((before,),) = sampling.generate(base, processor, [record], 6)
+        ((after,),) = sampling.generate(model, processor, [record], 6)
+        told = sample.marked(model, processor, record, after)
+        want += [*sample.side_by_side(["BEFORE", "AFTER"], 60)]
+        want += [*sample.side_by_side([before, told], 60), ""]
+        dialogue += [line, after]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Is there a dog?\nAnd a cup?\n"))
+    out, _ = ask("--chat", "--adapter", tmp_path / "adapter")
+    lines = [line.removeprefix("> ").rstrip() for line in out.splitlines()]
+    assert lines == [line.rstrip() for line in want] + [""]
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\nnever asked\n"))
+    assert ask("--chat").out == "> \n"
+    for more in (("--k", 2), ("--image", "a.png")):
+        assert "--chat is about one image" in ask("--chat", *more, status=2).err
 
 
 def test_what_reaches_the_model(ask, monkeypatch):
