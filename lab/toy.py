@@ -118,6 +118,8 @@ def data_file(seed, name):
     """A data file of the seed's world. Three of them hold the base model's own answers."""
     if name == "ratings.jsonl":
         return annotations(seed) / name
+    if name == "questions.jsonl":
+        return problems(seed) / name
     if name not in OWN_ANSWERS:
         return world(seed) / name
     made = made_of(*sources("lab/oracle", "sampling"), world(seed).name, weights(seed))
@@ -129,6 +131,20 @@ def data_file(seed, name):
             oracle.answers_of(base(seed), world(seed), aside, seed)
             remember_images(aside, world(seed) / "images")
     return folder / name
+
+
+def problems(seed):
+    """Questions about the world's pictures with their right answers, for grpo.py."""
+    folder = (
+        CACHE / f"problems-{made_of(*sources('lab/questions', 'lab/oracle'), world(seed).name)}"
+    )
+    if not folder.exists():
+        from lab import questions
+
+        with whole_folder(folder) as aside:
+            questions.write(world(seed), seed, aside / "questions.jsonl")
+            remember_images(aside, world(seed) / "images")
+    return folder
 
 
 def annotations(seed):

@@ -20,11 +20,12 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "sampling facts formats.layouts formats.llava_original formats.chat",
     "formats.dataset formats.ratings formats.instruct formats.checkpoints",
     "formats.inspector training corruption lab.oracle",
-    "judge comparison lab.parts",
-    "evaluation",
+    "judge comparison lab.parts lab.questions",
+    "evaluation rewards",
     "eval_pope eval_chair lab.toy",
     "lab.report",
-    "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo annotate rejection_sampling steerlm sample",
+    "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo grpo annotate rejection_sampling "
+    "steerlm sample",
     "lab.rows lab.similarity",
     "lab.claims lab.chart lab.fits",
     "lab.pages",
@@ -33,9 +34,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "lab.bench",
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor.split()}
-SCRIPTS = (
-    "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo rejection_sampling steerlm".split()
-)  # those that train
+SCRIPTS = "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo grpo rejection_sampling steerlm".split()  # those that train
 
 
 def module_name(path):

@@ -467,13 +467,17 @@ def defaults(monkeypatch, name, *more):
     return script.parse()
 
 
-@pytest.mark.parametrize("name", "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo".split())
+@pytest.mark.parametrize(
+    "name", "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo grpo".split()
+)
 def test_no_default_needs_more_than_80_gb(monkeypatch, name):
     """LLaVA-NeXT-7B with its largest picture, 2,928 tokens, and long answers; 79 GiB are free."""
     args = defaults(monkeypatch, name)
     model = fits.shapes("next")
     assert model.anyres.tokens((672, 672)) == 2928
-    answers = {"ppo": [896], "online_dpo": [256, 256], "bdhs": [300] * 3}.get(name, [300, 300])
+    answers = {"ppo": [896], "grpo": [512] * 8, "online_dpo": [256, 256], "bdhs": [300] * 3}.get(
+        name, [300, 300]
+    )
     load = memory.Load(args.batch_size, 45 + 2928 + sum(answers), 2973, sum(answers), 5)
     plans = {"ppo": memory.Plan(trained=2, frozen=1), "mdpo": memory.Plan(views=2)}
     plan = plans.get(name, memory.Plan())
@@ -524,7 +528,9 @@ def test_a_34b_annotator_takes_65_gib():
 # ---- what a trainer prints
 
 
-@pytest.mark.parametrize("name", "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo".split())
+@pytest.mark.parametrize(
+    "name", "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo grpo".split()
+)
 def test_every_trainer_says_it_before_it_reads_weights(name):
     """`training.show_memory` stands before the first `load` or `make` of a model."""
     text = (ROOT / f"{name}.py").read_text()

@@ -34,7 +34,7 @@ from model import pack
 from nf4 import NF4Linear
 from sampling import generate
 
-TRAINERS = "dpo mpo mdpo online_dpo bdhs povid reward_model ppo sft".split()
+TRAINERS = "dpo mpo mdpo online_dpo bdhs povid reward_model ppo grpo sft".split()
 # (out, in): whole blocks; a short last block; rows that are no multiple of a block; an odd number of weights
 SHAPES = [(64, 192), (33, 50), (70, 100), (7, 9)]
 

@@ -52,7 +52,7 @@ def main():
 TRAINED = (
     "dpo dpo-full mpo mdpo sft sft-full povid online_dpo online_dpo-full bdhs ppo ppo-rloo".split()
 )
-TRAINED += ["reward_model"]
+TRAINED += ["grpo", "grpo-full", "reward_model"]
 QUESTIONS = [
     {"image": f"{i % 5}.png", "text": f"Is there a {name} in the image?", "label": label}
     for i, (name, label) in enumerate([("cup", "yes"), ("dog", "no"), ("bowl", "yes")] * 3)
@@ -118,6 +118,7 @@ def same_runs(checkpoint, processes):
     rate = ["--projector-lr", 1e-4]
     drawn = ["--sample-batch-size", 2]  # a larger one would shrink for two processes
     judged = [*short, "--annotator", "reward_model-1", *rate, *drawn]
+    grouped = [*judged, "--reward", "annotator", "--group-size", 3, "--minibatches", 1]
     frozen = [*short, *lora, "--projector-lr", 0]
     runs = {
         "dpo": [*lora, *rate, "--save-every", 1],
@@ -132,6 +133,8 @@ def same_runs(checkpoint, processes):
         "online_dpo-full": [*judged, *no_lora],
         "bdhs": [*short, *lora, *rate, *drawn, "--online"],
         "bdhs-offline": [*short, *lora, *rate],
+        "grpo": [*grouped, *lora, "--kl-coef", 0.1],
+        "grpo-full": [*grouped, *no_lora, "--kl-coef", 0, "--variant", "dr_grpo"],
         "ppo": [*frozen, "--reward-model", "reward_model-1", "--minibatches", 1],
         "ppo-rloo": [*frozen, "--reward-model", "oracle", "--advantage", "rloo"],
     }
