@@ -47,6 +47,9 @@ At step 0 `rewards/margins` is 0 and the loss is ln 2 times the share of example
 
 Ablations: --rho 0: guidance only; --no-guidance: mask only; --noise-steps 500 --rho 0: BDHS_noise,
 a diffused image instead of a mask (eq. 8, 9; noise as in povid.py, which is POVID's distortion).
+--dropout-ntp: the negatives of MPO's paper (arXiv 2411.10442) in place of lines 3 to 7: y- keeps
+half of the words of y+ and goes on to its end without the image. Here the image is hidden whole (no
+token is left out, no position moves), and an answer too similar to y+ is drawn again.
 
 Choices where the paper is silent, and deviations:
 1. rho_th = .99, as in the paper, leaves 5.8 of LLaVA-1.5's 576 tokens visible. Smaller images keep
@@ -147,6 +150,11 @@ def parse():
         help="answer freely instead of completing the sentences of y+",
     )
     flag(
+        "--dropout-ntp",
+        action="store_true",
+        help="continue half of y+ to the end, with the whole image hidden (--rho 1): for mpo.py",
+    )
+    flag(
         "--noise-steps",
         type=ranged(int, "0 to 999", lambda n: 0 <= n < 1000),
         default=0,
@@ -210,6 +218,10 @@ def parse():
     args = training.parse(parser)
     if args.gamma and not args.online:
         raise BadInput("--gamma is part of a loss; it needs --online.")
+    if args.dropout_ntp and args.no_guidance:
+        raise BadInput("--dropout-ntp continues y+, which --no-guidance does not see; give one.")
+    if args.dropout_ntp and args.rho is None:
+        args.rho = 1.0
     return args
 
 
@@ -260,6 +272,8 @@ class Drawer:
         texts = processor.tokenizer.batch_decode([[i] for i in tokens])
         # not a bare line end: as the first token it would leave half a sentence
         self.sentence_ends = [i for i, t in enumerate(texts) if END.search(t) and t.strip()]
+        if args.dropout_ntp:  # an answer goes on to its own end
+            self.sentence_ends = []
         self.similarity = word_cosines
         if args.embedder:
             self.similarity = load_embedder(args.embedder, model.device)
@@ -292,8 +306,10 @@ class Drawer:
             view = (pixels, sizes, masked)
 
             guided = not (args.no_guidance or (args.tries > 1 and i == args.tries))
+            guided = guided or args.dropout_ntp
             if guided:  # lines 4 to 7
-                plans = [cut_sentences(examples[j], processor, rng) for j in remaining]
+                cut = cut_in_half if args.dropout_ntp else cut_sentences
+                plans = [cut(examples[j], processor, rng) for j in remaining]
                 self.complete_sentences(prompts, plans, view, token_generator)
                 texts = [join(plan, answer) for plan, answer in zip(plans, answers)]
             else:  # line 3
@@ -305,6 +321,8 @@ class Drawer:
             again = []
             for n, j in enumerate(remaining):
                 hidden = masked[n, : len(prompts[n])][is_image[n]]
+                whole = [(0, len(answers[n]))]
+                spans = whole if args.dropout_ntp else split_sentences(answers[n])
                 negatives[j] = Negative(
                     text=texts[n],
                     similarity=similarities[n],
@@ -312,10 +330,7 @@ class Drawer:
                     guided=guided,
                     swaps=sum(s.swapped for s in plans[n]),
                     visible=int((~hidden).sum()),
-                    cuts=[
-                        (s.start, s.cut, end)
-                        for s, (_, end) in zip(plans[n], split_sentences(answers[n]))
-                    ],
+                    cuts=[(s.start, s.cut, end) for s, (_, end) in zip(plans[n], spans)],
                     hidden=hidden.nonzero()[:, 0].tolist(),
                 )
                 if similarities[n] >= args.threshold or not texts[n]:
@@ -354,7 +369,7 @@ class Drawer:
         text = decode(torch.cat([kept, drawn]), skip_special_tokens=False)[len(begun) :]
         if "\n" in text[: len(text) - len(text.lstrip())]:  # a line end there ends nothing
             text = " " + text.lstrip()
-        end = END.search(text)
+        end = None if self.args.dropout_ntp else END.search(text)
         return text[: end.end()].rstrip("\n") if end else text
 
     def answer_freely(self, prompts, view, generator):
@@ -443,6 +458,14 @@ def cut_sentences(example, processor, rng):
             cut, kept = rng.choice(places)
             plan.append(Sentence(answer[:end], start, max(cut, start), False, ids, kept))
     return plan
+
+
+def cut_in_half(example, processor, _):
+    """DropoutNTP: y+ as if it were one sentence, of which half of the words are kept."""
+    answer, ids = example.record.answers[0], example.answers[0][:-1]
+    places = list(word_starts(ids, answer, processor.tokenizer).items())
+    cut, kept = places[len(places) // 2]
+    return [Sentence(answer, 0, cut, False, ids, kept)]
 
 
 def split_sentences(text):
@@ -780,6 +803,7 @@ def main():
         needs_image="BDHS would hide",  # completes the message: no image, which ...
     )
     sentences = max(len(split_sentences(r.answers[0])) for r in rows.records)
+    sentences = 1 if args.dropout_ntp else sentences
     training.show_memory(
         args,
         device,

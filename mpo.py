@@ -31,6 +31,8 @@ Choices where the paper is silent or the codes disagree, and deviations:
 3. Defaults are the paper's, except: it trains all parameters (--lora-rank 0), with 5 % of warm-up
    and a weight decay of .05. Here LoRA, 3 % and 0, as in dpo.py.
 4. No answer is cut: a row longer than --max-length is refused.
+5. The paper's y- is a wrong sampled answer, or half of y+ continued without the image (DropoutNTP):
+   `bdhs.py --dropout-ntp` writes these.
 
 Metrics: those of dpo.py. `loss/dpo`, `loss/bco` and `loss/nll` are the terms without their weights;
 `delta` is the shift that the step used.

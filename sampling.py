@@ -36,7 +36,7 @@ class Samples:
     tokens: list
     log_probs: list
     finished: list
-    first: list
+    first: list | None = None
 
 
 class KVCache:

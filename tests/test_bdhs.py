@@ -41,6 +41,7 @@ def settings(**changed):
     flags = dict(
         rho=0.5,
         no_guidance=False,
+        dropout_ntp=False,
         noise_steps=0,
         tries=3,
         threshold=0.97,
@@ -392,6 +393,31 @@ def test_guided_answers_keep_their_beginnings(llava, examples, say):
         assert sorted(t.strip() for t in beginnings(calls[-1], processor)[0]) == sorted(begun)
         swaps += flipped
     assert 8 < swaps < 32 and 0 < whole < swaps
+
+
+def test_dropout_ntp_continues_half_an_answer(llava, examples, say):
+    """Of 21, 1 and 12 words the first 10, 0 and 6 are kept; what is drawn may have many sentences.
+
+    No mark ends it, no Yes or No changes places, and the last try is made in the same way.
+    """
+    model, processor = llava
+    calls = say(lambda question, begun: " a cat. It sleeps!\nA dog")
+    drawer = bdhs.Drawer(model, processor, settings(dropout_ntp=True, rho=1.0, tries=2))
+    kept = ["A red cup is on the table. No, there is", "", "There is a cup.\nThere is"]
+    negatives = drawer.hallucinate(examples, 0)
+    assert [n.text for n in negatives] == [f"{k} a cat. It sleeps!\nA dog".strip() for k in kept]
+    assert [n.cuts for n in negatives] == [
+        [(0, len(k), len(e.record.answers[0]))] for k, e in zip(kept, examples)
+    ]
+    (call,) = calls
+    assert [t.strip() for texts in beginnings(call, processor) for t in texts] == kept
+    assert call.stop_ids == processor.stop_ids
+    assert [n.visible for n in negatives] == [0, 0, 0] and call.masked.sum() == 3 * 4
+    assert all(n.guided and n.swaps == 0 for n in negatives)
+
+    stubborn = bdhs.Drawer(model, processor, settings(dropout_ntp=True, tries=3, threshold=-1.0))
+    again = stubborn.hallucinate(examples[:1], 0)[0]
+    assert again.tries == 3 and again.guided and again.text.startswith(kept[0])
 
 
 @pytest.mark.parametrize(
@@ -1558,3 +1584,22 @@ def test_the_flags_of_the_model_reach_it(monkeypatch, tmp_path, files):
         bdhs.main()
     kind = (torch.bfloat16, torch.device("cpu"))
     assert seen == [("M", *kind, "plain", "checkpoint", 99, "nf4")]
+
+
+def test_dropout_ntp_writes_pairs_for_mpo(run, files, checkpoint, watch):
+    """The whole image is hidden unless --rho says otherwise; --no-guidance would not see y+."""
+    flags = ("--model", checkpoint, "--data", "povid.json", "--images", "images")
+    counted = watch((bdhs.training, "show_memory"))
+    run(*flags, "--dropout-ntp", "--max-new-tokens", 4, "--out", "ntp", cwd=files)
+    assert [call.plan.k for call in counted] == [1]
+    made = [json.loads(line) for line in (files / "ntp" / "negatives.jsonl").open()]
+    assert made and all(n["visible"] == 0 and n["guided"] for n in made)
+    rows = json.loads((files / "ntp" / "preferences.json").read_text())
+    for row in rows:
+        chosen, rejected = (
+            row[key][-1]["value"].split() for key in ("conversations", "rejected_conversations")
+        )
+        half = " ".join(chosen[: len(chosen) // 2])
+        assert " ".join(rejected).startswith(half) and rejected != chosen
+    said = run(*flags, "--dropout-ntp", "--no-guidance", "--out", "no", cwd=files, ok=False)
+    assert "--dropout-ntp continues y+" in said.err
