@@ -2,7 +2,7 @@
 
     R = beta [log pi(y|v, x) - log pi_ref(y|v, x)]    reward of an answer: R+ of y+, R- of y-, and
                                                       Rc of y+ where the picture v is corrupted
-    preference    -log sigmoid(R+ - R-)       DPO                 Wang et al. 2024, section 3.1
+    preference    -log sigmoid(R+ - R-)       DPO                 arXiv 2406.11839, section 3.1
     condition     -log sigmoid(R+ - Rc)       y+ because of v     ibid.
     anchor        -log sigmoid(R+)            y+ must not fall    section 3.2
     mDPO          their sum
@@ -11,8 +11,8 @@
     python mdpo.py --model llava-hf/llava-1.5-7b-hf --data vlfeedback.jsonl --images DIR
 
 The paper found DPO about as good without any picture: it may prefer y+ by its words alone. The
-condition compares one answer with itself, so words cannot help. Pictures are corrupted in
-corruption.py: --corrupt crop (1 to 20 % of the area, enlarged), noise, or blank.
+condition compares one answer with itself, so words cannot help. corruption.py has the pictures:
+--corrupt crop (1 to 20 % of the area, enlarged), noise, or blank.
 
 One step:
 1. batch   pairs (x, y+, y-), each two rows: [prompt | chosen | rejected] and, with the corrupted
@@ -22,7 +22,7 @@ One step:
 4. step    clip the gradient, update
 5. log
 
-At step 0 all rewards are 0 and the loss is 3 ln 2 = 2.0794.
+At step 0 all rewards are 0 and the loss is 3 ln 2 = 2.0794 (in bfloat16 near it, as dpo.py says).
 
 Choices where paper and code disagree, and deviations:
 1. Policy and reference see the same crop, drawn once for each row from the seed. The paper's code
@@ -32,9 +32,9 @@ Choices where paper and code disagree, and deviations:
 3. Warm-up 3 % (the paper 10 %), no weight decay (its code .05), no dropout (.05), as in dpo.py.
 4. A row without a picture is refused: it has nothing to corrupt.
 
-Metrics: those of dpo.py, and by the names of mDPO's code, where `imageless` is y+ with the corrupted
-picture: `rewards/imageless_chosen` = Rc, `rewards/imageless_margins` = R+ - Rc, the share of pairs
-in which that is positive, `rewards/imageless_accuracies`, and `logps/imageless_chosen`.
+Metrics: those of dpo.py, and by the names of mDPO's code, where `imageless` is y+ with the
+corrupted picture: `rewards/imageless_chosen` = Rc, `rewards/imageless_margins` = R+ - Rc, the share
+of pairs in which that is positive, `rewards/imageless_accuracies`, and `logps/imageless_chosen`.
 """
 
 import time

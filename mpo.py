@@ -1,7 +1,7 @@
 """Mixed preference optimization (MPO, InternVL's): DPO, BCO and the likelihood of y+ in one loss.
 
     R = beta [log pi(y|x) - log pi_ref(y|x)]    reward of an answer: R+ of y+, R- of y-
-    DPO   -log sigmoid(R+ - R-)                                   Wang et al. 2024, eq. 4
+    DPO   -log sigmoid(R+ - R-)                                   arXiv 2411.10442, eq. 4
     BCO   -log sigmoid(R+ - delta) - log sigmoid(delta - R-)      eq. 5, 6: good or bad by itself
     NLL   -log pi(y+|x) / tokens of y+                            eq. 7
     MPO   .8 DPO + .2 BCO + 1 NLL                                 eq. 3
@@ -19,15 +19,16 @@ One step:
 4. step    clip the gradient, update
 5. log     and the rewards into delta
 
-At step 0 all rewards are 0 and the loss is .8 ln 2 + .2 (2 ln 2) + NLL = .8318 + NLL.
+At step 0 all rewards are 0 and the loss is .8 ln 2 + .2 (2 ln 2) + NLL = .8318 + NLL (in bfloat16
+near it, as dpo.py says).
 
 Choices where the paper is silent or the codes disagree, and deviations:
 1. delta: the paper says "moving average of previous rewards". InternVL, LLaMA-Factory, ms-swift and
    TRL before 0.29 put the current batch in as well, move it in every micro-batch, and lose it with
-   a restart; in TRL 0.29 to 1.16 it is 0. Here it counts optimizer steps, over all processes, and is
-   part of the checkpoint.
-2. NLL is the mean over pairs of a mean over tokens, as in the paper. InternVL and TRL divide the sum
-   over the batch by its tokens, so that a long answer counts more.
+   a restart; in TRL 0.29 to 1.16 it is 0. Here it counts optimizer steps, over all processes, and
+   is part of the checkpoint.
+2. NLL is the mean over pairs of a mean over tokens, as in the paper. InternVL and TRL divide the
+   sum over the batch by its tokens, so that a long answer counts more.
 3. Defaults are the paper's, except: it trains all parameters (--lora-rank 0), with 5 % of warm-up
    and a weight decay of .05. Here LoRA, 3 % and 0, as in dpo.py.
 4. No answer is cut: a row longer than --max-length is refused.

@@ -315,6 +315,16 @@ def test_corrupted_pictures_are_decoded_ahead(run, monkeypatch):
     assert {e.record.image for e in corrupted} <= ahead and len(corrupted) == 5
 
 
+def test_a_run_of_llava_next(run, tmp_path):
+    """Rows of different numbers of tiles, each beside its corrupted picture's tiles."""
+    model = test_llava_next.write(tmp_path / "next", test_llava_next.tiny_next(), chatml=False)
+    flags = ["--model", model, *FLAGS, "--projector-lr", 1e-3, "--steps", 3, "--batch-size", 3]
+    first, *_, last = lines_of(run("run", *flags))
+    assert first["loss"] == pytest.approx(3 * math.log(2), abs=1e-4)
+    assert abs(first["logps/imageless_chosen"] - first["logps/chosen"]) > 1e-3
+    assert last["loss"] < first["loss"] and last["rewards/imageless_chosen"] != 0
+
+
 def test_each_corruption_has_its_reference(run, capsys):
     """Kind and seed; a second run finds its own."""
     kinds = [["--corrupt", kind] for kind in corruption.KINDS] + [["--seed", 1]]
