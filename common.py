@@ -272,6 +272,22 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1))
 
 
+@contextlib.contextmanager
+def refusing(path, what):
+    """Inside, what another library cannot make of a stranger's file is BadInput that names it.
+
+    For values of any kind, where a library checks some and stumbles over the others.
+    """
+    try:
+        yield
+    except (BadInput, MemoryError):
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        raise BadInput(f"{path}: {what} ({one_line(error)}).") from None
+
+
 def read_json(path, default=None):
     """The object in a JSON file. Without a file: `default`, if there is one."""
     path = Path(path)

@@ -29,6 +29,7 @@ messages are shown without it.
 """
 
 import base64
+import contextlib
 import functools
 import http.client
 import io
@@ -36,6 +37,7 @@ import json
 import os
 import random
 import re
+import socket
 import sys
 import threading
 import urllib.error
@@ -49,7 +51,7 @@ from pathlib import Path
 import torch
 
 import training
-from common import BadInput, flag_name, positive_int
+from common import MOST, BadInput, flag_name, positive_int, printable
 from data import Record
 from facts import evaluation_turn, facts_for, with_evaluation
 from formats import adapters, checkpoints
@@ -82,6 +84,7 @@ VERDICT = re.compile(r"\W*better:\W*(?:response )?(1|2|equal)\W*", re.IGNORECASE
 # A checkpoint writes the first line and a little more; its reason is not read.
 VERDICT_TOKENS = 16
 AT_A_TIME = 64  # questions to a checkpoint
+REPLY_BYTES = 4 * 2**20  # of an endpoint's reply: more is no verdict
 REPLY_TOKENS = 1024  # of an endpoint: a verdict and its reason, with room for some thought
 RETRY = (408, 409, 429, 500, 502, 503, 504, 529)  # statuses for which another try may help
 
@@ -488,6 +491,66 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class Watched:
+    """A handler of urllib that notes its socket, so that another thread can end a slow reply."""
+
+    def __init__(self, sockets):
+        super().__init__()
+        self.sockets = sockets
+
+    def do_open(self, kind, request, **how):
+        """As urllib's, with a connection that notes its socket."""
+        sockets = self.sockets
+
+        class Connection(kind):
+            def connect(self):
+                super().connect()
+                sockets.append(self.sock)
+
+        return super().do_open(Connection, request, **how)
+
+
+class WatchedHTTP(Watched, urllib.request.HTTPHandler):
+    """http://"""
+
+
+class WatchedHTTPS(Watched, urllib.request.HTTPSHandler):
+    """https://"""
+
+
+@contextlib.contextmanager
+def deadline(seconds):
+    """Inside, the connections of the opener that it gives are cut when so much time has passed.
+
+    -> (opener, an event that is set when they are). A socket's own limit is for each read: a server
+    that sends a byte a second would never reach it.
+    """
+    sockets, late = [], threading.Event()
+
+    def cut():
+        late.set()
+        for one in sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        watched = WatchedHTTP(sockets), WatchedHTTPS(sockets)
+        yield urllib.request.build_opener(NoRedirect, *watched), late
+    finally:
+        timer.cancel()
+
+
+def bounded(response):
+    """The body of a reply of at most REPLY_BYTES."""
+    content = response.read(REPLY_BYTES + 1)
+    if len(content) > REPLY_BYTES:
+        raise OSError(f"a reply of more than {REPLY_BYTES:,} bytes")
+    return content
+
+
 def ask_endpoint(
     url,
     model,
@@ -514,6 +577,8 @@ def ask_endpoint(
     `workers` requests run at a time. Each is tried up to `tries` times. The pauses between tries
     are `pause` seconds, twice that, four times that, ..., or as long as the server says; a minute
     at most. Raises NoAnswer after the last try, and at once if the server refuses.
+
+    A reply must be whole within `timeout` seconds, and have at most REPLY_BYTES.
     """
     parts = urllib.parse.urlsplit(url)
     is_http = parts.scheme in ("http", "https") and parts.hostname
@@ -523,7 +588,6 @@ def ask_endpoint(
             "query in it."
         )
     target = url.rstrip("/") + "/chat/completions"
-    opener = urllib.request.build_opener(NoRedirect)
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -533,8 +597,8 @@ def ask_endpoint(
 
     def clean(text):
         """The server's words, short and without the key."""
-        text = " ".join(str(text).split())
-        return (text.replace(key, "***") if key else text)[:200]
+        text = " ".join(str(text)[:10_000].split())
+        return printable((text.replace(key, "***") if key else text)[:200], 200)
 
     def once(body):
         """One request -> (reply, "", 0), or (None, why it failed, seconds to wait).
@@ -544,25 +608,27 @@ def ask_endpoint(
         """
         body = options | body
         request = urllib.request.Request(target, json.dumps(body).encode(), headers)
-        try:
-            with opener.open(request, timeout=timeout) as response:
-                content = response.read()
-        except urllib.error.HTTPError as error:
-            return refused(error, body)
-        except TimeoutError:
-            return None, f"no reply within {timeout:g} seconds", 0
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
+        with deadline(timeout) as (opener, late):
+            try:
+                with opener.open(request, timeout=timeout) as response:
+                    content = bounded(response)
+            except urllib.error.HTTPError as error:
+                return refused(error, body)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = getattr(error, "reason", error)  # URLError is an OSError
+                if late.is_set() or isinstance(reason, TimeoutError):
+                    return None, f"no reply within {timeout:g} seconds", 0
+                return None, f"{type(reason).__name__}: {clean(reason)}", 0
+            if late.is_set():
                 return None, f"no reply within {timeout:g} seconds", 0
-            return None, f"{type(reason).__name__}: {clean(reason)}", 0
 
         try:
             reply = json.loads(content)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            shown = clean(content.decode("utf-8", "replace"))
+            usage_of_reply = json.loads(content).get("usage")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            shown = clean(content[:10_000].decode("utf-8", "replace"))
             return None, f"a reply that is no chat completion ({shown})", 0
-        count(json.loads(content).get("usage"))
+        count(usage_of_reply)
         if not isinstance(reply, str):
             return "", "", 0  # null: the model declined
         return reply, "", 0
@@ -573,15 +639,15 @@ def ask_endpoint(
         with counting:
             usage["requests"] += 1
             for name, key in (("tokens in", "prompt_tokens"), ("tokens out", "completion_tokens")):
-                if isinstance(tokens.get(key), int):
+                if type(tokens.get(key)) is int and 0 <= tokens[key] <= MOST:
                     usage[name] += tokens[key]
 
     def refused(error, body):
         """What `once` returns or raises for a status other than 200."""
         with error:
             try:
-                message = clean(error.read().decode("utf-8", "replace"))
-            except (OSError, http.client.HTTPException):
+                message = clean(bounded(error).decode("utf-8", "replace"))
+            except (OSError, http.client.HTTPException, ValueError):
                 message = ""
         status = f"status {error.code} ({message})"
 
@@ -599,7 +665,7 @@ def ask_endpoint(
                 f"{flag} {url}: {status}; mend it, and {resume} goes on from here."
             ) from None
         wait = error.headers.get("Retry-After", "")
-        return None, status, float(wait) if wait.isdecimal() else 0
+        return None, status, float(wait[:9]) if wait.isdecimal() else 0
 
     def patient(item):
         """The reply to one question, asked again after a pause if that may help."""

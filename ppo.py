@@ -426,7 +426,9 @@ def mean_and_std(held_out):
 
     held_out: {data file: what reward_model.py's `figures` gave}.
     """
-    files = held_out.values()
+    files = (held_out or {}).values()
+    if not files:
+        raise BadInput("reward.json: held_out is empty; a run of reward_model.py fills it.")
     n = sum(f["n"] for f in files)
     mean = sum(f["mean"] * f["n"] for f in files) / n
     variance = sum((f["std"] ** 2 + f["mean"] ** 2) * f["n"] for f in files) / n - mean**2

@@ -1,13 +1,12 @@
 """LoRA in PEFT's files. Reward models: an adapter, a scalar head, and what they learned to read."""
 
 import hashlib
-import math
 import sys
 from pathlib import Path
 
 import torch
 
-from common import BadInput, flag_name, new_folder, read_json, whole_folder, write_json
+from common import MOST, BadInput, flag_name, new_folder, read_json, whole_folder, write_json
 from formats.weights import (
     fill,
     find,
@@ -129,6 +128,23 @@ def adapter_folder(name):
     raise BadInput(f"{name}: no adapter_config.json there; the folder of a PEFT adapter is needed.")
 
 
+def read_conditions(folder):
+    """alignment.json of an adapter: what it was trained with; {} for those of other programs."""
+    path = folder / "alignment.json"
+    conditions = read_json(path, {})
+    check_texts(conditions, ("base", "base_name", "dtype", "quantize", *CONDITIONS), path)
+    if "base" in conditions and "base_name" not in conditions:
+        raise BadInput(f"{path}: `base` without `base_name`; both or neither are accepted.")
+    return conditions
+
+
+def check_texts(values, keys, path):
+    """Refuse a value under one of these keys that is neither text nor null."""
+    for key in keys:
+        if not isinstance(values.get(key, ""), (str, type(None))):
+            raise BadInput(f"{path}: {key} is {values[key]!r:.80}; a text is accepted.")
+
+
 def as_trained(name, template=None, image_aspect=None, quantize=None):
     """(template, image_aspect, quantize) for a model that gets this adapter; no adapter: as given.
 
@@ -137,7 +153,7 @@ def as_trained(name, template=None, image_aspect=None, quantize=None):
     """
     given = {"template": template, "image_aspect": image_aspect, "quantize": quantize}
     if name:
-        conditions = read_json(adapter_folder(name) / "alignment.json", {})
+        conditions = read_conditions(adapter_folder(name))
         for key, value in given.items():
             trained = conditions.get(key)
             if value and trained and value != trained:
@@ -185,7 +201,7 @@ def load_adapter(model, folder, adapter="policy"):
     """
     # 1. check the config, and the base
     folder = adapter_folder(folder)
-    conditions = read_json(folder / "alignment.json", {})
+    conditions = read_conditions(folder)
     if "base" in conditions:
         check_base(model, conditions, folder)
     here, trained = str(model.dtype).removeprefix("torch."), conditions.get("dtype")
@@ -200,16 +216,16 @@ def load_adapter(model, folder, adapter="policy"):
     rank = config.get("r")
     alpha = config.get("lora_alpha")
     numbers = type(rank) is int and type(alpha) in (int, float) and rank >= 1
-    numbers = numbers and alpha > 0 and math.isfinite(alpha)
+    numbers = numbers and 0 < alpha <= MOST
     if kind != "LORA" or not numbers:
         raise BadInput(
-            f"{path}: peft_type {kind!r}, r {rank!r}, lora_alpha {alpha!r}; "
+            f"{path}: peft_type {kind!r:.80}, r {rank!r:.80}, lora_alpha {alpha!r:.80}; "
             "plain LoRA, with a rank from 1 and an alpha above 0, is accepted."
         )
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise BadInput(
-                f"{path}: {key} is {config[key]!r}; "
+                f"{path}: {key} is {config[key]!r:.80}; "
                 "accepted: LoRA of one rank, scaled by lora_alpha / r."
             )
 
@@ -225,7 +241,12 @@ def load_adapter(model, folder, adapter="policy"):
         index[name] = place
     if not index:
         raise BadInput(f"{folder}/adapter_model.safetensors: holds no tensor; LoRA's are needed.")
+    for name, (file, _, shape) in index.items():  # before memory for this rank is asked for
+        if name.endswith(".lora_A.weight") and shape[:1] != (rank,):
+            raise BadInput(f"{file}: {name} has the shape {shape}; {path} says rank {rank}.")
     targets = {name.split(".")[-3] for name in index if name.endswith(".lora_A.weight")}
+    if not targets:
+        raise BadInput(f"{folder}: no tensor of LoRA, whose names end in lora_A.weight.")
     has_projector = any(name.startswith("multi_modal_projector.") for name in index)
 
     # 3. add the adapter to the model
@@ -318,6 +339,20 @@ def reward_settings(folder):
             f"{folder}/reward.json: no {', '.join(missing)}; "
             f"a run of this reward_model.py writes {', '.join(needed)}."
         )
+    path = f"{folder}/reward.json"
+    check_texts(
+        settings, "base base_name question facts quantize template image_aspect".split(), path
+    )
+    most, held_out = settings["max_facts"], settings["held_out"]
+    if most is not None and (type(most) is not int or not 1 <= most <= MOST):
+        raise BadInput(f"{path}: max_facts is {most!r:.80}; a whole number from 1, or null.")
+    for figure in held_out.values() if isinstance(held_out, dict) else [held_out]:
+        numbers = [figure.get(k) for k in ("n", "mean", "std")] if isinstance(figure, dict) else []
+        good = len(numbers) == 3 and all(type(x) in (int, float) for x in numbers)
+        if figure is not None and not (
+            good and numbers[0] >= 1 and all(abs(x) <= MOST for x in numbers)
+        ):
+            raise BadInput(f"{path}: held_out is {held_out!r:.80}; n, mean and std of each file.")
     return settings
 
 

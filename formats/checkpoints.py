@@ -10,11 +10,13 @@ import torch
 import processes
 import sharding
 from common import (
+    MOST,
     BadInput,
     new_folder,
     one_line,
     read_json,
     refuse_lfs_pointer,
+    refusing,
     whole_folder,
     write_json,
 )
@@ -24,6 +26,7 @@ from formats.adapters import adapters, load_adapter, merge, not_of_base
 from formats.anyres import AnyRes
 from formats.llava_original import add_image_token, add_rows, original_parts, pinpoints, translated
 from formats.weights import (
+    check_shapes,
     fill,
     find,
     our_hub_name,
@@ -56,7 +59,8 @@ def empty(make, config, dtype, device):
     """
     from transformers.initialization import no_init_weights
 
-    with no_init_weights(), torch.device(device):
+    no_model = f"no model can be built of a {config.model_type!r} config"
+    with refusing("config.json", no_model), no_init_weights(), torch.device(device):
         model = make(config, dtype=dtype)
     model.tie_weights()
     return model
@@ -70,15 +74,10 @@ def empty_llm(config, embeddings, dtype, device, quantize=None):
     """
     import transformers
 
-    if embeddings:
+    if embeddings and len(embeddings[2]) == 2:
         config.vocab_size = embeddings[2][0]
-    try:
-        with born_quantised(quantize == "nf4"):
-            llm = empty(transformers.AutoModelForCausalLM.from_config, config, dtype, device)
-    except Exception as error:  # not a causal LM, or sizes that do not fit together
-        raise BadInput(
-            f"no LLM can be built of a {config.model_type!r} config ({one_line(error)})."
-        ) from None
+    with born_quantised(quantize == "nf4"):
+        llm = empty(transformers.AutoModelForCausalLM.from_config, config, dtype, device)
     if llm.base_model_prefix != "model" or not hasattr(llm.base_model, "layers"):
         raise BadInput(
             f"an LLM of type {config.model_type!r} is not accepted; "
@@ -91,8 +90,8 @@ def empty_llm(config, embeddings, dtype, device, quantize=None):
 
 def refuse_quantised(config, path):
     """Refuse a checkpoint whose own weights are quantized. config: its config.json."""
-    for part in (config, config.get("text_config") or {}):
-        found = part.get("quantization_config")
+    for part in (config, config.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
         if found:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise BadInput(
@@ -155,6 +154,13 @@ def read_tokenizer(folder):
             ) from None
         raise BadInput(f"{folder}: no usable tokenizer ({one_line(error)}).") from None
 
+    try:
+        if tokenizer.is_fast:
+            tokenizer("a")
+    except BaseException as error:  # tokenizers, which is written in Rust, panics beside Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise BadInput(f"{folder}: no usable tokenizer ({one_line(error)}).") from None
     if not tokenizer.is_fast:
         raise BadInput(
             f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; "
@@ -179,13 +185,16 @@ def make_processor(folder, tokenizer, model, template, image_aspect, max_length=
     given = read_json(folder / "processor_config.json", {}).get("image_processor")
     given = given or read_json(folder / "preprocessor_config.json", {})
 
+    if not isinstance(given, dict):
+        raise BadInput(f"{folder}: image_processor is {given!r:.80}; an object is accepted.")
+
     # its images must have the size that the tower takes, and the model's tiles
     for key in ("size", "crop_size"):
         size = given.get(key, vision.image_size)
         sides = size.values() if isinstance(size, dict) else [size]
-        if set(sides) != {vision.image_size}:
+        if not sides or any(side != vision.image_size for side in sides):
             raise BadInput(
-                f"{folder}: {key} of the image processor is {size}; "
+                f"{folder}: {key} of the image processor is {size!r:.80}; "
                 f"the tower takes {vision.image_size}."
             )
     anyres = model.anyres
@@ -193,8 +202,21 @@ def make_processor(folder, tokenizer, model, template, image_aspect, max_length=
         points = pinpoints(given.get("image_grid_pinpoints", anyres.pinpoints))
         if points != anyres.pinpoints:
             raise BadInput(
-                f"{folder}: image_grid_pinpoints are {points} for the processor "
+                f"{folder}: image_grid_pinpoints are {points!r:.200} for the processor "
                 f"and {anyres.pinpoints} for the model."
+            )
+
+    colours = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    for key, usual in colours.items():
+        values = colours[key] = given.get(key, usual)
+        lowest = 0 if key == "image_mean" else 1e-3  # it divides
+        if (
+            not isinstance(values, (list, tuple))
+            or len(values) != 3
+            or not all(type(x) in (int, float) and lowest <= x <= 1 for x in values)
+        ):
+            raise BadInput(
+                f"{folder}: {key} is {values!r:.80}; three numbers from {lowest} to 1 are accepted."
             )
 
     processor = Processor(
@@ -202,8 +224,8 @@ def make_processor(folder, tokenizer, model, template, image_aspect, max_length=
         image_token_id=model.image_token_id,
         image_size=vision.image_size,
         image_tokens=(vision.image_size // vision.patch_size) ** 2 + model.keep_cls,
-        image_mean=tuple(given.get("image_mean", CLIP_MEAN)),
-        image_std=tuple(given.get("image_std", CLIP_STD)),
+        image_mean=tuple(colours["image_mean"]),
+        image_std=tuple(colours["image_std"]),
         template=template,
         image_aspect=image_aspect,
         max_length=min(max_length or context, context),
@@ -228,8 +250,16 @@ def read_config(raw, path):
 
     classes = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}
     kind = raw.get("model_type")
-    if kind not in classes:
-        raise BadInput(f"{path}: the model type is {kind!r}; accepted is 'llava' or 'llava_next'.")
+    if not isinstance(kind, str) or kind not in classes:
+        raise BadInput(
+            f"{path}: the model type is {kind!r:.80}; accepted is 'llava' or 'llava_next'."
+        )
+    for key in ("vision_config", "text_config"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise BadInput(f"{path}: {key} is {raw[key]!r:.80}; an object is accepted.")
+    for key in ("prompt_template", "image_aspect"):
+        if not isinstance(raw.get(key) or "", str):
+            raise BadInput(f"{path}: {key} is {raw[key]!r:.80}; a name is accepted.")
 
     # settings that decide what the model computes
     tower = (raw.get("vision_config") or {}).get("model_type", "clip_vision_model")
@@ -246,14 +276,26 @@ def read_config(raw, path):
         ("projector_hidden_act", activation, activation == "gelu", "'gelu'"),
     ):
         if not good:
-            raise BadInput(f"{path}: {key} is {value!r}; accepted is {accepted}.")
+            raise BadInput(f"{path}: {key} is {value!r:.80}; accepted is {accepted}.")
 
     try:
         config = classes[kind].from_dict(raw)
     except Exception as error:  # type checks of transformers and of huggingface_hub
         raise BadInput(f"{path}: not a usable config ({one_line(error)}).") from None
 
-    # numbers that must fit the tower
+    # numbers that count things, and must fit the tower
+    counts = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "vocab_size max_position_embeddings image_size patch_size"
+    ).split()
+    for part in ("vision_config", "text_config"):
+        for key in counts:
+            value = getattr(getattr(config, part), key, 1)
+            most = 1000 if key == "num_hidden_layers" else MOST  # layers are made one by one
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise BadInput(
+                    f"{path}: {part}.{key} is {value!r:.80}; a whole number from 1 to {most} is accepted."
+                )
     states = config.vision_config.num_hidden_layers + 1
     if not -states <= layer < states:
         raise BadInput(
@@ -272,6 +314,26 @@ def read_config(raw, path):
                 f"accepted are pairs of multiples of {side}, the tower's input."
             )
     return config
+
+
+def empty_model(config, index, dtype, device, quantize=None):
+    """The MLLM of a `read_config`, without weights yet. index: what the files hold."""
+    import transformers
+
+    text, vision = config.text_config, config.vision_config
+    embeddings = index.get("language_model.model.embed_tokens.weight")
+    llm = empty_llm(text, embeddings, dtype, device, quantize)
+    tower = empty(transformers.CLIPVisionModel._from_config, vision, dtype, device)
+    bias = config.multimodal_projector_bias
+    with torch.device(device):
+        projector = Projector(vision.hidden_size, text.hidden_size, bias).to(dtype)
+    keep_cls = config.vision_feature_select_strategy == "full"
+    anyres = None
+    if config.model_type == "llava_next":
+        points = pinpoints(config.image_grid_pinpoints)
+        anyres = AnyRes(points, vision.image_size, vision.image_size // vision.patch_size)
+    image = config.image_token_index
+    return MLLM(tower, projector, llm, image, config.vision_feature_layer, keep_cls, anyres)
 
 
 @torch.no_grad()
@@ -299,8 +361,6 @@ def load(
 
     The caller's random state (that of the CPU) is left unchanged.
     """
-    import transformers
-
     # 1. find the parts, read the config
     folder = find_model(name)
     path = folder / "config.json"
@@ -325,31 +385,26 @@ def load(
         add_image_token(tokenizer)
         config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
 
-    # 2. build the model, without weights
+    # 2. build the model, without weights; before that without memory, to see that the files fit
     config.text_config.tie_word_embeddings = config.tie_word_embeddings
-    embeddings = index.get("language_model.model.embed_tokens.weight")
-    llm = empty_llm(config.text_config, embeddings, dtype, device, quantize)
+    real = torch.device(device).type != "meta"
+    if real:
+        outline = empty_model(config, index, dtype, "meta")
+        tied = ("language_model.lm_head.weight",) if is_tied(outline.llm) else ()
+        places = {our_hub_name(k): v for k, v in outline.state_dict().items()}
+        check_shapes(places, index, folder, tied)
+    model = empty_model(config, index, dtype, device, quantize)
+    llm = model.llm
 
     image = config.image_token_index
     in_tokenizer = tokenizer.get_vocab().get("<image>", image)
-    in_embeddings = 0 <= in_tokenizer < llm.config.vocab_size
+    in_embeddings = type(image) is int and 0 <= in_tokenizer < llm.config.vocab_size
     if in_tokenizer != image or not (original or in_embeddings):
         raise BadInput(
-            f"{folder}: the image token is {image} in config.json and {in_tokenizer} "
+            f"{folder}: the image token is {image!r:.80} in config.json and {in_tokenizer!r:.80} "
             f"in the tokenizer; one number below {llm.config.vocab_size}, "
             "the rows of the embeddings, is accepted."
         )
-
-    vision = empty(transformers.CLIPVisionModel._from_config, config.vision_config, dtype, device)
-    bias = config.multimodal_projector_bias
-    projector = Projector(vision.config.hidden_size, llm.config.hidden_size, bias).to(device, dtype)
-    keep_cls = config.vision_feature_select_strategy == "full"
-    anyres = None
-    if config.model_type == "llava_next":
-        points = pinpoints(config.image_grid_pinpoints)
-        side = vision.config.image_size
-        anyres = AnyRes(points, side, side // vision.config.patch_size)
-    model = MLLM(vision, projector, llm, image, config.vision_feature_layer, keep_cls, anyres)
 
     # the prompt that the model was trained with
     template, own = template or getattr(config, "prompt_template", None), None
@@ -362,13 +417,13 @@ def load(
 
     # 3. fill in the weights
     keeps = getattr(config, "bfloat16_keeps", None)
-    if dtype == torch.bfloat16 and keeps is not None:
+    if dtype == torch.bfloat16 and type(keeps) is float:
         print(
             f"{folder}: bfloat16 keeps {keeps:.0%} of what its LoRA learned; --dtype float32, "
             "or the base with --adapter, keeps all of it",
             file=sys.stderr,
         )
-    if torch.device(device).type != "meta":
+    if real:
         places = {our_hub_name(k): v for k, v in slots(model).items()}
         tied = ("language_model.lm_head.weight",) if is_tied(llm) else ()
         fill(places, index, folder, tied)

@@ -23,6 +23,7 @@ huggingface_hub is imported where needed: at the top it would slow every `--help
 """
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -95,10 +96,14 @@ def find(name, files=HUB_FILES):
     """
     import huggingface_hub
 
-    if Path(name).is_dir():
+    if not isinstance(name, (str, Path)) or "\0" in str(name):
+        raise BadInput(f"{name!r:.80}: a folder or a hub id (owner/name) is accepted.")
+    if os.path.isdir(name):
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        raise BadInput(f"{name}: no such folder; a folder or a hub id (owner/name) is accepted.")
+        raise BadInput(
+            f"{name!s:.200}: no such folder; a folder or a hub id (owner/name) is accepted."
+        )
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(files)))
     except Exception as error:
@@ -121,8 +126,15 @@ def tensor_index(folder, stem="model"):
     if whole.exists():
         files = [whole]
     elif shard_list.exists():
-        names = set(read_json(shard_list).get("weight_map", {}).values())
-        files = [folder / name for name in sorted(names)]
+        shard_of = read_json(shard_list).get("weight_map")
+        names = shard_of.values() if isinstance(shard_of, dict) else [shard_of]
+        for name in names:  # no path, which could lead out of the folder
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                raise BadInput(
+                    f"{shard_list}: weight_map names {name!r:.80}; names of .safetensors files "
+                    "beside it are accepted."
+                )
+        files = [folder / name for name in sorted(set(names))]
     elif shards:
         files = shards
     else:
@@ -189,17 +201,11 @@ def check_values(tensor, name, file):
         )
 
 
-def fill(slots, found, folder, tied=()):
-    """Copy tensors from files into the model, one at a time: memory holds one copy of the model.
+def check_shapes(slots, found, folder, tied=()):
+    """Refuse files that do not hold a tensor for every slot, of its shape, and no other one.
 
-    slots: {name: tensor of the model, or another thing with `shape` and `copy_`}.
-    found: {name: (file, name in the file, shape)}, as from `tensor_index`.
-    tied: names in `slots` that share the memory of another. A file may lack them; if it holds one,
-        it must be equal to the other.
-
-    Every tensor is checked (`check_values`).
+    As `fill`, which calls it; on a model without memory (device "meta") before any is asked for.
     """
-    # every slot has its tensor, and every tensor its slot, of the same shape
     wrong = {
         "missing": slots.keys() - found.keys() - set(tied),
         "unexpected": found.keys() - slots.keys(),
@@ -213,6 +219,19 @@ def fill(slots, found, folder, tied=()):
                 f"{file}: {name} has the shape {shape}, "
                 f"but the config asks for {tuple(slots[name].shape)}."
             )
+
+
+def fill(slots, found, folder, tied=()):
+    """Copy tensors from files into the model, one at a time: memory holds one copy of the model.
+
+    slots: {name: tensor of the model, or another thing with `shape` and `copy_`}.
+    found: {name: (file, name in the file, shape)}, as from `tensor_index`.
+    tied: names in `slots` that share the memory of another. A file may lack them; if it holds one,
+        it must be equal to the other.
+
+    Every tensor is checked (`check_values`).
+    """
+    check_shapes(slots, found, folder, tied)
 
     # copy file by file
     for file in sorted({file for file, _, _ in found.values()}):

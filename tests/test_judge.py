@@ -584,13 +584,13 @@ def test_no_pause_is_longer_than_a_minute(server, record, monkeypatch):
     """Whatever the server says, and however often it has failed."""
     waits = []
 
-    class Stop:
+    class Stop(threading.Event):
         def wait(self, seconds):
             waits.append(seconds)
 
-        set = clear = lambda self: None
-
-    monkeypatch.setattr(judge, "threading", SimpleNamespace(Event=Stop, Lock=threading.Lock))
+    monkeypatch.setattr(
+        judge, "threading", SimpleNamespace(Event=Stop, Lock=threading.Lock, Timer=threading.Timer)
+    )
     busy = [(429, b"", ("Retry-After", "3600")), (503, b""), (503, b"", ("Retry-After", "7"))]
     url, _ = server(lambda n, body: (busy + [(503, b"")] * 2)[n] if n < 5 else (200, "Better: 1"))
     assert list(judge.ask_endpoint(url, "m", pause=10)([(record, "?")])) == ["Better: 1"]

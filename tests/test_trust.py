@@ -1,10 +1,16 @@
 """A run on a full or read-only disk, in a folder that another run uses or left half-written, and what strangers wrote."""
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,9 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import common
+import judge
 import training
 from common import BadInput
-from formats import pictures
+from data import Record
+from formats import adapters, checkpoints, pictures
 
 ROOT = Path(__file__).parents[1]
 
@@ -355,3 +363,227 @@ def test_numbers_too_large_for_a_tensor(flag):
         assert len(str(refused.value)) < 200
     assert common.seed("-5") == -5 and common.seed(str(2**63 - 1)) == 2**63 - 1
     torch.manual_seed(-(2**63) + 1), torch.manual_seed(2**63 - 1)
+
+
+# ---- a damaged model folder
+
+
+@pytest.fixture
+def model_folder(checkpoint, tmp_path):
+    return Path(shutil.copytree(checkpoint, tmp_path / "m"))
+
+
+def change(path, keys, value):
+    """Write a JSON file anew with another value at the place of these keys."""
+    whole = json.loads(path.read_text())
+    inner = whole
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(whole))
+
+
+PREPROCESSOR = "preprocessor_config.json"
+VALUES = [  # file, keys, value, what the message says
+    (PREPROCESSOR, ["image_mean"], [0.5, 0.5], "image_mean is .*three numbers from 0 to 1"),
+    (PREPROCESSOR, ["image_mean"], "abc", "image_mean is 'abc'"),
+    (PREPROCESSOR, ["image_std"], [0.5, 0.5, 0.0], "image_std is .*three numbers from 0.001 to 1"),
+    (PREPROCESSOR, ["image_std"], [0.5, float("nan"), 0.5], "image_std is"),
+    (PREPROCESSOR, ["size"], [[1]], "size of the image processor is"),
+    (PREPROCESSOR, ["crop_size", "height"], [28], "crop_size of the image processor is"),
+    ("processor_config.json", ["image_processor"], [1], "image_processor is .*an object is accept"),
+    ("config.json", ["model_type"], ["llava"], "the model type is"),
+    ("config.json", ["text_config"], "llama", "text_config is 'llama'; an object is accepted"),
+    ("config.json", ["text_config", "hidden_size"], -64, "text_config.hidden_size is -64"),
+    ("config.json", ["vision_config", "patch_size"], 10**30, "vision_config.patch_size is 1000"),
+    ("config.json", ["vision_config", "num_hidden_layers"], 10**8, "num_hidden_layers is 100000000"),
+    ("config.json", ["text_config", "intermediate_size"], 10**9, "has the shape .*the config asks"),
+    ("config.json", ["vision_config", "hidden_size"], 0, "no model can be built of a 'clip_vision"),
+    ("config.json", ["image_token_index"], "x", "the image token is 'x'|not a usable config"),
+    ("config.json", ["prompt_template"], {"a": 1}, "prompt_template is .*a name is accepted"),
+    ("tokenizer_config.json", ["model_max_length"], {}, "no usable tokenizer"),
+    ("tokenizer.json", ["post_processor", "special_tokens"], {}, "no usable tokenizer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file, keys, value, message", VALUES)
+def test_a_value_that_no_model_has(model_folder, file, keys, value, message):
+    """Refused before any memory is asked for: 10^9 rows of 64 numbers would be 256 GB."""
+    change(model_folder / file, keys, value)
+    with pytest.raises(BadInput, match=message):
+        checkpoints.load(model_folder)
+
+
+@pytest.mark.parametrize("text", [None, "{}", "[]", "", "[" * 100_000, '{"a":' * 100_000, "\xff"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_file_that_is_missing_or_something_else(model_folder, file, text):
+    (model_folder / file).unlink()
+    if text is not None:
+        (model_folder / file).write_text(text, encoding="latin-1")
+    with pytest.raises(BadInput):
+        checkpoints.load(model_folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [None, [], {"a": 1}, {"a": None}, {"a": "../m/model.safetensors"}, {"a": "/etc/passwd"}],
+)
+def test_an_index_names_files_beside_it(model_folder, names):
+    (model_folder / "model.safetensors").rename(model_folder / "x.safetensors")
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(BadInput, match="weight_map names .*names of .safetensors files beside it"):
+        checkpoints.load(model_folder)
+
+
+def test_tokens_beyond_the_embeddings(model_folder):
+    """The tokenizer has one word more than the model."""
+    whole = json.loads((model_folder / "tokenizer.json").read_text())
+    vocabulary = whole["model"]["vocab"]
+    vocabulary["?"] = 5000
+    (model_folder / "tokenizer.json").write_text(json.dumps(whole))
+    _, processor = checkpoints.load(model_folder)
+    with pytest.raises(BadInput, match="row 0: the token '.' has the id 5000; the model has embed"):
+        processor.encode(Record("row 0", None, ("?",), ("a",)))
+
+
+@pytest.fixture
+def adapter_folder(checkpoint, tmp_path):
+    model, processor = checkpoints.load(checkpoint)
+    model.prepare(lora_rank=2, projector=False)
+    model.add_head("policy")
+    settings = {"question": "?", "facts": None, "max_facts": None, "template": "vicuna_v1"}
+    settings |= {"image_aspect": "pad", "held_out": {"a": {"n": 1, "mean": 0, "std": 1.0}}}
+    adapters.save_reward(model, tmp_path / "r", checkpoint, settings, "policy")
+    return tmp_path / "r"
+
+
+def test_an_adapter_s_rank_is_compared_before_memory_is_asked_for(adapter_folder, checkpoint):
+    """10^9 x 64 numbers for each layer."""
+    folder = adapter_folder / "adapter"
+    change(folder / "adapter_config.json", ["r"], 10**9)
+    with pytest.raises(BadInput, match="has the shape .*adapter_config.json says rank 1000000000"):
+        adapters.load_adapter(checkpoints.load(checkpoint)[0], folder)
+
+
+@pytest.mark.parametrize("key", ["base", "base_name", "dtype", "quantize", "template"])
+@pytest.mark.parametrize("value", [[1], {"a": 1}, 7])
+def test_the_conditions_of_an_adapter_are_texts(adapter_folder, checkpoint, key, value):
+    change(adapter_folder / "adapter/alignment.json", [key], value)
+    with pytest.raises(BadInput, match=f"alignment.json: {key} is"):
+        adapters.as_trained(adapter_folder / "adapter")
+
+
+REWARD = [("base", 1), ("base_name", ["x"]), ("question", {}), ("question", {"a": 1}), ("facts", 5),
+          ("max_facts", "1"), ("max_facts", 10**30), ("max_facts", True), ("template", [1]),
+          ("image_aspect", 3), ("held_out", {"a": 1}), ("held_out", "x"),
+          ("held_out", {"a": {"n": 0, "mean": 0, "std": 1}}),
+          ("held_out", {"a": {"n": 1, "mean": None, "std": 1}}),
+          ("held_out", {"a": {"n": 1, "mean": float("nan"), "std": 1}})]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", REWARD)
+def test_reward_json_of_wrong_types(adapter_folder, key, value):
+    assert adapters.reward_settings(adapter_folder)["question"] == "?"
+    change(adapter_folder / "reward.json", [key], value)
+    with pytest.raises(BadInput, match=f"reward.json: {key} is"):
+        adapters.reward_settings(adapter_folder)
+
+
+# ---- a judge's server that means ill
+
+
+@pytest.fixture
+def raw_server(monkeypatch):
+    """A function (send) -> url: a server whose replies are whatever send(connection) writes."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    listening = []
+
+    def start(send):
+        sock = socket.create_server(("127.0.0.1", 0))
+        listening.append(sock)
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = sock.accept()
+                except OSError:
+                    return
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(2**16)
+                    send(connection)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+
+    yield start
+    for sock in listening:
+        sock.close()
+
+
+def drip(beginning):
+    """A sender of a byte every .05 seconds after the beginning, for ten seconds."""
+
+    def send(connection):
+        connection.sendall(beginning)
+        for _ in range(200):
+            connection.sendall(b"0")
+            time.sleep(0.05)
+
+    return send
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+ASKED = [(Record("row 0", None, ("?",)), "?")]
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [b"HTTP/1.1 2", OK + b"Content-Length: 999\r\n\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n",
+     b"HTTP/1.1 500 No\r\nContent-Length: 999\r\n\r\n"],
+    ids=["headers", "body", "chunk", "error"],
+)  # fmt: skip
+def test_a_byte_at_a_time_is_no_reply(raw_server, beginning):
+    """Each read ends well before the limit; the reply as a whole does not."""
+    ask = judge.ask_endpoint(raw_server(drip(beginning)), "m", timeout=0.4, tries=1)
+    begin = time.monotonic()
+    with pytest.raises(judge.NoAnswer, match="no reply within 0.4 seconds|status 500"):
+        list(ask(ASKED))
+    assert time.monotonic() - begin < 5
+
+
+def test_a_reply_of_gigabytes_is_not_read(raw_server):
+    sent = []
+
+    def send(connection):
+        connection.sendall(OK + b"Content-Length: 3000000000\r\n\r\n")
+        for _ in range(3000):
+            connection.sendall(b"x" * 10**6)
+            sent.append(10**6)
+
+    ask = judge.ask_endpoint(raw_server(send), "m", tries=1)
+    with pytest.raises(judge.NoAnswer, match="a reply of more than 4,194,304 bytes"):
+        list(ask(ASKED))
+    assert sum(sent) < 10**8
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"400 No", b"500 No"])
+def test_a_server_s_words_are_shown_as_text(raw_server, status):
+    words = b"\x1b]0;x\x07\x1b[2J\xc2\x9b1m" * 9
+    reply = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(words), words)
+    url = raw_server(lambda connection: connection.sendall(reply))
+    with pytest.raises(judge.NoAnswer) as refused:
+        list(judge.ask_endpoint(url, "m", tries=1)(ASKED))
+    said = str(refused.value)
+    assert r"\x1b]0;x\x07" in said and not any(c in said for c in "\x1b\x07\x9b")
+
+
+@pytest.mark.parametrize("usage", [[], {"prompt_tokens": 10**40}, {"prompt_tokens": True}, 5])
+def test_a_server_may_count_as_it_likes(raw_server, usage):
+    content = {"choices": [{"message": {"content": "Better: 1"}}], "usage": usage}
+    body = json.dumps(content).encode()
+    reply = OK + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    counted = Counter()
+    url = raw_server(lambda connection: connection.sendall(reply))
+    assert list(judge.ask_endpoint(url, "m", usage=counted)(ASKED)) == ["Better: 1"]
+    assert counted == {"requests": 1}
