@@ -398,7 +398,7 @@ VALUES = [  # file, keys, value, what the message says
     ("config.json", ["vision_config", "patch_size"], 10**30, "vision_config.patch_size is 1000"),
     ("config.json", ["vision_config", "num_hidden_layers"], 10**8, "num_hidden_layers is 100000000"),
     ("config.json", ["text_config", "intermediate_size"], 10**9, "has the shape .*the config asks"),
-    ("config.json", ["vision_config", "hidden_size"], 0, "no model can be built of a 'clip_vision"),
+    ("config.json", ["vision_config", "hidden_size"], 0, "vision_config.hidden_size is 0; a whole"),
     ("config.json", ["image_token_index"], "x", "the image token is 'x'|not a usable config"),
     ("config.json", ["prompt_template"], {"a": 1}, "prompt_template is .*a name is accepted"),
     ("tokenizer_config.json", ["model_max_length"], {}, "no usable tokenizer"),
