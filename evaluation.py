@@ -41,6 +41,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -189,7 +190,7 @@ class Contestant:
     folder: Path | None = None  # for its answers; None: nothing is written
     settings: dict = field(default_factory=dict)  # what its answers depend on
     load: object = None  # a function () -> (model, processor)
-    server: object = None  # or a function (max_new_tokens, temperature) -> `ask` of judge.py
+    server: object = None  # or (max_new_tokens, temperature, arrived) -> `ask` of judge.py
     batch_size: int = 64
     loaded: tuple | None = None  # (model, processor)
     asked: int = 0  # questions that this process run has asked ...
@@ -259,7 +260,8 @@ def contestants(args, about):
     if args.endpoint:
         settings = {"endpoint": args.endpoint, "endpoint_model": args.endpoint_model}
         chosen.append(Contestant("", settings=settings, server=server_of(args)))
-        labels.append(args.endpoint_model)
+        name = args.endpoint_model
+        labels.append(f"{name}-endpoint" if name in labels else name)
 
     for contestant, name in zip(chosen, names_of(labels)):
         contestant.name = name
@@ -273,12 +275,12 @@ def contestants(args, about):
 
 
 def server_of(args):
-    """--endpoint -> a function (max_new_tokens, temperature) -> `ask` of judge.py."""
+    """--endpoint -> what `Contestant.server` is: it makes an `ask` of judge.py."""
     import judge
 
     key = judge.read_key(args.endpoint_key_file, "--endpoint-key-file")
 
-    def connect(max_new_tokens, temperature):
+    def connect(max_new_tokens, temperature, arrived=None):
         """What asks the server; an answer is as long as the evaluation says, and no longer."""
         return judge.ask_endpoint(
             args.endpoint,
@@ -289,6 +291,7 @@ def server_of(args):
             temperature=temperature,
             flag="--endpoint",
             resume="the same command",
+            arrived=arrived,
         )
 
     connect(1, 0)  # a wrong address is refused now
@@ -380,9 +383,9 @@ def replies(contestant, records, max_new_tokens, path=None, label="", watch=(), 
         total, waiting = len(set(keys)), list(todo)
         asked = ask(contestant, list(todo.values()), max_new_tokens, watch, temperature)
         progress = Progress(label, total, total - len(todo))
-        begin, seen = time.time(), 0
+        started, seen = time.time(), 0
         with open(path, "a", encoding="utf-8") if path else contextlib.nullcontext() as file:
-            for part in asked:
+            for part in filter(None, asked):
                 for place, reply in part:
                     image, turns = key = waiting[place]
                     rows[key] = {"image": image, "prompt": list(turns), **reply}
@@ -393,7 +396,7 @@ def replies(contestant, records, max_new_tokens, path=None, label="", watch=(), 
                 seen += len(part)
                 progress(total - len(todo) + seen)
         contestant.asked += len(todo)
-        contestant.seconds += time.time() - begin
+        contestant.seconds += time.time() - started
     empty = sum(not rows[key]["answer"].strip() for key in set(keys))
     if empty:
         print(f"{contestant.name}: {empty} of {len(set(keys))} answers are empty", file=sys.stderr)
@@ -440,10 +443,21 @@ def read_replies(path):
 
 
 def ask_server(contestant, records, max_new_tokens, watch, temperature):
-    """Replies of a server, one at a time: [(place, {"answer"})]."""
-    ask = contestant.server(max_new_tokens, temperature)
-    for place, text in enumerate(ask([(record, None) for record in records])):
-        yield [(place, {"answer": text})]
+    """Replies of a server, as they arrive: [(place, {"answer"})]. Those after a failure count too."""
+    place = {id(record): n for n, record in enumerate(records)}
+    arrived = deque()  # threads add to it
+    add = lambda item, text: arrived.append((place[id(item[0])], {"answer": text}))
+    ask = contestant.server(max_new_tokens, temperature, add)
+    asked, failure = iter(ask([(record, None) for record in records])), None
+    going_on = True
+    while going_on:
+        try:
+            going_on = next(asked, None) is not None
+        except BaseException as error:  # its other requests have come to an end
+            going_on, failure = False, error
+        yield [arrived.popleft() for _ in range(len(arrived))]
+    if failure:
+        raise failure
 
 
 def ask_model(contestant, records, max_new_tokens, watch=(), temperature=0.0):

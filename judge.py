@@ -564,6 +564,7 @@ def ask_endpoint(
     temperature=0,
     flag="--judge-url",
     resume="--resume",
+    arrived=None,
 ):
     """A server's chat completions -> `ask`, which yields the replies in order as they come.
 
@@ -572,7 +573,8 @@ def ask_endpoint(
 
     max_tokens bounds a reply: a model that rambles is paid for. usage: a Counter that gets the
     server's counts, "requests", "tokens in", "tokens out". flag, resume: how messages name the
-    address and the way to go on.
+    address and the way to go on. arrived: a function (item, reply) that is called on a thread as
+    soon as a reply is there, also of one that comes after another has failed.
 
     `workers` requests run at a time. Each is tried up to `tries` times. The pauses between tries
     are `pause` seconds, twice that, four times that, ..., or as long as the server says; a minute
@@ -682,6 +684,8 @@ def ask_endpoint(
         for n in range(tries):
             reply, why, wait = once(body)
             if reply is not None:
+                if arrived:
+                    arrived(item, reply)
                 return reply
             if n + 1 < tries and stop.wait(min(60.0, max(wait, pause * 2**n))):
                 break

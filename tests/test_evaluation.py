@@ -182,7 +182,10 @@ def test_a_file_that_is_not_ours(tmp_path, line, why):
 
 
 def test_empty_answers_are_told(tmp_path, capsys):
-    contestant = evaluation.Contestant("m", server=lambda *a: lambda items: ["", "Yes", " "])
+    ask = lambda tokens, temperature, arrived: (
+        lambda items: [arrived(item, text) or text for item, text in zip(items, ["", "Yes", " "])]
+    )
+    contestant = evaluation.Contestant("m", server=ask)
     records = [Record("", None, (f"{i}?",)) for i in range(3)]
     assert evaluation.answer(contestant, records, 5) == ["", "Yes", " "]
     assert "m: 2 of 3 answers are empty" in capsys.readouterr().err
