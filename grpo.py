@@ -432,10 +432,11 @@ def main():
         args.quantize,
     )
     processor.prefetch.workers = args.workers
-    processor.ask = args.ask
     square = processor.image_aspect == "pad" and not processor.anyres
     score = rewards.scorer(args, right, annotator, square)
+    processor.ask = args.ask
     examples = rows.encode(processor, prompts_only=True, room=args.max_new_tokens)
+    processor.ask = ""  # an evaluation asks as the others do
     out = training.start(args, "grpo", rows.skipped)
     report.show_start(processor, examples)
     clock.lap("setup")
@@ -505,9 +506,8 @@ def main():
         # 4. loss, 5. step
         whole = full if args.variant == "dapo" else drawn
         if args.minibatches > 1 and model.dtype != torch.float32:
-            scored_again(
-                model, processor, [group for group in whole if group.spread], examples, args
-            )
+            trained = [group for group in whole if group.spread]
+            scored_again(model, processor, trained, examples, args)
         factor = training.schedule(step, steps, args.schedule)
         updates = [
             update(model, processor, optimizer, factor, minibatch, examples, knobs, args)

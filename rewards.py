@@ -5,6 +5,9 @@ r"""What an answer is worth: exact answers by rule, the scores of judge.py, and 
                           checkpoint, an endpoint
     --reward mixed        exact where a rule can read the data's answer, else the annotator
 
+A checkpoint or an endpoint compares every two of a prompt's G answers in both orders: G (G - 1)
+questions, 56 for 8 answers.
+
 Of the data's answer and of the model's alike, what counts is the last <answer>...</answer>; without
 such tags the last \boxed{...}; without that the whole text, if it has at most 20 words. The data's
 answer decides which rule holds, the first that can read it:

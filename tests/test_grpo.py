@@ -656,7 +656,12 @@ def test_dapo_samples_on(run, monkeypatch):
 
     monkeypatch.setattr(grpo, "draw", scripted)
     monkeypatch.setattr(rewards, "scorer", lambda *_: only_prompt_5)
+    updates = []
+    update = grpo.update
+    monkeypatch.setattr(grpo, "update", lambda *a: updates.append(a[4]) or update(*a))
     lines, _ = run("a", "--variant", "dapo", "--steps", 1)
+    (trained,) = updates  # one minibatch, of groups with spread alone
+    assert [one.place for one in trained] == [5] * len(trained) and trained
     rounds = [seed.split("/")[2] for seed, _ in drawn]
     places = sum((p for _, p in drawn), [])
     found = places.count(5)
@@ -683,6 +688,11 @@ def only_prompt_5(records, texts):
     ]
 
 
+def test_the_clip_that_is_given(run):
+    _, err = run("a", "--clip", 0.1, 0.3)
+    assert "grpo: " in err and "low=0.1, high=0.3" in err
+
+
 def test_each_prompt_once_an_epoch(run, monkeypatch):
     """Seven prompts, two a minibatch, two minibatches: two iterations, the last with the rest."""
     drawn = []
@@ -706,6 +716,15 @@ def test_who_scores(run, files):
     assert "rewards/format/mean" in lines[0] and "kl_coef 0.0" not in err
     assert json.loads(Path("c/args.json").read_text())["flags"]["kl_coef"] == 0
     assert "<think>" in err  # the first prompt
+
+
+def test_an_evaluation_is_asked_without_the_request(run, monkeypatch):
+    asked = []
+    keep = lambda model, processor, *_: asked.append(processor.ask)
+    monkeypatch.setattr(grpo.report, "evaluate_start", keep)
+    monkeypatch.setattr(grpo.report, "evaluate", keep)
+    _, err = run("a", "--ask", "Be brief.")
+    assert asked == ["", ""] and "\\nBe brief." in err
 
 
 def test_an_annotator_that_gives_no_verdict(run, monkeypatch):
