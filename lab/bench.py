@@ -31,6 +31,12 @@ log-probs of the answers, to .001, in bfloat16 to APART_BFLOAT16.
 The head has 40 % of this LLM's multiplications; in a 7 B model it has 2 %. So skipping rows of the
 head gains more here than there.
 
+`grpo`: iterations of GRPO on the same weights, pictures and prompts: 8 answers of 64 tokens to each
+of 4 prompts, at temperature 1, advantages of a reward that is 0 or 1, one update; no KL. What is
+drawn differs, so here the log-probs of the pairs' answers are compared.
+    grpo-ours    the calls of grpo.py's loop: an image encoded once for its 8 answers
+    grpo-trl     GRPOTrainer and a PEFT LoRA, with transformers' own sampling
+
 `head`: log-probs of 140 answer tokens of 1400 rows, V 32000, D 256, forward and backward to the
 hidden states, head frozen.
 
@@ -59,6 +65,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import dpo
+import grpo
 import training
 from common import write_json
 from data import TEMPLATES
@@ -69,6 +76,7 @@ from sampling import sample
 
 APART_BFLOAT16 = 0.5  # bfloat16 moves an answer's log-prob by .1; a wrong token, by about 10
 RANK = 16
+GROUP, NEW = 8, 64  # answers to a prompt of `grpo`, tokens of each
 LR = 1e-4
 BETA = 0.1
 FULL = {
@@ -273,33 +281,43 @@ def naive(folder):
             adapters.append(LoRALinear(child, RANK, 2 * RANK))
             setattr(module, name, adapters[-1])
 
-    def log_probs(enabled, labels, **inputs):
+    def log_probs(enabled, inputs):
         """Log-probs (B, 2) of the answers of a batch, with the adapters or without."""
         for adapter in adapters:
             adapter.active = "policy" if enabled else None
-        logits = model(**inputs, use_cache=False).logits[:, :-1]  # (2B, L - 1, V)
-        log_p = logits.log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
-        return (log_p * (labels[:, 1:] >= 0)).sum(-1).view(2, -1).T  # (B, 2)
+        return hub_log_probs(model, **inputs)
 
     def score(step):
         """Policy and reference on both answers of a batch."""
-        rows = [(e.prompt, e.answers[k]) for k in (0, 1) for e in batches[step]]
-        ids = [torch.cat([prompt, answer]) for prompt, answer in rows]
-        labels = [torch.cat([torch.full_like(prompt, -1), answer]) for prompt, answer in rows]
-        ids = pad_sequence(ids, batch_first=True, padding_value=-1)  # (2B, L)
-        labels = pad_sequence(labels, batch_first=True, padding_value=-1)  # (2B, L)
-        pixels = torch.stack([processor.pixels(e.record.image) for e in batches[step]] * 2)
-        inputs = {
-            "labels": labels,
-            "input_ids": ids.clamp(min=0),
-            "attention_mask": (ids >= 0).long(),
-            "pixel_values": pixels,
-        }
+        inputs = padded_pairs(processor, batches[step])
         with torch.no_grad():
-            reference = log_probs(False, **inputs)
-        return log_probs(True, **inputs), reference
+            reference = log_probs(False, inputs)
+        return log_probs(True, inputs), reference
 
     return train(batches, score, [p for p in model.parameters() if p.requires_grad], base)
+
+
+def padded_pairs(processor, examples):
+    """The answers of B pairs as transformers' model reads them: 2B rows, chosen first."""
+    rows = [(e.prompt, e.answers[k]) for k in (0, 1) for e in examples]
+    ids = [torch.cat([prompt, answer]) for prompt, answer in rows]
+    labels = [torch.cat([torch.full_like(prompt, -1), answer]) for prompt, answer in rows]
+    ids = pad_sequence(ids, batch_first=True, padding_value=-1)  # (2B, L)
+    labels = pad_sequence(labels, batch_first=True, padding_value=-1)  # (2B, L)
+    pixels = torch.stack([processor.pixels(e.record.image) for e in examples] * 2)
+    return {
+        "labels": labels,
+        "input_ids": ids.clamp(min=0),
+        "attention_mask": (ids >= 0).long(),
+        "pixel_values": pixels,
+    }
+
+
+def hub_log_probs(model, labels, **inputs):
+    """Log-probs (B, 2) of the answers of a batch, from logits of all positions."""
+    logits = model(**inputs, use_cache=False).logits[:, :-1]  # (2B, L - 1, V)
+    log_p = logits.log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
+    return (log_p * (labels[:, 1:] >= 0)).sum(-1).view(2, -1).T  # (B, 2)
 
 
 def trl(folder, gradient_checkpointing=False, dtype=torch.float32):
@@ -371,6 +389,126 @@ def trl(folder, gradient_checkpointing=False, dtype=torch.float32):
         "losses": [entry["loss"] for entry in log],
         "log_probs": [[log[0]["logps/chosen"], log[0]["logps/rejected"]]],
     }
+
+
+# ---- GRPO iterations
+# Each way -> seconds of one, peak_mib, log_probs of the first pairs, (B, 2)
+
+
+def parity(tokens):
+    """A reward that varies: is the sum of the ids odd?"""
+    return float(sum(tokens) % 2)
+
+
+def grpo_ours(folder):
+    """The calls of grpo.py's loop."""
+    model, processor, batches = load(folder)
+    base = high_water(model)
+    with torch.no_grad():
+        first = model.answer_log_probs(processor.collate(batches[0])).view(-1, 2)
+    torch.manual_seed(0)
+    model.prepare(RANK, projector=False)
+    model.train()
+    optimizer = training.optimizer_for(model, LR, 0.0)
+    knobs, size = grpo.VARIANTS["grpo"], len(batches[0])
+    args = argparse.Namespace(
+        variant="grpo",
+        group_size=GROUP,
+        max_new_tokens=NEW,
+        batch_size=size,
+        minibatches=1,
+        kl_coef=0.0,
+    )
+    ends = []
+    for step, examples in enumerate(batches):
+        groups = grpo.draw(model, processor, examples, range(size), args, step)
+        for group in groups:
+            group.terms = {"exact": [parity(tokens.tolist()) for tokens in group.answers]}
+            group.advantages = grpo.advantages(group.rewards, knobs.by_std)
+        grpo.update(model, processor, optimizer, 1.0, groups, examples, knobs, args)
+        ends.append(time.process_time())
+    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return {"seconds": seconds, "peak_mib": high_water() - base, "log_probs": first.tolist()}
+
+
+def grpo_trl(folder):
+    """TRL's trainer as its users call it, a chat template writing our prompts."""
+    import datasets
+    import peft
+    import transformers
+    from trl import GRPOConfig, GRPOTrainer
+
+    # data
+    _, processor, batches = load(folder)
+    size, n = len(batches[0]), len(batches)
+    records = [example.record for batch in batches for example in batch]
+    rows = [
+        {"prompt": [{"role": "user", "content": r.turns[0]}], "image": str(r.image)}
+        for r in records
+    ]
+    data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    theirs = transformers.AutoProcessor.from_pretrained(folder / "model")
+    theirs.chat_template = chat_template()
+
+    # trainer
+    ends = []
+    clock = transformers.TrainerCallback()
+    clock.on_step_end = lambda *args, **kwargs: ends.append(time.process_time())
+    config = GRPOConfig(
+        "trl",
+        max_steps=n,
+        per_device_train_batch_size=size * GROUP,
+        num_generations=GROUP,
+        max_completion_length=NEW,
+        generation_kwargs={"min_new_tokens": NEW},
+        loss_type="grpo",
+        learning_rate=LR,
+        bf16=False,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    lora = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=rf".*language_model.*\.({'|'.join(LORA_TARGETS)})",
+    )
+    hub = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder / "model", dtype=torch.float32
+    )
+    with torch.no_grad():
+        inputs = padded_pairs(processor, batches[0])
+        first = hub_log_probs(hub.requires_grad_(False), **inputs)
+    trainer = GRPOTrainer(
+        hub,
+        reward_funcs=lambda completion_ids, **_: [parity(tokens) for tokens in completion_ids],
+        args=config,
+        callbacks=[clock],
+        train_dataset=data,
+        processing_class=theirs,
+        peft_config=lora,
+    )
+    base = high_water(trainer.model)
+    trainer.train()
+    drawn = [entry["completions/mean_length"] for entry in trainer.state.log_history[:-1]]
+    if drawn != [NEW] * n:
+        raise RuntimeError(f"TRL drew answers of {drawn} tokens")
+    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return {"seconds": seconds, "peak_mib": high_water() - base, "log_probs": first.tolist()}
+
+
+def chat_template():
+    """A template of transformers that asks about a picture as we do."""
+    template = TEMPLATES["vicuna_v1"]
+    before, after = template.user.split("{}")
+    picture = "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    parts = "{% for part in messages[0]['content'] %}" + picture + "{% endfor %}"
+    return "<s>" + template.start + before + parts + after
 
 
 # ---- the head, and BDHS's negatives
@@ -453,6 +591,7 @@ SECTIONS = {  # section -> {name of a way: function of the workload's folder}
         "ours-bfloat16": functools.partial(ours, dtype=torch.bfloat16),
         "trl-bfloat16": functools.partial(trl, dtype=torch.bfloat16),
     },
+    "grpo": {"grpo-ours": grpo_ours, "grpo-trl": grpo_trl},
     "head": {
         "fused": functools.partial(head, "fused"),
         "answer-rows": functools.partial(head, "answer-rows"),
@@ -475,7 +614,7 @@ def measure(folder, names, repeat):
     results = {name: [] for name in names}
     for name in [*names] * repeat:
         done = run_child(name, folder)
-        if "ModuleNotFoundError" in done.stderr and name.startswith("trl"):
+        if "ModuleNotFoundError" in done.stderr and "trl" in name:
             reason = done.stderr.splitlines()[-1]
             print(f"{name} is not measured: {reason} (pip install trl peft)", file=sys.stderr)
             continue

@@ -56,6 +56,29 @@ def test_bfloat16_computes_the_same(tmp_path, monkeypatch):
         bench.check_same("ours-bfloat16", result | {"log_probs": [[0.0, 0.0]]}, first)
 
 
+def test_grpo_of_both(tmp_path, monkeypatch):
+    """The same weights and prompts; answers of equal length; what TRL is asked has our tokens."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    bench.build(tmp_path, TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "NEW", 5)
+    ours = bench.grpo_ours(tmp_path)
+    bench.check_same("grpo-trl", bench.grpo_trl(tmp_path), ours)
+
+    _, processor, batches = bench.load(tmp_path)
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
+    theirs.chat_template = bench.chat_template()
+    example = batches[0][0]
+    content = [{"type": "image", "url": str(example.record.image)}]
+    content.append({"type": "text", "text": example.record.turns[0]})
+    asked = theirs.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True
+    )
+    assert list(asked["input_ids"][0]) == example.prompt.tolist()
+
+
 def test_json_and_table(tmp_path, capsys):
     """The command line, with one competitor in a process of its own."""
     bench.main(["--json", str(tmp_path / "bench.json"), "--repeat", "1", "--only", "ours"], TINY)
