@@ -38,6 +38,10 @@ in what they differ, r16 a LoRA of rank 16, nf4 a base in 4 bits (nf4.py):
     ppo/        an iteration of ppo.py by part, without its text: 128 tokens of each prompt; scores
                 of a reward model; log-probs of reference and policy, and values; two passes of
                 updates of policy and value network. Ranks as ppo.py's defaults
+    grpo/       an iteration of grpo.py without its text: 8 answers of 64 tokens to each prompt, a
+                random reward, one update, no KL; `sample_seconds`, `update_seconds`. `trl`: the step
+                of TRL's GRPOTrainer on the same weights, with transformers' sampling, 8 rows a
+                forward pass; it also decodes its pictures. `default`: with gradient checkpointing
     negative/   BDHS's guided completions: five sentences of each of the answers at once, 99 % of
                 the picture hidden, 24 tokens a sentence; `plain`: a prompt with its picture for
                 each sentence
@@ -48,8 +52,8 @@ in what they differ, r16 a LoRA of rank 16, nf4 a base in 4 bits (nf4.py):
     tests/      `python -m pytest tests --device cuda`: how many passed
     toy/        `python dpo.py` on the card: its figures before and after
 
-Figures: `seconds`, median (min - max) over 5 runs after 2 to warm up (sample/ and negative/: 2
-after 1; ppo/, tests/, toy/: one), the device idle before and after each. `peak_gib`: most memory
+Figures: `seconds`, median (min - max) over 5 runs after 2 to warm up (grpo/: 3
+after 1; sample/ and negative/: 2 after 1; ppo/, tests/, toy/: one), the device idle before and after each. `peak_gib`: most memory
 that tensors held, weights included; `reserved_gib`: what the allocator had taken for that, near
 what nvidia-smi shows; `held_gib`: held before the cell. `tokens_a_second`: new tokens of the whole batch. A cell that runs out of memory
 says "does not fit", which is a figure too; one that fails says why, and the exit status is 1.
@@ -82,6 +86,7 @@ import transformers
 
 import bdhs
 import dpo
+import grpo
 import memory
 import model as modelling
 import nf4
@@ -123,6 +128,7 @@ SHAPES = {
         "text": 45,
         "answer": 100,
         "new": 128,
+        "group": (8, 64),
         "completion": 24,
         "head": (280, 5768),
         "matrix": 8192,
@@ -153,6 +159,7 @@ SHAPES = {
         "text": 15,
         "answer": 10,
         "new": 6,
+        "group": (3, 4),
         "completion": 3,
         "head": (28, 60),
         "matrix": 64,
@@ -479,6 +486,68 @@ class Bench:
         del parts["setup_seconds"]
         return figures | parts
 
+    def grpo(self, kind, n, how="ours", setting="best"):
+        """An iteration over n prompts."""
+        G, new = self.shape["group"]
+        if how == "trl":
+            return self.grpo_trl(kind, n, G, new, setting == "default")
+        model, (rows, pixels, sizes) = self.model(kind), self.prompts(kind, n)
+        flags = ["--model", "", "--data", "", "--lora-rank", self.rank, "--batch-size", n]
+        flags += ["--group-size", G, "--max-new-tokens", new, "--kl-coef", 0]
+        with mock.patch.object(sys, "argv", ["grpo.py", *map(str, flags)]):
+            args = grpo.parse()
+        knobs = grpo.VARIANTS[args.variant]
+        model.projector.requires_grad_(False)
+        model.train()
+        optimizer = training.optimizer_for(model, args.lr, 0.0)
+        pictures = Pictures(pixels.unflatten(0, (n, -1)), sizes)
+        record = SimpleNamespace(where="a row of random numbers", image=None)
+        prompts = [Prompt(row, [], [], record, number) for number, row in enumerate(rows)]
+        clock, parts = training.Clock(), {}
+
+        def lap(name):
+            """Seconds since the last part."""
+            self.synchronize()
+            parts[f"{name}_seconds"] = clock.lap(name)
+
+        def run():
+            """What is timed."""
+            lap("setup")
+            groups = grpo.draw(model, pictures, prompts, range(n), args, 0)
+            lap("sample")
+            for group in groups:
+                group.terms = {"exact": torch.rand(G).tolist()}
+                group.advantages = grpo.advantages(group.rewards, knobs.by_std)
+            grpo.update(model, pictures, optimizer, 1.0, groups, prompts, knobs, args)
+            lap("update")
+
+        figures = self.measure(run, warm=1, timed=3)
+        model.projector.requires_grad_(True)
+        model.eval()
+        del parts["setup_seconds"]
+        return figures | parts
+
+    def grpo_trl(self, kind, n, G, new, default):
+        """TRL's iteration over n prompts. Our LoRA makes room for its own."""
+        for name in ("trl", "peft", "datasets"):
+            if importlib.util.find_spec(name) is None:
+                return {"absent": f"{name} is not installed"}
+        versions = {name: importlib.metadata.version(name) for name in ("trl", "peft")}
+        hub = bench_trl.hub_model(self.model(kind))
+        self.models = {}
+        self.free()
+        seconds, count = [], 2 if self.once else 4
+        with tempfile.TemporaryDirectory() as folder:
+
+            def run():
+                """What is timed, by the trainer's own callback: a step."""
+                how = (n, G, new, self.shape["text"], self.rank, LR, default, count)
+                seconds.extend(bench_trl.grpo_steps(hub, *how, self.device, folder)[1:])
+
+            memory = self.measure(run, warm=0, timed=1)
+        spread = (statistics.median(seconds), min(seconds), max(seconds))
+        return memory | {"seconds": spread} | versions
+
     def negative(self, kind, n, how=None):
         """Guided completions; cut in the middle of each of five sentences."""
         model, (rows, pixels, sizes) = self.model(kind), self.prompts(kind, n)
@@ -715,6 +784,7 @@ attention/1.5/b4/prefix  attention/1.5/b4/own  attention/1.5/b4/varlen  attentio
 attention/1.5/b4/prefix/unequal  attention/1.5/b4/own/unequal  attention/1.5/b4/varlen/unequal
 attention/next/b1/prefix  attention/next/b1/own  attention/next/b1/varlen
 sample/1.5/b8/t1/k4  sample/1.5/b8/generate/k4  sample/1.5/b32/t1  ppo/1.5/b32/r64  tests/device  toy/dpo
+grpo/1.5/b4/r64  grpo/1.5/b4/trl/r64  grpo/1.5/b4/trl/default/r64
 step/1.5/b1  step/1.5/b1/checkpointing  step/1.5/b2  step/1.5/b2/checkpointing  step/next/b2  step/next/b2/checkpointing
 step/next/b4/checkpointing  step/next/b4  naive/1.5/b1  reference/next/b4  naive/next/b2  naive/1.5/b2
 naive/1.5/b4/checkpointing  naive/next/b4/checkpointing  card/matmul  card/copy  head/fused  head/answer-rows  head/all-rows

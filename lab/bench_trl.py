@@ -1,8 +1,10 @@
-"""TRL's DPOTrainer on the weights and the batch of lab/bench_gpu.py.
+"""TRL's DPOTrainer and GRPOTrainer on the weights and the batch of lab/bench_gpu.py.
 
 Its model is transformers' LLaVA with our tensors, not copies; its LoRA is PEFT's, on the same
 layers, the projector frozen. A collator hands it the very rows of our batch, as its own collator
-would pad them: [prompt | chosen] and [prompt | rejected], an image each.
+would pad them: [prompt | chosen] and [prompt | rejected], an image each. GRPOTrainer draws its
+answers itself, to prompts of as many words and a picture of noise; an answer has as many tokens as
+ours, and its reward is random.
 """
 
 import contextlib
@@ -74,6 +76,24 @@ def padded(prompts, answers, pixels, image_sizes):
     return batch
 
 
+class Watch(transformers.TrainerCallback):
+    """Notes the seconds of each step, from a batch in hand to the optimizer's step done, as ours."""
+
+    def __init__(self, seconds, device):
+        self.seconds, self.begin = seconds, 0.0
+        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def on_step_begin(self, *_, **__):
+        """Note the time."""
+        self.synchronize()
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        """Note how long it took."""
+        self.synchronize()
+        self.seconds.append(time.perf_counter() - self.begin)
+
+
 def steps(hub, batch, rank, lr, beta, checkpointing, n_steps, device, folder):
     """Train on the same batch n_steps times.
 
@@ -84,22 +104,7 @@ def steps(hub, batch, rank, lr, beta, checkpointing, n_steps, device, folder):
     import trl
     from tokenizers import Tokenizer, models
 
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds, begin = [], [0.0]
-
-    class Watch(transformers.TrainerCallback):
-        """From a batch in hand to the optimizer's step done, as our own steps."""
-
-        def on_step_begin(self, *_, **__):
-            """Note the time."""
-            synchronize()
-            begin[0] = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            """Note how long it took."""
-            synchronize()
-            seconds.append(time.perf_counter() - begin[0])
-
+    seconds = []
     # DPOTrainer asks for a processor; nothing is tokenised with it
     backend = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -124,7 +129,7 @@ def steps(hub, batch, rank, lr, beta, checkpointing, n_steps, device, folder):
     trainer = trl.DPOTrainer(
         hub,
         args=config,
-        callbacks=[Watch()],
+        callbacks=[Watch(seconds, device)],
         data_collator=lambda _: dict(batch),
         train_dataset=datasets.Dataset.from_dict({"images": list(range(n))}),
         processing_class=processor,
@@ -138,3 +143,89 @@ def steps(hub, batch, rank, lr, beta, checkpointing, n_steps, device, folder):
         trainer.train()
     first = trainer.state.log_history[0]
     return seconds, (first["logps/chosen"], first["logps/rejected"])
+
+
+def processor_of(hub):
+    """A processor for random words: a token a word, and the image token expanded."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    image, vision = hub.config.image_token_index, hub.config.vision_config
+    ids = {f"w{i}": i for i in range(image)} | {"<image>": image}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="w0",
+        eos_token="w1",
+        additional_special_tokens=["<image>"],
+    )
+    side = vision.image_size
+    picture = "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
+    return transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=hub.config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template="{% for part in messages[0]['content'] %}" + picture + "{% endfor %}",
+    )
+
+
+def grpo_steps(hub, n, G, new, text, rank, lr, checkpointing, n_steps, device, folder):
+    """n_steps iterations over n prompts of `text` words, G answers of `new` tokens to each.
+
+    -> seconds of each.
+    """
+    import datasets
+    import peft
+    import trl
+    from PIL import Image
+
+    seconds, side, image = [], hub.config.vision_config.image_size, hub.config.image_token_index
+    words = torch.randint(3, image, (n, text)).tolist()
+    rows = {
+        "prompt": [
+            [{"role": "user", "content": " ".join(f"w{i}" for i in line)}] for line in words
+        ],
+        "image": [Image.effect_noise((side, side), 80).convert("RGB") for _ in range(n)],
+    }
+    config = trl.GRPOConfig(
+        str(folder),
+        max_steps=n_steps,
+        per_device_train_batch_size=G,
+        gradient_accumulation_steps=n,
+        num_generations=G,
+        max_completion_length=new,
+        generation_kwargs={"min_new_tokens": new},
+        loss_type="grpo",
+        learning_rate=lr,
+        bf16=True,
+        gradient_checkpointing=checkpointing,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+    )
+    trainer = trl.GRPOTrainer(
+        hub,
+        reward_funcs=lambda completions, **_: torch.rand(len(completions)).tolist(),
+        args=config,
+        callbacks=[Watch(seconds, device)],
+        train_dataset=datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()),
+        processing_class=processor_of(hub),
+        peft_config=peft.LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=rf".*language_model.*\.({'|'.join(LORA_TARGETS)})",
+        ),
+    )
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
+    drawn = [entry["completions/mean_length"] for entry in trainer.state.log_history[:-1]]
+    if drawn != [new] * n_steps:
+        raise RuntimeError(f"TRL drew answers of {drawn} tokens")
+    return seconds
