@@ -117,16 +117,14 @@ def sheet(path, title, rows, columns=2, most=24):
         if image is not None:
             page.paste(ImageOps.pad(open_image(image), (THUMB, THUMB)), (x + MARGIN, y + 4))
         left, top = x + THUMB + 2 * MARGIN, y + 2
-        room = HEIGHT // LINE - 1  # lines
-        texts = [(question, BLUE)]
-        texts += [(f"{name}: {text}", COLOURS[right]) for name, text, right in answers]
-        for k, (text, colour) in enumerate(texts):
-            mine = room - (len(texts) - 1 - k)  # a line at least for each that follows
-            mine = min(mine, max(2, room // len(texts)))
-            lines = textwrap.wrap(" ".join(text.split()), 56, max_lines=mine, placeholder=" ...")
-            for line in lines or [""]:
+        each = (HEIGHT // LINE - 3) // max(1, len(answers))  # lines; the question has two
+        texts = [(question, BLUE, 2)]
+        texts += [(f"{name}: {text}", COLOURS[right], each) for name, text, right in answers]
+        for text, colour, most_lines in texts:
+            text = " ".join(text.split())
+            wrapped = textwrap.wrap(text, 56, max_lines=max(1, most_lines), placeholder=" ...")
+            for line in wrapped:
                 draw.text((left, top), line, colour, small)
                 top += LINE
-            room -= len(lines)
     page.save(path)
     return len(rows)

@@ -512,7 +512,9 @@ def changed(first, other, names, truth, vocabulary, image_of):
         if set(objects[0]) != set(objects[1]):
             told = [f"{n} ({', '.join(dict.fromkeys(o)) or '-'})" for n, o in zip(names, objects)]
             answers = list(zip(told, (text, theirs), (not objects[0], not objects[1])))
-            found.append((image_of(number), f"image id {number}; not there: (...)", answers))
+            found.append(
+                (image_of(number), f"image id {number} (in brackets: said and not there)", answers)
+            )
     return found
 
 

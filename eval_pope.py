@@ -400,15 +400,18 @@ def read_said(splits, files):
             "for each contestant, none of them twice."
         )
     groups = [files[start : start + each] for start in range(0, len(files), each)]
+    folders = [str(Path(group[0]).parent) for group in groups]
+    of_folders = each > 1 and len(groups) == len(set(folders)) > 1
+    names = evaluation.names_of(folders if of_folders else [group[0] for group in groups])
     said = {}
-    for name, paths in zip(evaluation.names_of([group[0] for group in groups]), groups):
+    for name, paths in zip(names, groups):
         if of_llava:
             everything = answers_to(sum(splits.values(), []), paths[0])
             ends = np.cumsum([len(questions) for questions in splits.values()])
             parts = [everything[end - len(splits[s]) : end] for s, end in zip(splits, ends)]
         else:
             parts = [answers_to(splits[s], path) for s, path in zip(splits, paths)]
-        said[str(Path(name).with_suffix(""))] = dict(zip(splits, parts))
+        said[name.removesuffix(".jsonl").removesuffix(".json")] = dict(zip(splits, parts))
     return said
 
 
@@ -570,7 +573,8 @@ def finish(splits, said, notes, args):
             "decided within rounding": n,
             "intervals": results[name],
         }
-    print("\n".join(remarks(splits, None if args.answers else args.suffix)))
+    for line in remarks(splits, None if args.answers else args.suffix):
+        print(line)
 
     if args.out:
         out = Path(args.out)

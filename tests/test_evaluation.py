@@ -15,7 +15,7 @@ import evaluation
 import sampling
 from common import BadInput, Parser
 from data import Record
-from formats import checkpoints
+from formats import adapters, checkpoints
 
 
 @pytest.fixture
@@ -340,3 +340,36 @@ def test_table_and_sheet(pictures, tmp_path):
     with Image.open(tmp_path / "s.png") as page:
         assert page.size == (2 * comparison.WIDTH, 34 + 12 * comparison.HEIGHT)
     assert comparison.sheet(tmp_path / "none.png", "base against dpo", []) == 0
+
+
+# ---- models and adapters
+
+
+def test_each_contestant_answers_for_itself(checkpoint, records, tmp_path):
+    """The checkpoint alone, with one adapter and with another: what each says when it is loaded alone."""
+    folders = ["none"]
+    for i in (1, 2):
+        model, _ = checkpoints.load(checkpoint)
+        model.prepare(2)
+        torch.manual_seed(i)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * 0.3)
+        folders.append(str(tmp_path / f"run{i}" / "adapter"))
+        adapters.save_adapter(model, folders[-1], checkpoint)
+    flags = "--model", checkpoint, "--adapter", *folders, "--out", tmp_path / "out"
+    said = {}
+    for contestant in evaluation.contestants(parse(*flags, "--device", "cpu"), {}):
+        path = contestant.path("replies.jsonl")
+        assert path == tmp_path / "out" / contestant.name / "replies.jsonl"
+        said[contestant.name] = evaluation.answer(contestant, records, 8, path)
+        contestant.release()
+        assert contestant.loaded is None
+    assert list(said) == [checkpoint.name, "run1", "run2"]
+    for folder, texts in zip(folders, said.values()):
+        model, processor = checkpoints.load(checkpoint)
+        if folder != "none":
+            adapters.load_adapter(model, folder)
+        assert texts == [one for (one,) in sampling.generate(model, processor, records, 8)]
+    assert len(set(map(tuple, said.values()))) == 3
