@@ -470,7 +470,7 @@ def test_the_official_splits_are_told_apart(tmp_path, rows):
         ),
         (
             "--questions q_random.json --answers a.jsonl --out a.jsonl",
-            "a.jsonl exists and is not an empty folder",
+            "--out a.jsonl: a.jsonl is a file; a folder is accepted",
         ),
         (
             "--questions q_random.json --answers bad.jsonl",
