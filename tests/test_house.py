@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "formats.inspector training corruption lab.oracle",
     "judge comparison lab.parts lab.questions",
     "evaluation rewards",
-    "eval_pope eval_chair eval_vqa lab.toy",
+    "eval_pope eval_chair eval_amber eval_vqa lab.toy",
     "lab.report",
     "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo grpo annotate rejection_sampling "
     "steerlm sample",
@@ -131,7 +131,9 @@ def test_reading_a_file_loads_no_torch(name):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "sample", "eval_pope", "eval_chair", "eval_vqa", "data"])
+@pytest.mark.parametrize(
+    "name", [*SCRIPTS, "sample", "eval_pope", "eval_chair", "eval_amber", "eval_vqa", "data"]
+)
 def test_help_comes_soon(name):
     """Ten seconds on a loaded machine; two on an idle one, of which torch takes most."""
     start = time.time()
