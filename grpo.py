@@ -117,7 +117,7 @@ TOY = {
     "batch_size": 16,
     "grad_accum": 1,
     "sample_batch_size": 16,
-    "lr": 1e-3,
+    "lr": 5e-4,
     "lora_rank": 16,
     "max_new_tokens": 96,
     "save_every": 0,

@@ -17,7 +17,7 @@ answer decides which rule holds, the first that can read it:
     letter    B; (B); B. dog                  B, B., B), (B), B. dog, or "the answer is B"
     number    3; 1,200; -1/2; 145°; 5 cm;     of equal value: the whole, or what stands behind the
               2\sqrt{221}; \frac{\pi}{2}      last "=", or the only number in it; "two" is 2
-    text      any other, up to 20 words       the same words; case, punctuation, articles aside
+    text      any other, up to 5 words        the same words; case, punctuation, articles aside
 
 A box is two corners, x1 y1 x2 y2, in pixels of the picture's file. Numbers that are all at most 1
 are fractions, as LLaVA-1.5 writes boxes: of the padded square where the picture is padded to one
@@ -42,6 +42,7 @@ from formats.files import image_size
 
 FIRST = 3  # iterations after which a run that cannot learn is told so
 SHORT = 20  # words of a text that is an answer as a whole
+TEXT = 5  # words of a right answer that is compared word for word
 FORMAT_REQUEST = (
     "\nFirst think in <think> </think> tags, then give the final answer in <answer> </answer> tags."
 )
@@ -268,9 +269,9 @@ def right_answer(record):
         return "yes/no", text
     if re.match(r"[(\[]?[A-Z](?:[.):\]]|$)", text):
         return "letter", text
-    if value_of(text) is not None:
+    if value_of(text) is not None or text.lower() in WORDS:
         return "number", text
-    return ("text", text) if re.search(r"\w", text) else None
+    return ("text", text) if re.search(r"\w", text) and len(text.split()) <= TEXT else None
 
 
 def check_box(box, record):
@@ -300,7 +301,7 @@ def right_answers(rows, how):
             if answer is None and how == "exact":
                 raise BadInput(
                     f"no rule can read the answer {record.answers[0]!r:.80}; accepted are boxes, "
-                    f"yes/no, letters, numbers and texts of at most {SHORT} words, and with "
+                    f"yes/no, letters, numbers and texts of at most {TEXT} words, and with "
                     "--reward mixed any answer."
                 )
         except BadInput as error:

@@ -29,6 +29,8 @@ from test_model import (
     row_error,
     with_gradients,
 )
+from test_grpo import evenly, problems  # noqa: F401
+from test_grpo import run as run_grpo  # noqa: F401
 from test_online_dpo import by, files, run  # noqa: F401
 from test_ppo import command as run_ppo  # noqa: F401
 
@@ -480,3 +482,16 @@ def test_ppo_starts_at_the_reference(device, run_ppo, dtype):  # noqa: F811
     assert len(lines) == 2 and abs(lines[0]["objective/kl"]) <= (
         1e-5 if dtype == "float32" else 0.1
     )
+
+
+@pytest.mark.parametrize("variant", ["grpo", "gspo"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grpo_starts_at_0(device, run_grpo, dtype, variant):  # noqa: F811
+    """With a gradient; of two minibatches the first has ratios of 1, as its answers are scored again."""
+    where = ["--device", device, "--dtype", dtype, "--variant", variant, "--kl-coef", 0.1]
+    (first, second), _ = run_grpo("one", *where, score=evenly)
+    rounding = 1e-5 if dtype == "float32" else 0.05
+    assert abs(first["loss"]) < rounding < first["grad_norm"] and abs(first["kl"]) < rounding
+    assert second["grad_norm"] > 0
+    lines, _ = run_grpo("two", *where, "--minibatches", 2, "--lr", 1e-9, score=evenly)
+    assert lines[0]["clip_ratio/region_mean"] == 0 or (dtype, variant) == ("bfloat16", "gspo")

@@ -24,6 +24,7 @@ import ppo
 import rewards
 import sampling
 import training
+from common import BadInput
 from data import Processor, Record
 from grpo import VARIANTS, Group
 from model import MLLM
@@ -528,7 +529,7 @@ def test_names_are_those_of_trl(run):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def problems(tmp_path_factory):
     """Seven problems about pictures of noise, with number, letter and yes/no as answers."""
     folder = tmp_path_factory.mktemp("grpo")
     (folder / "images").mkdir()
@@ -547,12 +548,12 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, files, checkpoint, tmp_path):
+def run(monkeypatch, capsys, problems, checkpoint, tmp_path):
     """A function that runs grpo.py -> (metrics, stderr). score: of an answer's text, in place of the rule."""
 
     def call(out, *flags, score=None, status=0, data="p.jsonl"):
         monkeypatch.chdir(tmp_path)
-        given = ["--model", checkpoint, "--data", files / data, "--images", files / "images"]
+        given = ["--model", checkpoint, "--data", problems / data, "--images", problems / "images"]
         given += ["--lora-rank", 4, "--lr", 0.01, "--batch-size", 2, "--group-size", 3]
         given += ["--max-new-tokens", 4, "--sample-batch-size", 2, "--out", out]
         if "--epochs" not in flags:
@@ -703,7 +704,7 @@ def test_each_prompt_once_an_epoch(run, monkeypatch):
     assert [m["groups"] for m in lines] == [4, 3]
 
 
-def test_who_scores(run, files):
+def test_who_scores(run):
     """The rule, the annotator, or the rule where it can read the data's answer."""
     judged = ["--annotator", "oracle"]
     lines, err = run("a", "--reward", "annotator", *judged)
@@ -826,6 +827,34 @@ def test_without_kl_no_reference_is_scored(run, monkeypatch):
     monkeypatch.setattr(MLLM, "reference", refuse)
     lines, _ = run("a", score=evenly)
     assert lines[1]["kl"] == 0 and lines[1]["grad_norm"] > 0
+
+
+def test_gradient_checkpointing_changes_nothing(run):
+    flags = ("--kl-coef", 0.1, "--variant", "dapo")
+    one, _ = run("a", *flags, score=evenly)
+    two, _ = run("b", *flags, "--gradient-checkpointing", score=evenly)
+    bare = lambda lines: [{k: v for k, v in m.items() if "seconds" not in k} for m in lines]
+    for m, other in zip(bare(one), bare(two), strict=True):
+        assert m == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_a_picture_that_breaks_in_the_run(run, monkeypatch, tmp_path, problems):
+    """Its row is skipped and listed, the others train; without the flag the run stops."""
+    decode = Processor.decode
+
+    def broken(self, image):
+        if Path(str(image)).name == "3.png":
+            raise BadInput("the picture cannot be decoded")
+        return decode(self, image)
+
+    flags = ("--check-images", "header", "--epochs", 1)
+    monkeypatch.setattr(Processor, "decode", broken)
+    lines, _ = run("a", *flags, "--skip-bad-rows", score=evenly)
+    assert sum(m["groups"] for m in lines) == 6
+    skipped = json.loads((tmp_path / "a/skipped.json").read_text())
+    assert [(row["file"], row["row"]) for row in skipped] == [("p.jsonl", 3)]
+    _, err = run("b", *flags, score=evenly, status=2)
+    assert "p.jsonl, row 3: the picture cannot be decoded" in err
 
 
 def test_bfloat16_with_several_minibatches(run):

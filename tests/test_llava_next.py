@@ -25,6 +25,7 @@ from test_checkpoints import (
 )
 
 import dpo
+import grpo
 import sampling
 import sft
 from common import BadInput
@@ -743,6 +744,36 @@ def generated(folder, records):
             theirs.eval().generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :].tolist()
         )
     return out
+
+
+def test_grpo_on_tiles(tmp_path, monkeypatch, folder, pictures):
+    """Pictures of unequal numbers of tiles in one batch: drawn, scored, trained; step 0 is at 0."""
+    rows = [
+        {"image": p.name, "problem": f"How many, {i}?", "solution": "two"}
+        for i, p in enumerate(pictures[:6])
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = ["--model", folder, "--data", tmp_path / "rows.json", "--images", pictures[0].parent]
+    flags += ["--out", tmp_path / "run", "--steps", 2, "--batch-size", 3, "--grad-accum", 2]
+    flags += [
+        "--group-size",
+        3,
+        "--max-new-tokens",
+        4,
+        "--lora-rank",
+        4,
+        "--kl-coef",
+        0.1,
+        "--lr",
+        0.02,
+    ]
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, flags)])
+    monkeypatch.chdir(tmp_path)
+    vary = lambda *_: lambda records, texts: [{"exact": [1.0, 0.0, 0.5]} for _ in texts]
+    monkeypatch.setattr(grpo.rewards, "scorer", vary)
+    grpo.main()
+    first, second = (json.loads(x) for x in open(tmp_path / "run" / "metrics.jsonl"))
+    assert abs(first["loss"]) < 1e-5 < first["grad_norm"] and first["kl"] < 1e-5 < second["kl"]
 
 
 @pytest.mark.parametrize("kind", ["LLaVA-1.5", "LLaVA-NeXT", "original LLaVA-1.6"])

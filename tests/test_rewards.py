@@ -100,6 +100,7 @@ def test_the_value_of_an_expression(text, value):
         ("374.1 cm", "374.1", 1),
         ("374.2", "374.1", 0),
         ("cup3", "3", 0),
+        ("2", "Two", 1),
         ("v1.3", "3", 0),
         ("-3", "3", 0),
         ("It is -3 now", "-3", 1),
@@ -216,12 +217,15 @@ def record(answer, image=None, row=0, right=None):
         ("145°", ("number", "145°")),
         ("2 \\sqrt { 221 }", ("number", "2 \\sqrt { 221 }")),
         ("A. cup", ("letter", "A. cup")),
+        ("Two", ("number", "Two")),
         ("A cup", ("text", "A cup")),
         ("No, there is no dog.", ("yes/no", "No, there is no dog.")),
         ("No parking", ("text", "No parking")),
         ("There are two cups.", ("text", "There are two cups.")),
         ("[1.0, 2.0, 12.0, 13.5]", ("box", "[1.0, 2.0, 12.0, 13.5]")),
         ("word " * 21, None),
+        ("A dog sleeps under the table.", None),  # six words: a description
+        ("The two red cups there", ("text", "The two red cups there")),
         ("...", None),
     ],
 )

@@ -1,5 +1,6 @@
 """lab/toy.py: which flags a toy run gets, and what is built, cached, and built anew when something that made it changes."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from common import run
 from formats.files import image_folders
 from lab import oracle, toy
 
-SOURCES = "sft model attention data lab/parts lab/oracle sampling reward_model facts lora".split()
+SOURCES = (
+    "sft model attention data lab/parts lab/oracle lab/questions sampling reward_model facts lora"
+).split()
 
 
 @pytest.fixture
@@ -79,6 +82,25 @@ def test_the_base_s_own_answers(built):
     (toy.base(1) / "model.safetensors").write_text("other weights")
     toy.data_file(1, toy.OWN_ANSWERS[0])
     assert [call[0] for call in built] == ["sft.py"] + 4 * ["answers"]
+
+
+def test_the_problems_of_a_world(built):
+    """Questions with their right answers, from its truth; built once, and anew for another code."""
+    Path("world-1/images").mkdir(parents=True)
+    cup = {"name": "cup", "colour": "red", "count": 2, "column": 0, "row": 0}
+    scenes = {"preference_00000.png": {"kind": "kitchen", "things": [cup]}}
+    Path("world-1/scenes.json").write_text(json.dumps(scenes))
+    path = toy.data_file(1, "questions.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    count = {"problem": "How many cups are there?", "solution": "<answer> 2 </answer>"}
+    assert rows[0] == {"image": "preference_00000.png"} | count and len(rows) == 2
+    assert image_folders(path) == [path.parent, Path("world-1/images").resolve()]
+    path.write_text("[]")
+    assert toy.data_file(1, "questions.jsonl") == path and path.read_text() == "[]"
+    for name in ("lab/oracle", "lab/questions"):
+        edit(name, "x = 3\n")
+        assert toy.data_file(1, "questions.jsonl") != path
+    assert not built
 
 
 def test_the_reward_model(built):
