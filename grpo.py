@@ -37,7 +37,7 @@ One step is an iteration over batch-size x grad-accum x minibatches prompts (x p
     gspo      yes     of an answer, then of the answers    3e-4 / 4e-4 an answer, the geometric
                                                            mean of its tokens'   Zheng et al. 2025
 
-dapo also samples on, up to 8 times the batch, until it is full of groups with spread, and leaves
+dapo also samples on for the groups that lack spread, in at most 8 rounds an iteration, and leaves
 answers that were cut off out of the loss and its count. Everywhere they count in mean and std.
 
 Clipping idles with one update an iteration; --minibatches N makes N (GSPO 4, DAPO 16). RLOO
@@ -47,7 +47,7 @@ length. In ppo.py KL is part of the reward, here of the loss.
 Choices where the papers are silent or disagree:
 1. std is the unbiased one, as in all code that was read; DeepSeekMath does not say.
 2. The gradient of k3 alone is (1 - pi_ref / pi) grad log pi, not that of the KL divergence. Times
-   the ratio it is; so TRL since 1.10. --kl k3 is the paper's. beta: .04 with an annotator
+   the ratio it is; so TRL after 1.9. --kl k3 is the paper's. beta: .04 with an annotator
    (DeepSeekMath), 0 with exact answers (DAPO, Dr. GRPO, TRL).
 3. A group that is skipped adds no gradient, no KL either, but counts in the mean of its minibatch,
    so that the others do not weigh more. In dapo's mean of all tokens only what trains counts.
@@ -432,6 +432,7 @@ def main():
         args.quantize,
     )
     processor.prefetch.workers = args.workers
+    processor.prefetch.kept_bytes = 4 * 2**30  # an image is read twice in an iteration
     square = processor.image_aspect == "pad" and not processor.anyres
     score = rewards.scorer(args, right, annotator, square)
     processor.ask = args.ask

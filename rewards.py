@@ -85,11 +85,12 @@ def add_flags(parser):
 
 
 def check_flags(args):
-    """Refuse flags of an annotator that nobody asks; fill in --ask."""
+    """Refuse flags of an annotator that nobody asks; fill in --annotator and --ask."""
     if args.reward == "exact":
         for name in ("annotator", "annotator_device", "facts", "judge_url", "judge_model"):
             if name in args.given:
                 raise BadInput(f"{flag_name(name)} is for --reward annotator or mixed.")
+        args.annotator = None  # for the run folder: none is loaded
     request = FORMAT_REQUEST if args.format_weight else ""
     args.ask = request if args.ask is None else "\n" + args.ask
 

@@ -600,6 +600,18 @@ def test_step_0_prints_0_and_has_a_gradient(run, variant):
     assert "memory: " in err and "rewards: 2 by letter, 3 by number, 2 by yes/no" in err
 
 
+def test_the_documented_knobs_are_the_real_ones():
+    """The table of the docstring."""
+    of = {"answers": "of an answer, then", "tokens": "of all tokens", "longest": "sum / (answers"}
+    for name, knobs in VARIANTS.items():
+        (line,) = re.findall(rf"^    {name} .*$", grpo.__doc__, re.MULTILINE)
+        low, high = ({0.0003: "3e-4", 0.0004: "4e-4"}.get(x, f"{x:g}"[1:]) for x in knobs[2:4])
+        assert f"{low} / {high} " in line and of[knobs.mean] in line
+        assert line.split()[1] == ("yes" if knobs.by_std else "no")
+        assert re.search(rf" an? {knobs.ratio}\b", line.split(f"/ {high}")[1])
+    assert f"at most {grpo.ROUNDS} rounds" in " ".join(grpo.__doc__.split())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resume_is_bit_exact(run, tmp_path, monkeypatch, variant):
     flags = ("--steps", 3, "--save-every", 1, "--variant", variant, "--minibatches", 2)
@@ -715,7 +727,8 @@ def test_who_scores(run):
     assert all(any(f"rewards/{n}/mean" in m for m in lines) for n in ("exact", "annotator"))
     lines, err = run("c", "--format-weight", 0.5)
     assert "rewards/format/mean" in lines[0] and "kl_coef 0.0" not in err
-    assert json.loads(Path("c/args.json").read_text())["flags"]["kl_coef"] == 0
+    flags = json.loads(Path("c/args.json").read_text())["flags"]
+    assert flags["kl_coef"] == 0 and flags["annotator"] is None
     assert "<think>" in err  # the first prompt
 
 
