@@ -21,7 +21,8 @@ scienceqa   eval_science_qa.py of LLaVA: "B", "B. ..." or "The answer is B".
 mmbench     VLMEvalKit's exact matching: a letter that stands alone in the answer, if no other one
             does and at most three words follow it; else the one option whose text it holds.
 mmstar      MMStar's own: the answer's first character, also behind "(", "option ", "the answer is ".
-own         LLaVA conversations: the short answer, or as in a-okvqa.
+problems    R1-V's layout, by the exact rule of rewards.py, which says what it reads: yes or no, a
+            letter, a number, a text of at most 20 words.
 
 A model's text is first brought into the form that the official script reads. vqa-v2: normalised by
 M4C's rule, as LLaVA's converter does before it submits. gqa: lower case, no full stop at the end,
@@ -51,6 +52,7 @@ Deviations from the official scripts:
 import json
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,7 @@ import numpy as np
 import comparison
 import evaluation
 import processes
+import rewards
 from common import BadInput, Parser, positive_int, run, write_json, write_text
 from data import Record
 from formats import vqa
@@ -214,8 +217,31 @@ LETTER = {
     "mmbench": letter_mmbench,
     "mmstar": letter_mmstar,
     "a-okvqa": letter_own,
-    "own": letter_own,
 }
+
+
+# ---- problems with a right answer
+
+SAME = {
+    "letter": rewards.same_letter,
+    "yes/no": rewards.same_yes_no,
+    "number": rewards.same_number,
+    "text": rewards.same_text,
+}
+
+
+def right_of(question):
+    """A question of `problems` -> (kind, text) of what is right, as rewards.py reads it."""
+    try:
+        found = rewards.right_answer(Record("", None, (question.text,), (question.truth,)))
+    except BadInput:  # a box, and no picture
+        found = None
+    if found is None or found[0] not in SAME:
+        raise BadInput(
+            f"question {question.id}: the right answer is {question.truth!r:.80}; accepted are yes or "
+            f"no, a letter, a number, and a text of at most {rewards.SHORT} words."
+        )
+    return found
 
 
 # ---- scoring
@@ -230,6 +256,8 @@ def official_form(name, question, answer):
         return LETTER[name](answer.text, question.options)
     if answer.official:
         return answer.text
+    if name == "problems":
+        return rewards.final(answer.text) or ""
     if name == "gqa":
         return answer.text.rstrip(".").lower()
     return m4c(answer.text) if name == "vqa-v2" else answer.text
@@ -241,8 +269,9 @@ def credit(name, question, form):
         return credit_vqa2(form, question.truth)
     if name == "textvqa":
         return credit_textvqa(form, question.truth)
-    if name == "own" and not question.options:
-        return float(m4c(form) == m4c(question.truth))
+    if name == "problems":
+        kind, right = question.truth
+        return SAME[kind](form, right)
     if name == "a-okvqa":  # its script compares the options' texts
         return float(question.options.get(form) == question.options[question.truth])
     return float(form == question.truth)
@@ -466,6 +495,9 @@ def parse():
 def read_questions(args):
     """--questions -> (the benchmark's name, [Question] with rotations)."""
     name, questions = vqa.read(args.questions)
+    if name == "problems":
+        right = [right_of(q) for q in questions]
+        questions = [replace(q, truth=r, groups=r[:1]) for q, r in zip(questions, right)]
     if args.limit:
         kept = {q.whole or q.id for q in [q for q in questions if not q.rotation][: args.limit]}
         questions = [q for q in questions if (q.whole or q.id) in kept]

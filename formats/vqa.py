@@ -17,14 +17,13 @@ A parquet file with the same keys is read too. Beside them may stand LLaVA's fil
 which takes the place of our own prompts: llava_textvqa_val_v051_ocr.jsonl (with words that another
 model read in the picture), llava_gqa_testdev_balanced.jsonl, llava_test_CQM-A.json.
 
-The toy world's instruct.json, or any file of LLaVA conversations about pictures whose questions end
-as LLaVA's do, is the benchmark `own`: a short answer, or one of lettered options.
+Rows {"image", "problem", "solution" or "answer"}, as R1-V's, are the benchmark `problems`: anything
+with a short right answer. lab/benchmarks.py writes such a file about the toy world.
 """
 
 import base64
 import csv
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +36,8 @@ CHOICE = "\nAnswer with the option's letter from the given choices directly."
 OCR = "Reference OCR token:"  # begins a line of LLaVA's prompts for TextVQA
 # cells without a value, as pandas and LLaVA read them
 EMPTY = ("", "nan", "none", "na", "n/a", "#n/a", "#na", "null", "<na>", "-nan")
+# an object with one of these is a row: a file of one line
+ROW_KEYS = {"text", "answer", "prediction", "question", "problem", "conversations", "question_id"}
 ROTATED = 10**6  # MMBench: what an index is above this belongs to the same question
 
 
@@ -48,7 +49,7 @@ class Question:
     image: object  # a tuple of names for it, a PackedImage, its index in a tsv file, or None
     text: str  # the question alone
     prompt: str  # what is asked: the question with hint and options, and LLaVA's last line
-    truth: object  # ten answers (short), one answer (gqa), or a letter of `options`
+    truth: object  # ten answers, one (gqa, problems), or a letter of `options`
     options: dict  # {letter: text}, {} for a short answer
     groups: tuple = ()  # names of the figures that it counts for, besides accuracy
     whole: str = ""  # id of the question that it is a rotation of
@@ -232,26 +233,16 @@ def mmstar(row, where):
     return Question(number, row.get("image"), text, text + CHOICE, right, options, groups)
 
 
-def own(row, where):
-    """A row of LLaVA's conversations -> its questions with a short answer or lettered options."""
-    turns = need(row, "conversations", list, where)
+def problem(row, where):
+    """A row of R1-V's layout; what is right is read by rewards.py."""
+    text = need(row, "problem", str, where).replace("<image>", "").strip()
+    key = "solution" if row.get("answer") is None else "answer"
     image = row.get("image")
-    found = []
-    for k in range(0, len(turns) - 1, 2):
-        prompt = need(turns[k], "value", str, where).replace("<image>", "").strip()
-        answer = need(turns[k + 1], "value", str, where)
-        options = dict(re.findall(r"^([A-J])\. (.+)$", prompt, re.MULTILINE))
-        if not image or not (options or prompt.endswith(SHORT)):
-            continue  # a description, a text-only round
-        truth = answer[0] if options else answer
-        if options and truth not in options:
-            raise BadInput(f"{where}: the answer {answer!r:.60} is none of {', '.join(options)}.")
-        kind = "choice" if options else "yes/no" if answer in ("Yes", "No") else "other"
-        kind = "number" if answer.isdecimal() else kind
-        number = f"{id_of(row, 'id', where)}-{k // 2}"
-        text = prompt.splitlines()[0]
-        found.append(Question(number, (image,), text, prompt, truth, options, (kind,)))
-    return found
+    image = (image,) if isinstance(image, str) and image else image
+    if image is not None and not isinstance(image, (tuple, PackedImage)):
+        raise BadInput(f"{where}: `image` is {image!r:.80}; the name of a file is needed.")
+    right = str(need(row, key, type(row.get(key)) if row.get(key) else str, where))
+    return Question(where.rsplit(" ", 1)[1], image, text, text, right, {})
 
 
 # ---- files
@@ -318,7 +309,7 @@ def content_of(path):
             raise BadInput(f"{path}: not UTF-8 ({error}).") from None
         except (ValueError, RecursionError):
             content = None  # JSON lines, or nothing: `rows` says what
-        if isinstance(content, dict) and not {"text", "answer", "prediction"} & content.keys():
+        if isinstance(content, dict) and not ROW_KEYS & content.keys():
             return content
     found = [(f"{path}, row {i}", row) for i, row in rows(path)]
     where, row = next((pair for pair in found if not isinstance(pair[1], dict)), ("", None))
@@ -330,6 +321,8 @@ def content_of(path):
 def reader_of(row):
     """(benchmark, reader) of a table by the keys of its first row, or (None, None)."""
     keys = row.keys()
+    if "problem" in keys:
+        return "problems", problem
     if "correct_choice_idx" in keys:
         return "a-okvqa", aokvqa
     if {"question", "choices", "answer"} <= keys:
@@ -343,7 +336,10 @@ def reader_of(row):
     return None, None
 
 
-ACCEPTED = "files of VQA-v2, TextVQA, GQA, A-OKVQA, ScienceQA, MMBench and MMStar are accepted"
+ACCEPTED = (
+    "files of VQA-v2, TextVQA, GQA, A-OKVQA, ScienceQA, MMBench and MMStar, and rows with a `problem` "
+    "are accepted"
+)
 
 
 def read(paths):
@@ -379,9 +375,6 @@ def read(paths):
 
     if objects and not name:
         name, questions = of_objects(objects)
-    if not name and len(prompts) == 1 and "conversations" in prompts[0][1][0][1]:
-        name = "own"
-        questions = [question for where, row in prompts.pop()[1] for question in own(row, where)]
     if not questions:
         raise BadInput(f"{paths[0]}: no question in these files; {ACCEPTED}.")
     doubled(questions, paths[0])

@@ -20,7 +20,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "sampling facts formats.layouts formats.llava_original formats.chat",
     "formats.dataset formats.ratings formats.instruct formats.checkpoints formats.vqa",
     "formats.inspector training corruption lab.oracle",
-    "judge comparison lab.parts lab.questions",
+    "judge comparison lab.parts lab.questions lab.benchmarks",
     "evaluation rewards",
     "eval_pope eval_chair eval_amber eval_vqa lab.toy",
     "lab.report",

@@ -318,14 +318,9 @@ def files(tmp_path, monkeypatch):
         [13, "Which?", "See it.", "1", "2", "3", "4", "A", "count", noise_picture(2), "fine"],
         [million + 12, 'A "quoted"\nquestion?', "nan", "dog", "cat", "", "None", "A", "ocr", "12", "coarse"],
     ])  # fmt: skip
-    turns = lambda *texts: [{"from": "human" if i % 2 == 0 else "gpt", "value": t} for i, t in enumerate(texts)]  # fmt: skip
-    conversations = [
-        {"id": "a", "image": "own.png", "conversations": turns(
-            "<image>\nDescribe it.", "A cat.", "Is it red?" + vqa.SHORT, "Yes", "How many?" + vqa.SHORT, "3")},
-        {"id": "b", "image": "own.png", "conversations": turns("<image>\nWhich?\nA. cat\nB. dog" + vqa.CHOICE, "B")},
-        {"id": "c", "conversations": turns("Say one word." + vqa.SHORT, "One")},
-    ]  # fmt: skip
-    dump("own.json", conversations)
+    solutions = ["<answer> 3 </answer>", "Yes", "B. dog", "a red car"]
+    rows = [{"image": "own.png", "problem": f"<image>What {i}?", "solution": s} for i, s in enumerate(solutions)]  # fmt: skip
+    write_lines(tmp_path / "problems.jsonl", rows)
     return {
         "vqa-v2": (["v2_a.json", "v2_q.json"], ["70", "71", "72"]),
         "textvqa": (["TextVQA_0.5.1_val.json"], ["1", "2"]),
@@ -333,7 +328,7 @@ def files(tmp_path, monkeypatch):
         "a-okvqa": (["aokvqa_v1p0_val.json"], ["q0", "q1"]),
         "scienceqa": (["pid_splits.json", "problems.json"], ["4", "3"]),
         "mmbench": (["mmb.tsv"], ["12", "13", "1000012"]),
-        "own": (["own.json"], ["a-1", "a-2", "b-0"]),
+        "problems": (["problems.jsonl"], ["0", "1", "2", "3"]),
     }
 
 
@@ -469,6 +464,19 @@ def test_figures_of_mmbench(files, monkeypatch):
     assert (found["accuracy"], found["circular"]) == (0.5, 0)
 
 
+def test_figures_of_problems(files, monkeypatch):
+    """rewards.py's exact rule reads both sides; the kind of the right answer is a figure of its own."""
+    paths, ids = files["problems"]
+    texts = ["There are three of them.", "no", "The answer is B.", "Red car!"]
+    write_lines(Path("a.jsonl"), rows_of(ids, texts))
+    assert metrics(monkeypatch, paths, "a.jsonl") == {
+        "benchmark": "problems", "accuracy": 0.75, "number": 1, "yes/no": 0, "letter": 1, "text": 1, "n": 4}  # fmt: skip
+    for solution, message in (("[1, 2, 3, 4]", "question 0: the right answer is"), ("", "row 0: `solution` is ''")):  # fmt: skip
+        write_lines(Path("problems.jsonl"), [{"image": "own.png", "problem": "Q?", "solution": solution}])  # fmt: skip
+        with pytest.raises(BadInput, match=message):
+            metrics(monkeypatch, paths, "a.jsonl")
+
+
 def test_rotations(files):
     """Each option stands at each letter once, and the right letter follows it."""
     name, questions = vqa.read(files["scienceqa"][0])
@@ -518,7 +526,7 @@ def test_prompts_of_llava(files, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["vqa-v2", "textvqa", "gqa", "a-okvqa", "scienceqa", "mmbench", "own"]
+    "name", ["vqa-v2", "textvqa", "gqa", "a-okvqa", "scienceqa", "mmbench", "problems"]
 )
 def test_end_to_end(files, checkpoint, monkeypatch, capsys, name):
     """Ask, and score again what was written: LLaVA's layout and the official one give the same figures."""
@@ -641,7 +649,6 @@ def changed_json(path, change):
         ("scienceqa", "pid_splits.json", lambda c: c["test"].append("77"), "the problem '77' is not in"),
         ("scienceqa", "pid_splits.json", lambda c: c["test"].append({}), "the problem {} is not in"),
         ("scienceqa", "problems.json", lambda c: c["3"].update(answer=2), "`answer` is 2; 0 to 1"),
-        ("own", "own.json", lambda c: c[1]["conversations"][1].update(value="E"), "'E' is none of A, B"),
     ],
 )  # fmt: skip
 def test_bad_questions(files, name, path, change, message):
@@ -691,7 +698,10 @@ def test_missing_image(files, checkpoint, monkeypatch):
             ["--questions", "v2_q.json"],
             "no benchmark by itself; VQA-v2 needs its questions and its annotations",
         ),
-        (["--questions", "problems.json", "pid_splits.json", "own.json"], "no prompt|no question"),
+        (
+            ["--questions", "problems.json", "pid_splits.json", "problems.jsonl"],
+            "files of two benchmarks",
+        ),
         (
             ["--questions", "aokvqa_v1p0_val.json", "mmb.tsv"],
             "files of two benchmarks; one is accepted",
