@@ -125,8 +125,11 @@ def add_flags(parser):
     )
 
 
-def check_flags(args):
-    """Either --answers, or all that a model or a server needs; --out must be ours or empty."""
+def check_flags(args, judged=False):
+    """Either --answers, or all that a model or a server needs; --out must be ours or empty.
+
+    judged: a judge's replies to --answers are kept in --out, so that this goes on there as well.
+    """
     refuse_unwritable(args.out)
     asks = args.model or args.endpoint
     if args.answers and (asks or args.adapter or args.attributes):
@@ -152,7 +155,7 @@ def check_flags(args):
         )
     out = Path(args.out) if args.out else None
     if out and out.exists():
-        ours = not args.answers and (out / SETTINGS).is_file()
+        ours = (judged or not args.answers) and (out / SETTINGS).is_file()
         if not out.is_dir() or (any(out.iterdir()) and not ours):
             raise BadInput(f"--out {args.out} exists and is not an empty folder; give another.")
 
@@ -443,13 +446,21 @@ def read_replies(path):
 
 
 def ask_server(contestant, records, max_new_tokens, watch, temperature):
-    """Replies of a server, as they arrive: [(place, {"answer"})]. Those after a failure count too."""
-    place = {id(record): n for n, record in enumerate(records)}
+    """Replies of a server: [(place, {"answer"})]; without spaces around, as a model's."""
+    connect = lambda arrived: contestant.server(max_new_tokens, temperature, arrived)
+    for part in as_they_arrive(connect, [(record, None) for record in records]):
+        yield [(place, {"answer": text.strip()}) for place, text in part]
+
+
+def as_they_arrive(connect, items):
+    """Replies to items as they arrive: [(place, text)]. Those after a failure count too.
+
+    connect: a function from `arrived` to `ask`, as judge.py's `ask_endpoint` makes it.
+    """
+    place = {id(item): n for n, item in enumerate(items)}
     arrived = deque()  # threads add to it
-    add = lambda item, text: arrived.append((place[id(item[0])], {"answer": text}))
-    ask = contestant.server(max_new_tokens, temperature, add)
-    asked, failure = iter(ask([(record, None) for record in records])), None
-    going_on = True
+    asked = iter(connect(lambda item, text: arrived.append((place[id(item)], text)))(items))
+    going_on, failure = True, None
     while going_on:
         try:
             going_on = next(asked, None) is not None

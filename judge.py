@@ -207,20 +207,19 @@ def asker(args, device, dtype, max_tokens, usage=None):
     """
     if args.annotator != "endpoint":
         return ask_checkpoint(args.annotator, device, dtype, max_tokens)
+    return connector(args)(max_tokens=max(REPLY_TOKENS, max_tokens), usage=usage)
+
+
+def connector(args):
+    """--annotator endpoint -> `ask_endpoint` with the flags' address, model, key and workers."""
     args.judge_url = args.judge_url or os.environ.get("OPENAI_BASE_URL")
     if not args.judge_url or not args.judge_model:
         raise BadInput(
             "--annotator endpoint needs --judge-url (or OPENAI_BASE_URL) and --judge-model."
         )
     key = read_key(args.judge_key_file)
-    tokens = max(REPLY_TOKENS, max_tokens)
-    return ask_endpoint(
-        args.judge_url,
-        args.judge_model,
-        key,
-        args.judge_workers,
-        max_tokens=tokens,
-        usage=usage,
+    return functools.partial(
+        ask_endpoint, args.judge_url, args.judge_model, key, args.judge_workers
     )
 
 
@@ -565,6 +564,7 @@ def ask_endpoint(
     flag="--judge-url",
     resume="--resume",
     arrived=None,
+    served=None,
 ):
     """A server's chat completions -> `ask`, which yields the replies in order as they come.
 
@@ -574,7 +574,8 @@ def ask_endpoint(
     max_tokens bounds a reply: a model that rambles is paid for. usage: a Counter that gets the
     server's counts, "requests", "tokens in", "tokens out". flag, resume: how messages name the
     address and the way to go on. arrived: a function (item, reply) that is called on a thread as
-    soon as a reply is there, also of one that comes after another has failed.
+    soon as a reply is there, also of one that comes after another has failed. served: a set that
+    gets the names by which the server calls its model; one name may be another model tomorrow.
 
     `workers` requests run at a time. Each is tried up to `tries` times. The pauses between tries
     are `pause` seconds, twice that, four times that, ..., or as long as the server says; a minute
@@ -625,12 +626,14 @@ def ask_endpoint(
                 return None, f"no reply within {timeout:g} seconds", 0
 
         try:
-            reply = json.loads(content)["choices"][0]["message"]["content"]
-            usage_of_reply = json.loads(content).get("usage")
+            whole = json.loads(content)
+            reply, usage_of_reply = whole["choices"][0]["message"]["content"], whole.get("usage")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             shown = clean(content[:10_000].decode("utf-8", "replace"))
             return None, f"a reply that is no chat completion ({shown})", 0
         count(usage_of_reply)
+        if served is not None and isinstance(whole.get("model"), str):
+            served.add(printable(whole["model"], 200))
         if not isinstance(reply, str):
             return "", "", 0  # null: the model declined
         return reply, "", 0

@@ -183,11 +183,11 @@ def test_a_file_that_is_not_ours(tmp_path, line, why):
 
 def test_empty_answers_are_told(tmp_path, capsys):
     ask = lambda tokens, temperature, arrived: (
-        lambda items: [arrived(item, text) or text for item, text in zip(items, ["", "Yes", " "])]
+        lambda items: [arrived(item, text) or text for item, text in zip(items, ["", " Yes\n", " "])]
     )
     contestant = evaluation.Contestant("m", server=ask)
     records = [Record("", None, (f"{i}?",)) for i in range(3)]
-    assert evaluation.answer(contestant, records, 5) == ["", "Yes", " "]
+    assert evaluation.answer(contestant, records, 5) == ["", "Yes", ""]
     assert "m: 2 of 3 answers are empty" in capsys.readouterr().err
 
 

@@ -14,15 +14,16 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "common",
     "processes attention lora noise prefetch token_weights formats.files formats.anyres formats.weights "
     "lab.drawing",
-    "nf4 formats.pictures",
-    "model memory lab.toyworld",
+    "nf4 formats.pictures formats.benchmarks",
+    "model memory formats.mmhal formats.llava_bench formats.mm_vet formats.mt_bench "
+    "formats.alpaca_eval lab.toyworld",
     "sharding data formats.adapters",
     "sampling facts formats.layouts formats.llava_original formats.chat",
     "formats.dataset formats.ratings formats.instruct formats.checkpoints formats.vqa",
     "formats.inspector training corruption lab.oracle",
     "judge comparison lab.parts lab.questions lab.benchmarks",
     "evaluation rewards",
-    "eval_pope eval_chair eval_amber eval_vqa lab.toy",
+    "eval_pope eval_chair eval_amber eval_vqa eval_judge lab.toy",
     "lab.report",
     "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo grpo annotate rejection_sampling "
     "steerlm sample",
@@ -132,7 +133,7 @@ def test_reading_a_file_loads_no_torch(name):
 
 
 @pytest.mark.parametrize(
-    "name", [*SCRIPTS, "sample", "eval_pope", "eval_chair", "eval_amber", "eval_vqa", "data"]
+    "name", [*SCRIPTS, "sample", "eval_pope", "eval_chair", "eval_amber", "eval_vqa", "eval_judge", "data"]
 )
 def test_help_comes_soon(name):
     """Ten seconds on a loaded machine; two on an idle one, of which torch takes most."""

@@ -18,11 +18,13 @@ from PIL import Image
 from test_judge import KEY, server  # noqa: F401
 from test_pope import SPLITS, lines_of, write_pope
 
+import eval_judge
 import eval_pope
 import evaluation
 import judge
 from common import BadInput, Parser
 from data import Record
+from formats import mmhal
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,3 +198,52 @@ def test_transformers_serve_as_contestant_and_as_judge(
     score = judge.make(parser.parse_args(words))
     record = Record("", tmp_path / "coco" / "COCO_1.jpg", ("What is there?",))
     assert score([record], [["A dog.", "A cat."]]) == [[None, None]], "it says no verdict"
+
+
+def test_eval_judge_with_transformers_serve(served, checkpoint, tmp_path, monkeypatch):
+    """MMHALBench-V: contestant and judge get the picture. MT-Bench: two turns, as our code answers."""
+
+    def judge_main(*words):
+        monkeypatch.setattr(sys, "argv", ["eval_judge.py", *map(str, words)])
+        eval_judge.main()
+
+    # MMHal-Bench, with pictures
+    (tmp_path / "images").mkdir()
+    rows = []
+    for i in range(3):
+        Image.new("RGB", (40, 28), (50 * i, 80, 90)).save(tmp_path / "images" / f"{i}.png")
+        row = {"question_type": "attribute", "image_src": f"https://example.org/{i}.png"}
+        row |= {"image_content": ["Cup"], "question": f"What is {i}?", "gt_answer": "A cup."}
+        rows.append(row | {"model_answer": ""})
+    (tmp_path / "template.json").write_text(json.dumps(rows))
+    contestant = ("--endpoint", served, "--endpoint-model", checkpoint, "--max-new-tokens", 8)
+    flags = ("--questions", tmp_path / "template.json", "--images", tmp_path / "images")
+    flags += (*contestant, "--out", tmp_path / "out", "--judge-sees-image")
+    monkeypatch.setattr(judge, "REPLY_TOKENS", 8)
+    monkeypatch.setattr(mmhal, "MAX_TOKENS", 8)
+    named = ("--annotator", "endpoint", "--judge-url", served, "--judge-model", checkpoint)
+    judge_main(*flags, *named)
+    filled = json.loads((tmp_path / "out" / "mmhal.json").read_text())
+    assert all(row["model_answer"].strip() for row in filled)
+    reviews = lines_of(tmp_path / "out" / "reviews.jsonl")
+    assert len(reviews) == 3 and all(review["answer"].strip() for review in reviews)
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["judge"] == str(checkpoint) and found["served"].startswith(str(checkpoint))
+    assert found["n"] == 3 and found["unreadable"] == 3 and found["hallucination_rate"] == 1
+    judge_main(*flags)  # scored again, nobody is asked
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
+
+    # MT-Bench, text
+    rows = [
+        {"question_id": i, "category": "extraction", "turns": [f"Is there {thing}?", "Describe it."]}
+        for i, thing in enumerate(("a dog", "a cup", "a kitchen"))
+    ]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--questions", tmp_path / "question.jsonl", "--max-new-tokens", 8)
+    judge_main(*flags, *contestant, "--out", tmp_path / "there")
+    judge_main(*flags, "--model", checkpoint, "--device", "cpu", "--out", tmp_path / "here")
+    said = [
+        [row["choices"][0]["turns"] for row in lines_of(tmp_path / where / "mt_bench.jsonl")]
+        for where in ("here", "there")
+    ]
+    assert said[0] == said[1] and len({text for turns in said[0] for text in turns}) == 6
