@@ -26,6 +26,9 @@ from pathlib import Path
 class BadInput(ValueError):
     """The user gave something that cannot be used; one sentence says what, and where. Status 2."""
 
+    def __str__(self):
+        return printable(super().__str__(), 2000)
+
 
 class NonFinite(RuntimeError):
     """A loss or gradient is not a number; the run stops before the optimizer step. Status 1."""
@@ -149,11 +152,12 @@ def printable(text, limit):
     """Text of others for the terminal: control characters spelled out, except the ends of lines.
 
     A file name, a cell or a server's reply may hold codes that move the cursor, rename the window
-    or hide what was printed; Unicode's marks of direction do the same to a line. Longer texts are
-    cut, and that is said.
+    or hide what was printed; Unicode's marks of direction do the same to a line. A longer text
+    loses its middle, and that is said.
     """
-    cut = text[:limit] + f" ... ({len(text)} characters)" if len(text) > limit else text
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), cut)
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... ({len(text)} characters) ... {text[-limit // 4 :]}"
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 # C0 without tab and line feed, DEL, C1, halves of surrogate pairs, marks of direction
@@ -178,6 +182,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         """As argparse; `args.given` holds the names of the flags that stand on the command line."""
         argv = sys.argv[1:] if argv is None else argv
+        if wrong := [token for token in argv if token.endswith("=--")]:
+            self.error(
+                f"{wrong[0]:.80}: -- is no value"
+            )  # argparse would take it for an empty list
         args = super().parse_args(argv)
         spelled = {token.split("=")[0] for token in argv}
         args.given = {a.dest for a in self._actions if spelled & set(a.option_strings)}

@@ -40,6 +40,7 @@ from common import (
     read_json,
     refuse_no_folder,
     refuse_unwritable,
+    refusing,
     remove_leftovers,
     seed,
     whole_folder,
@@ -421,6 +422,7 @@ def run_folder(args, script):
     return out
 
 
+@refusing("--resume", "args.json is not what the run wrote")
 def check_same_run(old, new):
     """Refuse to resume with other flags, versions, data or rows that are left out, by name.
 

@@ -4,9 +4,12 @@ A chat template is a program. It is run on dialogues of place-holders, and what 
 them is cut out. Whatever these pieces do not reproduce exactly is refused.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
+import threading
 from dataclasses import replace
 
 from common import BadInput, one_line, read_json
@@ -20,6 +23,7 @@ SAMPLE = (
     "On the desk; 2 of 3.",
     "Is it red?",
 )
+SECONDS = 5  # that a template may take; those of the hub take milliseconds
 TYPO = "<\\s>"  # llava-v1.6-mistral-7b-hf wrote it where it meant </s>
 
 
@@ -107,11 +111,35 @@ def chat_source(folder, tokenizer):
     return source.get("default") if isinstance(source, dict) else source
 
 
+@contextlib.contextmanager
+def within(seconds):
+    """Inside, work that takes longer ends with a ValueError: a template may hold loops in loops.
+
+    The system's timer interrupts the main thread; in another one nothing is bounded.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise ValueError(f"it takes longer than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, before)
+
+
 def render(source, tokenizer, turns, image_token="", parts=True):
     """What apply_chat_template writes for user, assistant, user ... turns.
 
     image_token: put the image into the first turn. parts: as the processors' templates want the
     content, a list of parts; otherwise as the LLMs' do, one string.
+
+    transformers renders in Jinja's sandbox: a template reaches no file, module or attribute of ours.
     """
     messages = []
     for i, text in enumerate(turns):
@@ -120,13 +148,14 @@ def render(source, tokenizer, turns, image_token="", parts=True):
         if not parts:
             content = f"{image_token}\n{text}" if image else text
         messages.append({"role": "assistant" if i % 2 else "user", "content": content})
-    text = tokenizer.apply_chat_template(
-        messages,
-        chat_template=source,
-        tokenize=False,
-        add_generation_prompt=len(turns) % 2 == 1,
-        date_string="26 Jul 2024",  # Llama-3.2 would write the day of the run into the prompt
-    )
+    with within(SECONDS):
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=source,
+            tokenize=False,
+            add_generation_prompt=len(turns) % 2 == 1,
+            date_string="26 Jul 2024",  # Llama-3.2 would write the day of the run into the prompt
+        )
     return text.replace(TYPO, tokenizer.eos_token)
 
 

@@ -31,6 +31,9 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 20_000
 MAX_RATIO = 200  # of the longer side to the shorter
 
+# Pillow knows more, among them some that run other programs (EPS starts Ghostscript)
+FORMATS = "PNG JPEG WEBP GIF BMP DIB TIFF PPM JPEG2000 AVIF ICO TGA".split()
+
 TURNED = (5, 6, 7, 8)  # the values of EXIF's orientation that swap height and width
 
 # Pillow's modes of more than 8 bits; `convert` clips their values instead of scaling them
@@ -197,12 +200,24 @@ def _parquet_rows(path):
 
     number = 0
     for batch in _batches(path, file, leaves, 1024 if len(full) == len(columns) else 16):
-        for row in batch.to_pylist():
-            for column in columns:
+        for row in _python_rows(batch):
+            for column in columns if isinstance(row, dict) else ():
                 image = PackedImage(str(path), number, column)
                 row[column] = _packed(row.get(column, {}), image, column in full)
             yield number, row
             number += 1
+
+
+def _python_rows(batch):
+    """The rows of a parquet batch as dicts; a BadInput in the place of one that has none."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield BadInput(f"a cell is not text ({error}).")
 
 
 def _packed(cell, image, is_full):
@@ -260,7 +275,11 @@ def _tsv_rows(path):
 
 
 def rows(path):
-    """(row number from 0, row) of a parquet file, JSON array, JSON lines, or RLHF-V's tsv."""
+    """(row number from 0, row) of a parquet file, JSON array, JSON lines, or RLHF-V's tsv.
+
+    A row is whatever JSON holds there, a dict in a file that can be used; BadInput for a row of
+    parquet that cannot be read.
+    """
     refuse_lfs_pointer(path)
     if path.is_dir():
         raise BadInput(f"{path}: {_what_folder(path)}; a data file is needed.")
@@ -434,7 +453,8 @@ class ImageFolder:
 def open_header(image):
     """Open an image without decoding it. A file that is no image, or too large, is refused."""
     try:
-        file = Image.open(io.BytesIO(image.read()) if isinstance(image, PackedImage) else image)
+        source = io.BytesIO(image.read()) if isinstance(image, PackedImage) else image
+        file = Image.open(source, formats=FORMATS)
     except Exception as error:  # each of Pillow's decoders fails in its own way
         if isinstance(image, Path):
             refuse_lfs_pointer(image)

@@ -254,7 +254,9 @@ def dialogue(conversations, key, used=None):
 def _role(turn):
     """Who speaks: human or gpt, as LLaVA writes it in `from`. user and assistant mean the same."""
     said = turn.get("from", turn.get("role"))
-    return {"user": "human", "assistant": "gpt"}.get(said, said) if isinstance(said, str) else said
+    if not isinstance(said, str):
+        return f"{said!r:.80}"
+    return {"user": "human", "assistant": "gpt"}.get(said, said)
 
 
 def take_placeholder(turns, image, required=False):
@@ -311,10 +313,10 @@ def _rlhf_v(row, where, images, notes):
     if isinstance(text, str):
         try:
             text = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             try:
                 text = json.loads(base64.b64decode(text, validate=True))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BadInput("`text` is neither JSON nor base64 of JSON.") from None
     if isinstance(text, list) and len(text) == 3:
         text = dict(zip(("question", "chosen", "rejected"), text))
@@ -559,7 +561,7 @@ def _messages(cell, key, role):
         name = f"{key}[{i}].content"
         if isinstance(content, list):
             kinds = [block.get("type") if isinstance(block, dict) else None for block in content]
-            if set(kinds) - {"image", "text"}:
+            if not all(kind in ("image", "text") for kind in kinds):
                 raise BadInput(
                     f"`{name}` has blocks of the types {kinds}; image and text are accepted."
                 )
@@ -571,6 +573,8 @@ def _messages(cell, key, role):
                 "<image>" if block["type"] == "image" else block.get("text") or ""
                 for block in content
             ]
+            if not all(isinstance(text, str) for text in texts):
+                raise BadInput(f"`{name}` has blocks whose text is none: {texts!r:.80}.")
             content = "".join(texts)
         turns.append((message.get("role"), text_field(content, name)))
     return turns, named
@@ -727,6 +731,8 @@ def read(path, images=None):
 
         # its records, or why it is refused
         try:
+            if isinstance(row, BadInput):
+                raise row
             if not isinstance(row, dict):
                 raise BadInput(f"the row is {type(row).__name__}; an object is needed.")
             keys, reader = LAYOUTS[layout]

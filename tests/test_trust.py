@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,8 +15,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import badness
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import common
@@ -22,7 +26,7 @@ import judge
 import training
 from common import BadInput
 from data import Record
-from formats import adapters, checkpoints, pictures
+from formats import adapters, chat, checkpoints, files, layouts, pictures
 
 ROOT = Path(__file__).parents[1]
 
@@ -487,6 +491,137 @@ def test_reward_json_of_wrong_types(adapter_folder, key, value):
     change(adapter_folder / "reward.json", [key], value)
     with pytest.raises(BadInput, match=f"reward.json: {key} is"):
         adapters.reward_settings(adapter_folder)
+
+
+# ---- one bad value is its row's alone
+
+
+def turns(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+TEXT = {"type": "text", "text": "Hi?"}
+TRL = {"prompt": [{"role": "user", "content": [TEXT]}], "chosen": "A.", "rejected": "B."}
+CONVERSATION = {"conversations": turns("Hi?", "A."), "rejected_conversations": turns("Hi?", "B.")}
+CELLS = [
+    (TRL, ["prompt", 0, "content", 0, "text"], [None], "blocks whose text is none"),
+    (TRL, ["prompt", 0, "content", 0, "type"], ["text"], "blocks of the types"),
+    (TRL, ["prompt", 0, "content"], [None], "blocks of the types"),
+    (CONVERSATION, ["conversations", 0, "from"], ["human"], "has the roles"),
+    (CONVERSATION, ["conversations", 0, "value"], [None], "a non-empty string is needed"),
+    (CONVERSATION, ["conversations", 1], None, "a list of {from, value} turns"),
+]
+
+
+@pytest.mark.parametrize("row, keys, value, why", CELLS)
+def test_one_bad_value_is_its_row_s_alone(tmp_path, row, keys, value, why):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([row, row, row]))
+    change(file, [1, *keys], value)
+    found = layouts.read(file)
+    assert len(found.records) == 2 and [r["row"] for r in found.refused] == [1]
+    assert why in found.refused[0]["why"]
+
+
+@pytest.mark.parametrize("cell", ["[" * 100_000, '{"a":' * 100_000, "W1tb" * 50_000])
+def test_a_cell_nested_deep(tmp_path, cell):
+    """JSON, and JSON in base64, in a column that holds it as text."""
+    qa = json.dumps({"question": "Hi?", "chosen": "A.", "rejected": "B."})
+    rows = [{"text": text, "origin_dataset": "x", "image": "a.png"} for text in (qa, cell)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    found = layouts.read(tmp_path / "rows.jsonl")
+    assert len(found.records) == 1
+    assert found.refused == [{"row": 1, "why": "`text` is neither JSON nor base64 of JSON."}]
+
+
+def test_a_cell_of_parquet_that_is_no_text(tmp_path):
+    """A bit flipped in a text column: the other rows of the same batch are read."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"prompt": ["Hi?"] * 3, "chosen": ["A.", "Aha!", "A."], "rejected": ["B."] * 3}
+    path = tmp_path / "rows.parquet"
+    pq.write_table(
+        pa.table(columns), path, compression="none", use_dictionary=False, write_statistics=False
+    )
+    path.write_bytes(path.read_bytes().replace(b"Aha!", b"A\xff\xff!", 1))
+    found = layouts.read(path)
+    assert len(found.records) == 2 and [r["row"] for r in found.refused] == [1]
+    assert "a cell is not text" in found.refused[0]["why"]
+
+
+def test_a_picture_that_runs_another_program(tmp_path, monkeypatch):
+    """Pillow starts Ghostscript to read EPS; it is not asked to."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").format == "EPS"
+    monkeypatch.setattr("subprocess.Popen", lambda *_: 1 / 0)
+    with pytest.raises(BadInput, match="not a readable picture"):
+        files.open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", [*files.FORMATS, "MPO"])  # MPO: a JPEG with more pictures
+def test_pictures_that_are_read(tmp_path, kind):
+    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "a", kind)
+    assert files.open_image(tmp_path / "a").size == (16, 16)
+
+
+def test_a_template_that_never_ends(checkpoint, monkeypatch):
+    """Jinja bounds one loop, not loops in loops. A template reaches nothing of ours."""
+    tokenizer = checkpoints.read_tokenizer(checkpoint)
+    monkeypatch.setattr(chat, "SECONDS", 0.2)
+    endless = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="longer than 0.2 seconds"):
+        chat.cut(endless, tokenizer, "<image>")
+    assert time.monotonic() - begin < 20 and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    for reach in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '/etc/passwd' %}"):
+        with pytest.raises(ValueError, match="does not write the image and the text"):
+            chat.cut(reach, tokenizer, "<image>")
+
+
+def test_an_empty_value_of_argparse():
+    """argparse makes an empty list of `--data=--`."""
+    parser = common.Parser("test")
+    parser.add_argument("--data")
+    with pytest.raises(BadInput, match="--data=--: -- is no value"):
+        parser.parse_args(["--data=--"])
+
+
+@pytest.mark.parametrize("keys, value", [(["processes"], None), (["skipped"], 5), (["skipped"], [{}]),
+                                         (["skipped"], [{"file": 1, "row": []}]),
+                                         (["flags", "batch_size"], "x" * 10**6)])  # fmt: skip
+def test_args_json_of_wrong_types(folder, keys, value):
+    out = training.start(flags(out="run", batch_size=2), "dpo")
+    change(out / "args.json", keys, value)
+    with pytest.raises(BadInput) as refused:
+        training.start(flags(out="run", batch_size=2, resume=True), "dpo")
+    assert "args.json" in str(refused.value) or "--batch-size" in str(refused.value)
+    assert len(str(refused.value)) < 2000
+
+
+# ---- all kinds, some of each
+
+
+KINDS = ("rows of data", "data files", "captions, ratings", "pictures", "model folders",
+         "weights, adapters", "run folders", "flags")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def all_kinds(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    reward = badness.write_reward(folder / "reward", checkpoint)
+    return badness.kinds(folder / "kinds", checkpoint, reward)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_bad_inputs_of_each_kind(all_kinds, tmp_path, monkeypatch, kind):
+    """Forty of thousands, another forty each week; `python tests/trust.py` tries all of them."""
+    monkeypatch.chdir(tmp_path)
+    assert all_kinds.keys() == set(KINDS)
+    rng = random.Random(time.strftime("%Y-%W"))
+    refused, accepted, faults = badness.count(all_kinds[kind], rng, 40)
+    assert not faults
+    assert refused > 10 and refused + accepted == 40
 
 
 # ---- a judge's server that means ill
