@@ -49,6 +49,7 @@ Deviations from the official scripts:
 4. ScienceQA without LLaVA's file is asked as the others are: hint, question, options.
 """
 
+import functools
 import json
 import re
 from collections import defaultdict
@@ -99,6 +100,12 @@ CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
+@functools.cache  # of 214,000 questions with ten answers each, few are new
+def normal(text):
+    """An answer as both scripts compare it."""
+    return plain_words(without_punctuation(text))
+
+
 def without_punctuation(text):
     """Both scripts' processPunctuation.
 
@@ -126,7 +133,7 @@ def one_line(text):
 def m4c(text):
     """M4C's EvalAIAnswerProcessor."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return plain_words(without_punctuation(one_line(text.strip())))
+    return normal(one_line(text.strip()))
 
 
 def leave_one_out(said, answers):
@@ -140,7 +147,7 @@ def credit_vqa2(said, answers):
     """vqaEval.py: an answer against those of ten people -> 0 to 1."""
     said, answers = one_line(said), [one_line(answer) for answer in answers]
     if len(set(answers)) > 1:
-        said, *answers = [plain_words(without_punctuation(a)) for a in (said, *answers)]
+        said, *answers = map(normal, (said, *answers))
     return leave_one_out(said, answers)
 
 
@@ -315,22 +322,25 @@ def score(name, questions, answers):
     """[Question], [Answer] in the same order -> the figures, fractions of 1, and n."""
     if not questions or len(questions) != len(answers):
         raise BadInput(f"{len(answers)} answers to {len(questions)} questions; one each is needed.")
-    rows = gains(name, questions, answers)
+    return figures_of(name, gains(name, questions, answers))
+
+
+def figures_of(name, rows):
+    """Rows of `gains` -> the figures, fractions of 1, and n."""
     figures = {"benchmark": name}
     for figure in figure_names(rows):
         values = [row[figure][0] for _, row in rows if figure in row]
         figures[figure] = sum(values) / len(values)
-    return figures | {"n": sum(not q.rotation for q in questions)}
+    return figures | {"n": sum(not q.rotation for q, _ in rows)}
 
 
-def compared(name, questions, said):
-    """{contestant: [Answer]} -> `comparison.compare`; the units are images."""
-    rows = {who: gains(name, questions, answers) for who, answers in said.items()}
+def compared(rows):
+    """{contestant: rows of `gains`} -> `comparison.compare`; the units are images."""
     names = figure_names(next(iter(rows.values())))
     column = {figure: k for k, figure in enumerate(names)}
     place, units = {}, {}
     for who, of in rows.items():
-        units[who] = np.zeros((len(questions), len(names), 2))
+        units[who] = np.zeros((len(of), len(names), 2))
         for q, row in of:
             in_tsv = q.image is None or isinstance(q.image, str)  # one a question
             image = q.whole or q.id if in_tsv else str(q.image)
@@ -397,7 +407,8 @@ def write_answers(folder, name, questions, records, texts, who):
     elif name == "gqa":
         official = [{"questionId": q.id, "prediction": f} for q, f in zip(questions, forms)]
     else:
-        official = [{"question_id": int(q.id), "answer": f} for q, f in zip(questions, forms)]
+        number = lambda q: int(q.id) if q.id.isdecimal() else q.id
+        official = [{"question_id": number(q), "answer": f} for q, f in zip(questions, forms)]
     write_json(folder / "official.json", official)
 
 
@@ -422,8 +433,9 @@ def finish(name, questions, said, images, args):
 
     images: {question id: image} for the sheets, or {}.
     """
-    figures = {who: score(name, questions, answers) for who, answers in said.items()}
-    results = compared(name, questions, said)
+    rows = {who: gains(name, questions, answers) for who, answers in said.items()}
+    figures = {who: figures_of(name, of) for who, of in rows.items()}
+    results = compared(rows)
     first = next(iter(figures.values()))
     print(f"{name}: {first['n']} questions; 95 % intervals (bootstrap over images)")
     print("\n".join(comparison.table(results)))
@@ -470,7 +482,7 @@ def parse():
         "--circular",
         action="store_true",
         help="ask each lettered question in all rotations of its options, as many times as it has "
-        "options; MMBench's own files from 2023-07 on have them",
+        "options; of no effect where the file has rotations (index 1,000,000 and more)",
     )
     flag("--suffix", help="added after each question (default: LLaVA's for its kind)")
     flag(

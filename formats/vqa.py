@@ -158,6 +158,11 @@ def gqa(number, row, where):
     """A question of GQA; open questions are those whose structure is `query`."""
     text, answer = need(row, "question", str, where), need(row, "answer", str, where)
     image = id_of(row, "imageId", where)
+    if row.get("isBalanced") is False:
+        raise BadInput(
+            f"{where}: `isBalanced` is False; its accuracy is that of the balanced questions alone, "
+            "such as testdev_balanced_questions.json."
+        )
     types = row.get("types")
     structure = types.get("structural") if isinstance(types, dict) else None
     groups = () if structure is None else ("open" if structure == "query" else "binary",)
@@ -166,7 +171,10 @@ def gqa(number, row, where):
 
 
 def aokvqa(row, where):
-    """A row of A-OKVQA; its own script leaves out what is hard to answer without options."""
+    """A row of A-OKVQA.
+
+    `not difficult` are those that an older version of its script scored alone.
+    """
     number, text = id_of(row, "question_id", where), need(row, "question", str, where)
     options = lettered(row.get("choices"), where)
     right = right_letter(row.get("correct_choice_idx"), options, "correct_choice_idx", where)

@@ -643,6 +643,7 @@ def changed_json(path, change):
         ("vqa-v2", "v2_a.json", lambda c: c["annotations"][0]["answers"].pop(), "9 answers of people"),
         ("gqa", "testdev_balanced_questions.json", lambda c: c["8"].pop("answer"), "8: `answer` is None"),
         ("gqa", "testdev_balanced_questions.json", lambda c: c.update({"8": 3}), "8: `question` is None"),
+        ("gqa", "testdev_balanced_questions.json", lambda c: c["8"].update(isBalanced=False), "8: `isBalanced` is False"),
         ("a-okvqa", "aokvqa_v1p0_val.json", lambda c: c[1].pop("correct_choice_idx"), "row 1: `correct_choice_idx` is None"),
         ("a-okvqa", "aokvqa_v1p0_val.json", lambda c: c[1].update(choices=["a"]), "row 1: `choices` is"),
         ("a-okvqa", "aokvqa_v1p0_val.json", lambda c: c.clear(), "holds no question"),
