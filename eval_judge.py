@@ -25,9 +25,9 @@ calls it, and the date stand beside every figure, and replies of two judges are 
 Most judges read a description or a reference answer in the place of the picture. With
 --judge-sees-image it is shown to them: MMHal-Bench becomes MMHALBench-V (Amirloo et al. 2024).
 
-Official rules make a number even of a reply that cannot be read; how many there were is printed, and
-the figures without them are in details.json. Intervals draw images (comparison.py); they say nothing
-about how far the judge errs.
+Official rules make a number even of a reply that cannot be read; how many there were is printed,
+and the figures without them are in details.json. Intervals draw images (comparison.py); they say
+nothing about how far the judge errs.
 
 Files in --out, of several contestants in a folder each:
     replies.jsonl           the answers, with what was asked
@@ -107,7 +107,7 @@ def benchmark_of(path):
 
 
 def read_records(bench, questions, images):
-    """{id: (path of the image or None, first turn without placeholder)}; all images must be there."""
+    """{id: (path of the image or None, first turn without placeholder)}; no image may be missing."""
     folder = ImageFolder(images)
     found = {}
     for q in questions:
@@ -231,9 +231,9 @@ def by_truth(bench, items):
 def judged(who, bench, questions, said, images, path, sees=False, runs=1):
     """The judge's reply to each request -> ([replies of a question], the rows that hold them).
 
-    who: Judge, or None to read what is in the file. images: of each question its path or None. path:
-    reviews.jsonl, to which each reply is added as it comes. sees: is the picture shown to the judge?
-    The key of a reply is what the judge read and saw, so that another answer is judged anew.
+    who: Judge, or None to read what is in the file. images: of each question its path or None.
+    path: reviews.jsonl, to which each reply is added as it comes. sees: is the picture shown to the
+    judge? The key of a reply is what the judge read and saw, so that another answer is judged anew.
     """
     rows = evaluation.read_replies(path)
     places = []  # (question's number, Request, its name)
@@ -388,7 +388,8 @@ def finish(bench, questions, results, said, args):
         m, n = metrics[name], sum(map(len, replies))
         served = f", served as {m['served']}" if m["served"] else ""
         print(f"\n{name}: judge {m['judge']}{served}, {m['date'] or 'date unknown'}")
-        apart = ", ".join(f"{key} {details[name]['readable'][key]:.4g}" for key in bench.MAIN)
+        alone = details[name]["readable"]
+        apart = ", ".join(f"{key} {alone[key]:.4g}" for key in bench.MAIN if key in alone)
         print(f"{name}: {m['unreadable']} of {n} replies unreadable; without them: {apart}")
         if m["characters"] is not None:
             print(f"{name}: {m['characters']:.0f} characters an answer; judges like length")
@@ -562,7 +563,7 @@ def main():
 
 
 def images_of(args, questions):
-    """The image of each question for a judge; None where it has none, or it is not there and not needed."""
+    """The image of each question, or None; one that the judge needs must be there."""
     required = args.judge_sees_image or args.annotator == "oracle"
     folder = ImageFolder(args.images or image_folders(args.questions))
     images = []

@@ -2,12 +2,12 @@
 
 Facts from alpaca_eval 0.6.6: metrics/helpers.py, metrics/winrate.py.
 
-    the evaluation set      an array of {"instruction", "output", "generator"}: the baseline's outputs
-                            (text_davinci_003 in AlpacaEval 1, gpt4_1106_preview in 2). --references
-                            takes the outputs of another baseline, in the same layout
+    the evaluation set      an array of {"instruction", "output", "generator"}: the baseline's
+                            outputs (text_davinci_003 in AlpacaEval 1, gpt4_1106_preview in 2).
+                            --references takes the outputs of another baseline, in the same layout
     a model's outputs       the same layout; AlpacaEval's own tool reads it
-    annotations.json        {"instruction", "output_1", "output_2", "preference"}: 1 if output_1, the
-                            baseline's, is better, 2 if output_2, 1.5 (or 0) for a draw
+    annotations.json        {"instruction", "output_1", "output_2", "preference"}: 1 if output_1,
+                            the baseline's, is better, 2 if output_2, 1.5 (or 0) for a draw
 
 The win rate is the mean of preference - 1, x 100, over the annotations that have one. In the
 discrete win rate a preference above 1.5 is a win, one of 1.5 half a win.
@@ -41,8 +41,8 @@ Response 1:
 Response 2:
 {second}
 
-Which response is better? It follows the instruction, is true, and is helpful to the person who gave \
-it. The order of the responses and their length mean nothing.
+Which response is better? It follows the instruction, is true, and is helpful to the person who \
+gave it. The order of the responses and their length mean nothing.
 
 Your first line must be one of "Better: 1", "Better: 2" or "Better: equal". \
 Then give the reason in one sentence."""
@@ -59,12 +59,18 @@ def read(path, context=None, references=None):
 
 
 def question_of(where, row):
-    """A row of the evaluation set -> Question. Its instruction, with its `input`, is its id."""
+    """A row of the evaluation set -> Question."""
     asked = instruction_of(where, row)
     image = text_in(row, "image", where) if "image" in row else None
     groups = (text_in(row, "dataset", where),) if row.get("dataset") else ()
     about = {"reference": text_in(row, "output", where, empty=True), "row": row}
-    return Question(asked, where, image, (asked,), groups, about)
+    return Question(id_of(where, row), where, image, (asked,), groups, about)
+
+
+def id_of(where, row):
+    """What a row is matched by: the instruction with its `input`, and the image if it has one."""
+    asked = instruction_of(where, row)
+    return (asked, row["image"]) if row.get("image") else asked
 
 
 def instruction_of(where, row):
@@ -83,18 +89,21 @@ def read_answers(path, questions):
     given = []
     for where, row in read_rows(path):
         output = text_in(row, "output", where, empty=True)
-        given.append((instruction_of(where, row), (output,)))
+        given.append((id_of(where, row), (output,)))
     return in_order(questions, given, path, "output")
+
+
+def named(question):
+    """What a row of an outputs or annotations file says of its question."""
+    row = question.about["row"]
+    return {k: row[k] for k in ("instruction", "input", "image", "dataset") if k in row}
 
 
 def write_answers(folder, questions, answers, name):
     """alpaca_eval.json, for `alpaca_eval --model_outputs`."""
-    outputs = []
-    for q, (text,) in zip(questions, answers):
-        kept = {
-            k: q.about["row"][k] for k in ("instruction", "input", "dataset") if k in q.about["row"]
-        }
-        outputs.append(kept | {"output": text, "generator": name})
+    outputs = [
+        named(q) | {"output": text, "generator": name} for q, (text,) in zip(questions, answers)
+    ]
     write_json(Path(folder) / "alpaca_eval.json", outputs)
 
 
@@ -161,9 +170,7 @@ def figures(sums, groups):
 
 def read_reviews(path, questions):
     """annotations.json -> preferences as texts."""
-    given = [
-        (instruction_of(where, row), [str(row.get("preference"))]) for where, row in read_rows(path)
-    ]
+    given = [(id_of(where, row), [str(row.get("preference"))]) for where, row in read_rows(path)]
     return in_order(questions, given, path, "annotation")
 
 
@@ -172,11 +179,7 @@ def write_reviews(folder, questions, replies, name, judge):
     rows = []
     for q, texts in zip(questions, replies):
         wins = [official(text, part) for text, part in zip(texts, ORDERS)]
-        row = {
-            "instruction": q.about["row"]["instruction"],
-            "annotator": judge,
-            "generator_2": name,
-        }
+        row = named(q) | {"annotator": judge, "generator_2": name}
         row["preference"] = None if None in wins else 1 + sum(w[0] for w in wins) / 2
         rows.append(row)
     write_json(Path(folder) / "alpaca_eval_reviews.json", rows)

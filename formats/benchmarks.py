@@ -1,8 +1,9 @@
 """What the benchmarks with a judge have in common: questions, what a judge is asked, sums by group.
 
 Each benchmark is a file of its own: mmhal.py, llava_bench.py, mm_vet.py, mt_bench.py,
-alpaca_eval.py. It holds what is published of it: the layouts of its files, what its judge reads, how
-the judge's reply becomes numbers, and what is computed of these. eval_judge.py asks and reports.
+alpaca_eval.py. It holds what is published of it: the layouts of its files, what its judge reads,
+how the judge's reply becomes numbers, and what is computed of these. eval_judge.py asks and
+reports.
 
     read(path, context, references) -> [Question]
     read_answers(path, questions)   -> [(text of turn 1, ...)], in the order of the questions

@@ -1,6 +1,7 @@
-"""LLaVA-Bench (Liu et al. 2023), in the wild (60 questions) and COCO (90): two answers, 1 to 10 each.
+"""LLaVA-Bench (Liu et al. 2023), in the wild (60 questions) or COCO (90): two answers get 1 to 10.
 
-Facts from llava/eval/{eval_gpt_review_bench,eval_gpt_review_visual,summarize_gpt_review}.py of LLaVA.
+Facts from LLaVA's llava/eval: eval_gpt_review_bench.py, eval_gpt_review_visual.py,
+summarize_gpt_review.py.
 
     questions.jsonl         {"question_id", "image", "text", "category"}: conv, detail, complex
     context.jsonl           {"image", "caption"}; of COCO {"image", "captions", "instances"}
@@ -12,10 +13,10 @@ The judge reads no picture, but the context, the reference as Assistant 1 and th
 Assistant 2. Reported is 100 x mean score of the model / mean score of the reference: a ratio of
 means, not a mean of ratios. The means are rounded to three digits before.
 
-Official parse: the first line, commas as spaces, split at single spaces, must give two numbers; else
-both scores are -1, and enter the means. So "8, 7", which has two spaces then, is -1, -1; and a judge
-of whom nothing can be read gives 100 %. The readable figures take the first line's two numbers,
-separated by a comma, spaces or both, and leave out replies without them.
+Official parse: the first line, commas as spaces, split at single spaces, must give two numbers;
+else both scores are -1, and enter the means. So "8, 7", which has two spaces then, is -1, -1; and a
+judge of whom nothing can be read gives 100 %. The readable figures take the first line's two
+numbers, separated by a comma, spaces or both, and leave out replies without them.
 """
 
 import json
@@ -49,19 +50,19 @@ PROMPT = """[Context]
 [End of Assistant 2]
 
 [System]
-Above are a user's question about an image and the answers of two AI assistants. You do not see the \
-image; {told}
+Above are a user's question about an image and the answers of two AI assistants. You do not see \
+the image; {told}
 Rate how helpful, relevant, accurate and detailed each answer is. Give each assistant one overall \
 score from 1 to 10; higher is better.
-Your first line must hold nothing but the two scores, that of Assistant 1 and then that of Assistant \
-2, separated by a space. From the next line on explain your ratings. Take care that the order of the \
-answers does not sway you.
+Your first line must hold nothing but the two scores, that of Assistant 1 and then that of \
+Assistant 2, separated by a space. From the next line on explain your ratings. Take care that the \
+order of the answers does not sway you.
 
 """
 WILD = "the context describes it in a few sentences."
 COCO = (
-    "the context describes it in five sentences and lists its objects with their boxes (x1, y1, x2, "
-    "y2): left, top, right and bottom edge as numbers from 0 to 1."
+    "the context describes it in five sentences and lists its objects with their boxes "
+    "(x1, y1, x2, y2): left, top, right and bottom edge as numbers from 0 to 1."
 )
 
 
@@ -103,7 +104,7 @@ def context_of(row, where):
             return "\n".join(row["captions"]) + "\n\n" + boxes, COCO
         except (LookupError, TypeError):
             raise BadInput(
-                f"{where}: `captions` (texts) and `instances` (each with category and bbox) are needed."
+                f"{where}: `captions` (texts) and `instances` (category and bbox of each) are needed."
             ) from None
     caption = row.get("caption")
     if isinstance(caption, list):

@@ -2,17 +2,17 @@
 
 Facts from mm-vet_evaluator.ipynb of MM-Vet.
 
-    mm-vet.json             {"v1_0": {"imagename", "question", "answer", "capability": ["ocr", ...]}}
+    mm-vet.json             {"v1_0": {"imagename", "question", "answer", "capability": ["ocr"]}}
     a model's file          {"v1_0": "its answer", ...}
-    the judge's file        {"v1_0": {"model": [...], "content": [...], "score": [...]}}, a list item
-                            a run; the paper has five runs
+    the judge's file        {"v1_0": {"model": [...], "content": [...], "score": [...]}}, a list
+                            item a run; the paper has five runs
 
 The judge reads no picture, but a table of question, ground truth and prediction, and completes the
 last cell. <AND> in a ground truth joins what must all be there, <OR> alternatives.
 
 Official parse: the text up to the first space is a number from 0 to 1. Otherwise the judge is asked
-again with a cue, at rising temperature, five times in all; then the score is 0. A capability's score
-is the mean over the questions that need it, x 100; the total is that over all questions.
+again with a cue, at rising temperature, five times in all; then the score is 0. A capability's
+score is the mean over the questions that need it, x 100; the total is that over all questions.
 """
 
 from pathlib import Path
@@ -29,9 +29,9 @@ MAIN = ("total",)
 
 PROMPT = """Give the prediction of an AI model a correctness score by comparing it with the ground \
 truth. <AND> in the ground truth means that a prediction is totally right only if it has all the \
-elements; <OR> means that any one of them makes it totally right. The score is 0.0 (totally wrong), \
-0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 (totally right). Write nothing but the score that \
-is missing in the last row.
+elements; <OR> means that any one of them makes it totally right. The score is 0.0 (totally \
+wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 (totally right). Write nothing but the \
+score that is missing in the last row.
 
 Question | Ground truth | Prediction | Correctness
 --- | --- | --- | ---
@@ -40,13 +40,13 @@ Which numbers are on the dice? | 2 <AND> 6 | A two. | 0.5
 Which numbers are on the dice? | 2 <AND> 6 | A six. | 0.5
 Which numbers are on the dice? | 2 <AND> 6 | A six, or perhaps a four. | 0.5
 Which numbers are on the dice? | 2 <AND> 6 | They show 6 and 2. | 1.0
-Why is this drawing funny? | A dog sits at a desk and writes, while its owner lies in the basket on \
-the floor. The two have changed places, and the owner looks content. | The drawing is about a dog \
-that works at a desk, which dogs do not do. | 0.4
-Why is this drawing funny? | A dog sits at a desk and writes, while its owner lies in the basket on \
-the floor. The two have changed places, and the owner looks content. | It turns the usual roles \
-around: the dog does the office work at the desk, and the man rests in the dog's basket and seems to \
-enjoy it. The contrast with what one expects of pets and owners is what makes it funny. | 1.0
+Why is this drawing funny? | A dog sits at a desk and writes, while its owner lies in the basket \
+on the floor. The two have changed places, and the owner looks content. | The drawing is about a \
+dog that works at a desk, which dogs do not do. | 0.4
+Why is this drawing funny? | A dog sits at a desk and writes, while its owner lies in the basket \
+on the floor. The two have changed places, and the owner looks content. | It turns the usual roles \
+around: the dog does the office work at the desk, and the man rests in the dog's basket and seems \
+to enjoy it. The contrast with what one expects of pets and owners is what makes it funny. | 1.0
 """
 
 

@@ -10,8 +10,8 @@ The judge reads no picture, but the names of objects in it and a reference answe
 (Amirloo et al. 2024) it also sees the picture. Ratings 3 to 6 are for answers without
 hallucination, 0 to 2 for those with one; within each, the more informative is higher.
 
-Official parse: in lower case, which of "rating: 0" ... "rating: 6" does the reply hold? With exactly
-one, that is the score; else it is 0. Hallucination: a score below 3.
+Official parse: in lower case, which of "rating: 0" ... "rating: 6" does the reply hold? With
+exactly one, that is the score; else it is 0. Hallucination: a score below 3.
 """
 
 from pathlib import Path
@@ -56,11 +56,11 @@ owl holds a mouse.
 ### Example 3:
 - Image Contents: Person, Boat, Clothing, Hat
 - Question: Describe this picture in detail.
-- Standard Human-Generated Answer: A man in a straw hat stands in a small green boat on a river. On \
-the bank there are some houses, and the sky is gray.
-- LMM Response to Evaluate: A man with a straw hat stands in a green boat on a calm river and holds \
-a fishing rod. Houses line the bank. The cloudy sky and the still water give the scene a peaceful \
-mood, as on an early morning.
+- Standard Human-Generated Answer: A man in a straw hat stands in a small green boat on a river. \
+On the bank there are some houses, and the sky is gray.
+- LMM Response to Evaluate: A man with a straw hat stands in a green boat on a calm river and \
+holds a fishing rod. Houses line the bank. The cloudy sky and the still water give the scene a \
+peaceful mood, as on an early morning.
 - Analysis: Most of it is right, but there is no fishing rod in the image. This is a false claim.
 - Hallucination: Yes.
 
@@ -85,8 +85,8 @@ tyres help, and where the snow has been pressed to ice, even careful braking may
 knowledge that follows from the snow. Such reasoning is welcome, as long as nothing in it is false.
 - Hallucination: No.
 
-Judge the response below in this way: how informative is it, and does it hallucinate, compared with \
-the image contents, the question and the human answer?
+Judge the response below in this way: how informative is it, and does it hallucinate, compared \
+with the image contents, the question and the human answer?
 
 The human answer may give facts without any analysis, and it need not name every object and \
 attribute in the image; so judge with some care. Analysis and reasoning of the model are to be \

@@ -3,8 +3,8 @@
 Facts from fastchat/llm_judge of FastChat: common.py, gen_judgment.py, show_result.py.
 
     question.jsonl          {"question_id", "category", "turns": [two texts]}
-    gpt-4.jsonl             reference answers in the layout of a model's answers; math, reasoning and
-                            coding need them
+    gpt-4.jsonl             reference answers in the layout of a model's answers; math, reasoning
+                            and coding need them
     a model's answers       {"question_id", "model_id", "choices": [{"turns": [two texts]}]}
     the judge's file        {"question_id", "model", "judge", "user_prompt", "judgment", "score",
                             "turn"}, a line a turn
@@ -35,9 +35,9 @@ MAX_TOKENS, TEMPERATURE, RETRIES, CUE = 2048, 0.0, (), ""
 MAIN = ("score", "turn 1", "turn 2")
 DOUBLE, SINGLE = re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]")
 
-ASKED = """You are a fair judge of what an AI assistant answers. Rate the answer{place} below. {what} \
-Explain your judgement shortly first. Be objective. Then rate the answer from 1 to 10, in exactly this \
-format: "[[rating]]", for example "Rating: [[5]]".
+ASKED = """You are a fair judge of what an AI assistant answers. Rate the answer{place} below. \
+{what} Explain your judgement shortly first. Be objective. Then rate the answer from 1 to 10, in \
+exactly this format: "[[rating]]", for example "Rating: [[5]]".
 
 """
 GENERAL = "Consider how helpful, relevant, accurate, deep, creative and detailed it is."
@@ -66,8 +66,8 @@ def read(path, context=None, references=None):
     for q in questions:
         if q.groups[0] in NEED_REFERENCE and q.id not in known:
             raise BadInput(
-                f"{q.where}: questions of {', '.join(NEED_REFERENCE)} are judged beside a reference "
-                f"answer; --references {references or '(reference_answer/gpt-4.jsonl)'} has none."
+                f"{q.where}: {', '.join(NEED_REFERENCE)} are judged beside a reference answer; "
+                f"--references {references or '(reference_answer/gpt-4.jsonl)'} has none."
             )
         if q.groups[0] in NEED_REFERENCE:
             q.about["reference"] = known[q.id]

@@ -1,15 +1,19 @@
-"""The toy world's test pictures in the layouts of AMBER and R1-V: evaluations without a download.
+"""The toy world's test pictures in the layouts of benchmarks: evaluations without a download.
 
     python -m lab.benchmarks --seed 0 --out runs/toy-benchmarks
     python eval_amber.py --rule plain --questions runs/toy-benchmarks/amber/query/query_all.json \\
         --model lab/base --adapter none runs/dpo-0/adapter --out runs/toy-amber
     python eval_vqa.py --questions runs/toy-benchmarks/problems.jsonl \\
         --model lab/base --adapter none runs/dpo-0/adapter --out runs/toy-vqa
+    python eval_judge.py --questions runs/toy-benchmarks/mmhal.json --annotator oracle \\
+        --model lab/base --adapter none runs/dpo-0/adapter --out runs/toy-mmhal
 
 amber/      `truth` is what a picture shows, `hallu` its ghosts, which the base model likes to invent.
             relation.json has synonyms. Its questions are those of existence: ghosts and one other
             absent class, so that all answers are no
 problems.jsonl      what alignment may cost: a count, a choice, and what is there, with right answers
+mmhal.json, mm_vet.json, mt_bench.jsonl, alpaca_eval.json, llava_bench{,_context,_gpt4}.jsonl
+            a description and a question a picture, for eval_judge.py; the truth is the reference
 """
 
 import random
@@ -19,7 +23,17 @@ from common import Parser, new_folder, run, whole_folder, write_json
 from formats.files import remember_images
 from lab.drawing import CLASSES
 from lab.oracle import Oracle
-from lab.toyworld import CAPTION_PROMPTS, PLURALS, SYNONYMS, plural, some_choice, write_rows, yes_no
+from lab.toyworld import (
+    CAPTION_PROMPTS,
+    PLURALS,
+    SYNONYMS,
+    caption,
+    open_questions,
+    plural,
+    some_choice,
+    write_rows,
+    yes_no,
+)
 
 
 def test_scenes(folder, limit):
@@ -68,8 +82,33 @@ def problems(scenes, rng):
     return found
 
 
+def judged(scenes, rng):
+    """Scenes -> {file: rows, or an object} in the layouts that formats/{mmhal, ...}.py read."""
+    files = {"mmhal.json": [], "mm_vet.json": {}, "mt_bench.jsonl": [], "alpaca_eval.json": []}
+    wild = {f"llava_bench{name}.jsonl": [] for name in ("", "_context", "_gpt4")}
+    for n, (image, scene) in enumerate(scenes.items()):
+        told = caption(scene, rng)
+        describe, ask = (CAPTION_PROMPTS[0], told), rng.choice(open_questions(scene))
+        wild["llava_bench_context.jsonl"].append({"image": image, "caption": told})
+        for k, (question, answer) in enumerate((describe, ask)):
+            number, kind = 2 * n + k, ("detail", "conv")[k]
+            row = {"question_type": ("holistic", "attribute")[k], "image_src": image}
+            row |= {"image_content": list(scene.present), "question": question}
+            files["mmhal.json"].append(row | {"gt_answer": answer, "model_answer": ""})
+            row = {"imagename": image, "question": question, "answer": answer}
+            files["mm_vet.json"][f"v1_{number}"] = row | {"capability": [("gen", "rec")[k]]}
+            row = {"instruction": question, "image": image, "output": answer}
+            files["alpaca_eval.json"].append(row | {"generator": "truth"})
+            row = {"question_id": number, "image": image, "text": question, "category": kind}
+            wild["llava_bench.jsonl"].append(row)
+            wild["llava_bench_gpt4.jsonl"].append({"question_id": number, "text": answer})
+        row = {"question_id": n, "category": "extraction", "image": image}
+        files["mt_bench.jsonl"].append(row | {"turns": [describe[0], ask[0]]})
+    return files | wild
+
+
 def write(world, out, seed, limit=300):
-    """Write amber/ and problems.jsonl about the world in a folder. BadInput if `out` exists."""
+    """Write the files of all benchmarks about the world in a folder. BadInput if `out` exists."""
     scenes = test_scenes(world, limit)
     with whole_folder(new_folder(out)) as aside:
         (aside / "amber" / "query").mkdir(parents=True)
@@ -81,6 +120,11 @@ def write(world, out, seed, limit=300):
         write_rows(
             aside / "problems.jsonl", problems(scenes, random.Random(f"{seed}/vqa")), lines=True
         )
+        for name, rows in judged(scenes, random.Random(f"{seed}/judged")).items():
+            if isinstance(rows, dict):
+                write_json(aside / name, rows)
+            else:
+                write_rows(aside / name, rows, lines=name.endswith("l"))
         for folder in (aside, aside / "amber" / "query"):
             remember_images(folder, Path(world) / "images")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import eval_amber
+import eval_judge
 import eval_vqa
 from common import BadInput
-from formats import vqa
+from formats import alpaca_eval, llava_bench, mm_vet, mmhal, mt_bench, vqa
 from lab import benchmarks, toyworld
 from lab.oracle import Oracle
 
@@ -70,6 +71,46 @@ def test_problems_of_the_toy_world(world, tmp_path, monkeypatch):
     words = ["--questions", out / "problems.jsonl", "--answers", "a.jsonl", "--out", "out"]
     found = run(monkeypatch, eval_vqa, *words)
     assert found == {"benchmark": "problems", "accuracy": 1, "number": 1, "letter": 1, "yes/no": 1, "n": 30}  # fmt: skip
+
+
+JUDGED = {  # the file of questions, more flags, and the figures of the truth itself
+    mmhal: ("mmhal.json", (), {"score": 6, "hallucination_rate": 0, "informativeness": 100}),
+    mm_vet: ("mm_vet.json", (), {"total": 100}),
+    mt_bench: ("mt_bench.jsonl", (), {"score": 10}),
+    alpaca_eval: ("alpaca_eval.json", (), {"win_rate": 50}),
+    llava_bench: (
+        "llava_bench.jsonl",
+        ("--context", "llava_bench_context.jsonl", "--references", "llava_bench_gpt4.jsonl"),
+        {"relative": 100, "reference": 100},
+    ),
+}
+
+
+@pytest.mark.parametrize("bench", JUDGED, ids=eval_judge.TITLES.get)
+def test_the_truth_judges_the_truth(bench, world, tmp_path, monkeypatch):
+    """The best figures for the truth; worse ones, in each benchmark, for captions with every ghost."""
+    monkeypatch.chdir(tmp_path)
+    folder, out = world
+    oracle, rng = Oracle(folder), random.Random(1)
+    name, more, best = JUDGED[bench]
+    flags = ["--questions", out / name, *(w if w[0] == "-" else out / w for w in more)]
+    files = dict(zip(map(str, flags), map(str, flags[1:])))
+    questions = bench.read(out / name, files.get("--context"), files.get("--references"))
+    for noise in (0, 1):
+        said = []
+        for q in questions:
+            scene = oracle.scenes[q.image]
+            ghosts = toyworld.caption(scene, rng, noise=noise)
+            right = [oracle.question(q.image, turn)[2] for turn in q.turns]
+            said.append(tuple(text or ghosts for text in right))
+        Path(f"{noise}").mkdir()
+        bench.write_answers(f"{noise}", questions, said, "m")
+    answers = sorted(path for path in Path().glob("?/*"))
+    words = [*flags, "--answers", *answers, "--annotator", "oracle", "--out", "out"]
+    truth, ghosts = run(monkeypatch, eval_judge, *words).values()
+    assert {key: truth[key] for key in best} == best and truth["unreadable"] == 0
+    key = next(iter(best))
+    assert ghosts[key] < truth[key]
 
 
 def test_models_are_asked_without_images_flag(world, tmp_path, checkpoint, monkeypatch):
