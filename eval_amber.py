@@ -14,7 +14,7 @@ relation.json, {word: associated words}. Each noun of a description that is in t
 looked up, repetitions too, in this order:
     1. a safe word is fine
     2. a word of the picture, or one associated with it, is fine, and covers that word of it
-    3. a word that models like to invent for this picture, or one associated with it, marks that word
+    3. a word that models like to invent for this picture, or one associated with it, marks it
     4. a word similar to one of 3 marks it; one similar to a word of 2 is fine, and covers it
     5. any other noun is a hallucination
     chair   of these nouns, the share that is hallucinated
@@ -194,13 +194,17 @@ def read_answers(path, questions, lists):
     missing = next((number for number in questions if number not in said), None)
     if missing is not None:
         raise BadInput(
-            f"{path}: id {missing} has no answer ({len(said)} answers to {len(questions)} questions)."
+            f"{path}: id {missing} has no answer ({len(said)} answers to {len(questions)} "
+            "questions)."
         )
     return {number: said[number] for number in questions}
 
 
 def response(text, annotation):
-    """A model's text as inference.py reads it: a description as it is, else "Yes", "No" or as it is."""
+    """A model's text as inference.py reads it.
+
+    The answer to a question is "Yes" or "No" if it begins so. Other texts, and descriptions, stay.
+    """
     first = re.match(r"[\W_]*([^\W_]*)", text)[1].capitalize()
     if annotation["type"] != "generative" and first in ("Yes", "No"):
         return first
@@ -229,7 +233,7 @@ def official_rule():
         lemma(tagged("Two cats.")[1][0])
         model = spacy.load("en_core_web_lg")
     except (ImportError, LookupError, OSError) as error:
-        reason = " ".join(str(error).split())[:60]
+        reason = " ".join(str(error).replace("*", "").split())[:60]
         raise BadInput(f"{INSTALL} ({type(error).__name__}: {reason}).") from None
     vectors, known = {}, {}
 
@@ -249,7 +253,7 @@ def official_rule():
 
 
 def plain_rule(vocabulary):
-    """(text -> its words of the vocabulary, plurals as singulars; None: only equal words are similar)."""
+    """(text -> its words, plurals as singulars; None: only equal words are similar)."""
 
     def singular(word):
         """The word of the vocabulary that a word is, or is a plural of; the word if it is none."""
@@ -514,8 +518,8 @@ def parse():
         "--rule",
         choices=("official", "plain"),
         default="official",
-        help="how nouns are found and compared: official needs NLTK and spaCy, plain nothing; their "
-        "figures are not comparable (default %(default)s)",
+        help="how nouns are found and compared: official needs NLTK and spaCy, plain nothing; "
+        "their figures are not comparable (default %(default)s)",
     )
     flag("--suffix", default="", help="added after each yes/no question (default: nothing)")
     flag(

@@ -20,7 +20,8 @@ a-okvqa     eval_predictions.py of allenai/aokvqa: the text of the right option,
 scienceqa   eval_science_qa.py of LLaVA: "B", "B. ..." or "The answer is B".
 mmbench     VLMEvalKit's exact matching: a letter that stands alone in the answer, if no other one
             does and at most three words follow it; else the one option whose text it holds.
-mmstar      MMStar's own: the answer's first character, also behind "(", "option ", "the answer is ".
+mmstar      MMStar's own: the answer's first character, or that behind "(", "option " or
+            "the answer is ".
 problems    R1-V's layout, by the exact rule of rewards.py, which says what it reads: yes or no, a
             letter, a number, a text of at most 20 words.
 
@@ -88,8 +89,8 @@ FORMS = (
     "someone'll someone's something'd something'd've something'll that's there'd there'd've "
     "there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't "
     "what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's "
-    "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd "
-    "you'd've you'll you're you've"
+    "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've "
+    "you'd you'd've you'll you're you've"
 )
 # a form that lacks one apostrophe -> the form
 CONTRACTIONS = {
@@ -245,8 +246,8 @@ def right_of(question):
         found = None
     if found is None or found[0] not in SAME:
         raise BadInput(
-            f"question {question.id}: the right answer is {question.truth!r:.80}; accepted are yes or "
-            f"no, a letter, a number, and a text of at most {rewards.SHORT} words."
+            f"question {question.id}: the right answer is {question.truth!r:.80}; accepted are "
+            f"yes or no, a letter, a number, and a text of at most {rewards.SHORT} words."
         )
     return found
 
@@ -389,7 +390,7 @@ def read_records(args, questions):
 
 
 def write_answers(folder, name, questions, records, texts, who):
-    """answers.jsonl for LLaVA's scripts, and official.json for those that have a form of their own."""
+    """answers.jsonl for LLaVA's scripts, and official.json for those with a form of their own."""
     lines = []
     for q, record, text in zip(questions, records, texts):
         number = vqa.keys_of(name, q)
@@ -442,8 +443,8 @@ def finish(name, questions, said, images, args):
     if name == "textvqa":
         ocr = any(vqa.OCR in q.prompt for q in questions)
         print(
-            f"the prompts have {'the' if ocr else 'no'} OCR words of LLaVA's file; figures with and "
-            "without them are not comparable"
+            f"the prompts have {'the' if ocr else 'no'} OCR words of LLaVA's file; figures with "
+            "and without them are not comparable"
         )
     if args.out:
         out = Path(args.out)

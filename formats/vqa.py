@@ -160,8 +160,8 @@ def gqa(number, row, where):
     image = id_of(row, "imageId", where)
     if row.get("isBalanced") is False:
         raise BadInput(
-            f"{where}: `isBalanced` is False; its accuracy is that of the balanced questions alone, "
-            "such as testdev_balanced_questions.json."
+            f"{where}: `isBalanced` is False; its accuracy is that of the balanced questions: "
+            "testdev_balanced_questions.json."
         )
     types = row.get("types")
     structure = types.get("structural") if isinstance(types, dict) else None
@@ -345,8 +345,8 @@ def reader_of(row):
 
 
 ACCEPTED = (
-    "files of VQA-v2, TextVQA, GQA, A-OKVQA, ScienceQA, MMBench and MMStar, and rows with a `problem` "
-    "are accepted"
+    "files of VQA-v2, TextVQA, GQA, A-OKVQA, ScienceQA, MMBench and MMStar, and rows with a "
+    "`problem` are accepted"
 )
 
 

@@ -8,10 +8,10 @@
     python eval_judge.py --questions runs/toy-benchmarks/mmhal.json --annotator oracle \\
         --model lab/base --adapter none runs/dpo-0/adapter --out runs/toy-mmhal
 
-amber/      `truth` is what a picture shows, `hallu` its ghosts, which the base model likes to invent.
+amber/      `truth` is what a picture shows, `hallu` its ghosts, which the base likes to invent.
             relation.json has synonyms. Its questions are those of existence: ghosts and one other
             absent class, so that all answers are no
-problems.jsonl      what alignment may cost: a count, a choice, and what is there, with right answers
+problems.jsonl      what alignment may cost: a count, a choice, what is there, with right answers
 mmhal.json, mm_vet.json, mt_bench.jsonl, alpaca_eval.json, llava_bench{,_context,_gpt4}.jsonl
             a description and a question a picture, for eval_judge.py; the truth is the reference
 """
