@@ -55,6 +55,7 @@ from common import (
     claim,
     file_hash,
     flag_name,
+    naming,
     one_line,
     positive_int,
     read_json,
@@ -156,7 +157,7 @@ def check_flags(args, judged=False):
     out = Path(args.out) if args.out else None
     if out and out.exists():
         ours = (judged or not args.answers) and (out / SETTINGS).is_file()
-        if not out.is_dir() or (any(out.iterdir()) and not ours):
+        if any(out.iterdir()) and not ours:
             raise BadInput(f"--out {args.out} exists and is not an empty folder; give another.")
 
 
@@ -392,10 +393,12 @@ def replies(contestant, records, max_new_tokens, path=None, label="", watch=(), 
                 for place, reply in part:
                     image, turns = key = waiting[place]
                     rows[key] = {"image": image, "prompt": list(turns), **reply}
-                    if file:
-                        file.write(json.dumps(rows[key]) + "\n")
                 if file:
-                    file.flush()
+                    with naming(path):
+                        file.writelines(
+                            json.dumps(rows[waiting[place]]) + "\n" for place, _ in part
+                        )
+                        file.flush()
                 seen += len(part)
                 progress(total - len(todo) + seen)
         contestant.asked += len(todo)
