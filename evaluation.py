@@ -67,6 +67,7 @@ from formats import ratings
 from sampling import sample
 
 SETTINGS = "evaluation.json"
+SHORT = 32  # tokens of an answer; up to here those about an image grow side by side in one row
 OF_A_MODEL = ("template", "image_aspect", "quantize", "attributes", "adapter")
 
 
@@ -507,6 +508,7 @@ def ask_model(contestant, records, max_new_tokens, watch=(), temperature=0.0):
                 generator=generator,
                 image_sizes=image_sizes,
                 watch=watched,
+                in_rows=temperature == 0 and max_new_tokens <= SHORT,
             )
             for row, tokens, first in zip(batch, samples.tokens, samples.first):
                 for place, ids, logits in zip(row, tokens, first):

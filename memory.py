@@ -249,10 +249,11 @@ def cache_bytes(model):
     return 2 * config.num_hidden_layers * attention_sizes(config)[1] * model.dtype.itemsize
 
 
-def sampling(model, prompts, answers, length, new, tiles=1):
+def sampling(model, prompts, answers, length, new, tiles=1, in_rows=0):
     """Most bytes that `sampling.sample` holds for its own.
 
     prompts: B, of `length` tokens (with given texts). answers: M in all. new: tokens of each.
+    in_rows: most answers of a prompt, where they grow in its row of the cache; else 0.
     """
     config, s, T = model.llm.config, model.dtype.itemsize, prompts * length
     D, F, token = config.hidden_size, config.intermediate_size, cache_bytes(model)
@@ -260,6 +261,9 @@ def sampling(model, prompts, answers, length, new, tiles=1):
     prefill = T * token + T * (3 * s * F + 3 * s * D + 8 * D) + 2 * prompts * length**2
     prefill = max(prefill, tower(model, Load(prompts, 0, 0, 0, tiles))[1])
     cache = answers * (length + new) * token * (1 + 0.5 / config.num_hidden_layers)  # one copied
+    if in_rows:  # allocated whole before the prefill, and not copied
+        cache = prompts * (length + in_rows * new) * token
+        prefill += cache - T * token
     logits = answers * config.vocab_size * (4 * 4 + s)
     return embeddings + max(prefill, cache + logits)
 

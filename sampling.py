@@ -75,6 +75,7 @@ class Growing:
     visible: torch.Tensor  # (M, L) bool, which cached positions the new tokens attend to
     positions: torch.Tensor  # (M, L) position ids of the cache
     next_position: torch.Tensor  # (M,) position id of the first new token
+    row: torch.Tensor  # (M,) the prompt of each; the cache of `decode_in_rows` has B rows
 
 
 @torch.no_grad()
@@ -92,6 +93,7 @@ def sample(
     image_sizes=None,
     room=None,
     watch=(),
+    in_rows=False,
 ):
     """Draw k answers to each prompt -> `Samples`.
 
@@ -105,7 +107,7 @@ def sample(
     room: bytes that this may take (default: most of what the device has free). What needs more is
     drawn in groups of prompts, one after the other. They share the generator, so at temperatures
     above 0 another room may give other draws; the same room gives the same.
-    watch: token ids; see `Samples`.
+    watch: token ids; see `Samples`. in_rows: for short greedy answers; see `decode_in_rows`.
     """
     given = given or [[(torch.zeros(0, dtype=torch.long), [0])]] * len(prompts)
     branches = [
@@ -121,7 +123,7 @@ def sample(
     samples = Samples([], [], [], [])
     with cast_once(model.llm, model.dtype):
         room = SHARE * memory.available(model.device) if room is None else room
-        for some in groups(model, lengths, answers, tiles, max_new_tokens, room):
+        for some in groups(model, lengths, answers, tiles, max_new_tokens, room, in_rows):
             shown = slice(sum(tiles[: some.start]), sum(tiles[: some.stop]))  # the tower's pictures
             images = slice(*(sum(n > 0 for n in tiles[:end]) for end in (some.start, some.stop)))
             if some == slice(0, len(prompts)):
@@ -136,6 +138,7 @@ def sample(
                 part(image_sizes, images),
                 part(masked, some),
                 (max_new_tokens, temperature, stop_ids, generator, watch),
+                in_rows,
             )
     model.train(training)
     return samples
@@ -155,7 +158,7 @@ def part(x, places):
     return None if x is None or not len(x[places]) else x[places]
 
 
-def groups(model, lengths, answers, tiles, new, room):
+def groups(model, lengths, answers, tiles, new, room, in_rows=False):
     """Slices of consecutive prompts, each as long as what it needs fits into `room` bytes.
 
     lengths, answers, tiles: of each prompt its tokens (given texts included), how many answers are
@@ -171,22 +174,26 @@ def groups(model, lengths, answers, tiles, new, room):
             max(lengths[more]),
             new,
             max(tiles[more]),
+            max(answers[more]) if in_rows else 0,
         )
         if end == len(lengths) or need > room:
             yield slice(start, end)
             start = end
 
 
-def draw(samples, model, prompts, given, branches, pixel_values, image_sizes, masked, how):
+def draw(samples, model, prompts, given, branches, pixel_values, image_sizes, masked, how, in_rows):
     """Draw the answers to one group of prompts and add them to `samples`."""
-    max_new_tokens, *_ = how
+    max_new_tokens, _, stop_ids, _, watch = how
 
     # 1. prefill: image, prompts and given texts, once
     growing = prefill(
-        model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens
+        model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens, in_rows
     )
     # 2. decode: one token of every answer at a time
-    drawn = decode(model, growing, *how)
+    if in_rows:
+        drawn = decode_in_rows(model, growing, max_new_tokens, stop_ids, watch)
+    else:
+        drawn = decode(model, growing, *how)
     tokens, log_probs, lengths, finished, first = (x.cpu() for x in drawn)
 
     m = 0
@@ -199,10 +206,13 @@ def draw(samples, model, prompts, given, branches, pixel_values, image_sizes, ma
         m += len(row)
 
 
-def prefill(model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens):
+def prefill(
+    model, prompts, given, branches, pixel_values, image_sizes, masked, max_new_tokens, in_rows
+):
     """Run prompts and given texts through the model once, and repeat their cache for each answer.
 
     branches: for each prompt the (number of the given text, cut) of each of its answers, M in all.
+    in_rows: the cache is not repeated; it has room for all answers of a prompt behind it.
     """
     device = model.device
     batch = pack(prompts, [[tokens for tokens, _ in texts] for texts in given]).to(device)
@@ -220,16 +230,17 @@ def prefill(model, prompts, given, branches, pixel_values, image_sizes, masked, 
     follows = (segments == 0) | kept  # (M, L)
     last = (follows & (positions == next_position[:, None] - 1)).int().argmax(1)  # (M,)
 
-    cache = KVCache(L)
+    cache = KVCache(L + in_rows * max(map(len, branches)) * max_new_tokens)
     pixel_values = None if pixel_values is None else pixel_values.to(device)
     x = model.embed(batch.input_ids, pixel_values, image_sizes)  # (B, L, D)
     wanted = row * L + last
     mask, prefix = mask_and_prefix(batch, model.llm.config, wanted, hide)
     h = model.run_llm(x, mask, batch.position_ids, cache, prefix, wanted)  # (M, D)
     cache.length = L
-    cache.take(row, L + max_new_tokens)
+    if not in_rows:
+        cache.take(row, L + max_new_tokens)
     visible = follows if hide is None else follows & ~hide[row]
-    return Growing(cache, h, visible, positions, next_position)
+    return Growing(cache, h, visible, positions, next_position, row)
 
 
 def decode(model, growing, max_new_tokens, temperature, stop_ids, generator, watch=()):
@@ -299,6 +310,57 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator, wat
         h = model.run_llm(embeddings(token)[:, None], mask, now[:, None], cache)[:, 0]
         cache.length += 1
     return tokens, log_probs, drawn, finished, first
+
+
+def decode_in_rows(model, growing, max_new_tokens, stop_ids, watch=()):
+    """As `decode` at temperature 0, for short answers: they grow side by side in their prompt's row.
+
+    The cache has B rows of L + K x max_new_tokens slots, in place of M rows of L + max_new_tokens:
+    six short answers about an image need a sixth of the memory, and nothing is copied. An ended
+    answer is computed on until all have ended, and each query runs over all slots of its row, so
+    that long answers would cost more than the copy.
+    """
+    cache, h, row = growing.cache, growing.h, growing.row
+    M, B, L, device = len(h), int(row[-1]) + 1, cache.length, h.device
+    slot = torch.arange(M, device=device) - torch.searchsorted(row, row)  # (M,) 0 .. K - 1
+    K = int(slot.max()) + 1
+    visible = torch.zeros(B, K, L, dtype=torch.bool, device=device)
+    visible[row, slot] = growing.visible
+    key_positions = torch.zeros(B, L, dtype=torch.long, device=device)
+    key_positions[row] = growing.positions
+    own = torch.eye(K, dtype=torch.bool, device=device).expand(B, K, K)  # an answer sees itself
+    embeddings, head = model.llm.get_input_embeddings(), model.head_weight()
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+
+    tokens = torch.zeros(M, max_new_tokens, dtype=torch.long, device=device)
+    log_probs = torch.zeros(M, max_new_tokens, device=device)
+    drawn = torch.zeros(M, dtype=torch.long, device=device)
+    live = torch.ones(M, dtype=torch.bool, device=device)
+
+    for t in range(max_new_tokens):
+        # token t of every answer
+        logits = (h.to(model.dtype) @ head.t()).float()  # (M, V)
+        log_p = logits.log_softmax(-1)
+        if t == 0:
+            first = logits[:, list(watch)]  # (M, W)
+        logits[:, model.image_token_id] = -torch.inf
+        token = logits.argmax(-1)
+        tokens[:, t] = token * live
+        log_probs[:, t] = log_p.gather(-1, token[:, None])[:, 0] * live
+        drawn += live
+        live = live & ~torch.isin(token, stops)
+        if t == max_new_tokens - 1 or not live.any():
+            break
+
+        # the hidden states that predict token t + 1, K new slots of each row
+        new, now = torch.zeros(2, B, K, dtype=torch.long, device=device)
+        new[row, slot], now[row, slot] = token, growing.next_position + t
+        visible = torch.cat([visible, own], 2)  # (B, K, L + (t + 1) K)
+        key_positions = torch.cat([key_positions, now], 1)
+        mask = sliding_window(visible[:, None], now, key_positions, model.llm.config)
+        h = model.run_llm(embeddings(new), mask, now, cache)[row, slot]  # (M, D)
+        cache.length += K
+    return tokens, log_probs, drawn, ~live, first
 
 
 def generate(

@@ -12,6 +12,7 @@ from PIL import Image
 
 import comparison
 import evaluation
+import memory
 import sampling
 from common import BadInput, Parser
 from data import Record
@@ -373,3 +374,72 @@ def test_each_contestant_answers_for_itself(checkpoint, records, tmp_path):
             adapters.load_adapter(model, folder)
         assert texts == [one for (one,) in sampling.generate(model, processor, records, 8)]
     assert len(set(map(tuple, said.values()))) == 3
+
+
+# ---- answers side by side in one row of the cache
+
+
+@pytest.mark.parametrize("config", [{}, {"kind": "mistral", "sliding_window": 8}])
+def test_in_rows_nothing_changes_but_the_memory(build, config, monkeypatch):
+    """Rows of one to four answers, some ended early: tokens, log-probs and ends as by `decode`."""
+    model = build(**config, seed=3)
+    torch.manual_seed(0)
+    draw = lambda n: torch.randint(3, 90, (n,))
+    image = torch.full((4,), model.image_token_id)
+    prompts = [torch.cat([draw(3), image, draw(2)]), draw(9), torch.cat([image, draw(5)])]
+    texts = [[draw(4), draw(1), draw(6)], [draw(0)], [draw(5), draw(2), draw(2), draw(3)]]
+    given = [[(text, [len(text)]) for text in some] for some in texts]
+    pixels = torch.randn(2, 3, 28, 28)
+
+    caches = []
+
+    class Watched(sampling.KVCache):
+        def __init__(self, slots):
+            super().__init__(slots)
+            caches.append(self)
+
+    monkeypatch.setattr(sampling, "KVCache", Watched)
+    how = {"max_new_tokens": 7, "temperature": 0, "given": given, "watch": (5, 6)}
+    free = sampling.sample(model, prompts, pixels, **how)
+    stops = {int(free.tokens[0][1][2]), int(free.tokens[2][3][4])}
+    want = sampling.sample(model, prompts, pixels, stop_ids=stops, **how)
+    ends = [len(ids) for row in want.tokens for ids in row]
+    assert min(ends) < 4 and max(ends) == 7, "else no answer ends before another"
+    got = sampling.sample(model, prompts, pixels, stop_ids=stops, in_rows=True, **how)
+    for one, other in zip(want.tokens, got.tokens, strict=True):
+        assert [ids.tolist() for ids in one] == [ids.tolist() for ids in other]
+    assert got.finished == want.finished and {True, False} == set(sum(got.finished, []))
+    for name in ("log_probs", "first"):
+        for one, other in zip(getattr(want, name), getattr(got, name), strict=True):
+            for a, b in zip(one, other, strict=True):
+                assert torch.allclose(a, b, atol=1e-4), name
+
+    L = max(len(p) + sum(map(len, some)) for p, some in zip(prompts, texts))
+    held = sum(x.nbytes for stored in (caches[-1].keys, caches[-1].values) for x in stored)
+    assert held == 3 * (L + 4 * 7) * memory.cache_bytes(model)
+
+
+def test_memory_of_answers_in_rows(build):
+    """The cache of 11 prompts with room for 6 answers each is there from the prefill on."""
+    model = build()  # D 64, inner size 96, 2 blocks, 2 key heads of 16, float32
+    B, L, new, T = 11, 621, 16, 11 * 621
+    token = 2 * 2 * 2 * 16 * 4
+    assert memory.cache_bytes(model) == token
+    cache = B * (L + 6 * new) * token
+    activations = T * (3 * 4 * 96 + 3 * 4 * 64 + 8 * 64) + 2 * B * L**2
+    want = T * 4 * 64 + cache + activations
+    assert memory.sampling(model, B, 6 * B, L, new, in_rows=6) == want
+    longer = memory.sampling(model, B, 6 * B, L, new + 1000, in_rows=6)
+    assert longer - want == B * 6 * 1000 * token
+
+
+def test_short_answers_alone_are_drawn_in_rows(llava, records, monkeypatch):
+    model, processor = llava
+    seen, whole = [], sampling.sample
+    watch = lambda *args, **how: seen.append(how["in_rows"]) or whole(*args, **how)
+    monkeypatch.setattr(evaluation, "sample", watch)
+    for new, temperature, want in ((32, 0.0, True), (33, 0.0, False), (4, 0.5, False)):
+        seen.clear()
+        contestant = evaluation.in_memory(model, processor)
+        evaluation.answer(contestant, records, new, temperature=temperature)
+        assert set(seen) == {want}
