@@ -25,6 +25,7 @@ from test_checkpoints import (
 )
 
 import dpo
+import evaluation
 import grpo
 import sampling
 import sft
@@ -858,3 +859,15 @@ def test_a_float_product_just_below_a_whole_number(size, tokens):
     left = unpad_image(torch.zeros(1, rows * 24, columns * 24), size).shape
     assert 576 + left[1] * (left[2] + 1) == tokens
     assert ours.tokens(size) == tokens
+
+
+def test_questions_of_a_tiled_picture_together(folder, pictures):
+    """Pictures of other shapes take other numbers of tiles and tokens; answers are those of one by one."""
+    model, processor = load(folder)
+    texts = ("Is there a cup?", "Is there a cup on the left?", "What is there?")
+    records = [Record("", picture, (text,)) for text in texts for picture in pictures[:4]]
+    want = [one for (one,) in sampling.generate(model, processor, records, 6, batch_size=1)]
+    assert len(set(want)) > 4
+    for batch_size in (2, 7, 64):
+        contestant = evaluation.in_memory(model, processor, batch_size)
+        assert evaluation.answer(contestant, records, 6) == want
