@@ -495,6 +495,8 @@ def test_metrics_of_groups():
     assert got["completions/right_length"] == pytest.approx(10 / 3)
     assert got["completions/wrong_length"] == 6
     assert "completions/wrong_length" not in rewards.metrics(groups[1:])
+    boxes = rewards.metrics([group({"exact": [0.5, 0.49]}, None, [2, 3])])
+    assert boxes["completions/right_length"] == 2 and boxes["completions/wrong_length"] == 3
 
 
 OURS = {"reward_unread", "groups", "completions/right_length", "completions/wrong_length", "step"}
@@ -917,6 +919,7 @@ def test_the_toy_world_has_problems(tmp_path, monkeypatch):
     scenes = {}
     for i in range(6):
         things = [{"name": "cup", "colour": "red", "count": 1 + i % 2, "column": 0, "row": 0}]
+        things.append({"name": "bowl", "colour": "red", "count": 1, "column": 1, "row": 0})
         scenes[f"preference_{i:05d}.png"] = {"kind": "kitchen", "things": things}
     scenes["train_00000.png"] = scenes["preference_00000.png"]
     (tmp_path / "scenes.json").write_text(json.dumps(scenes))
@@ -935,3 +938,7 @@ def test_the_toy_world_has_problems(tmp_path, monkeypatch):
         assert score([record], [[truth]]) == [{"exact": [1.0]}], (row, truth)
         kinds.add(kind)
     assert kinds == {"number", "letter"}
+    counts = [row for row in rows if row["problem"].startswith("How many")]
+    assert [row["problem"] for row in counts[1::2]] == [
+        "How many cups are there?"
+    ] * 3  # two of them

@@ -416,6 +416,18 @@ def test_rlaif_v_parquet(images, tmp_path, picture):
     assert blue == (picture == "image")  # the bytes go before the path
 
 
+def test_the_answer_goes_before_the_solution(tmp_path):
+    """Of a row that has both; DeepScaleR's solutions, say, are whole derivations."""
+    rows = [
+        {"problem": "2 + 2?", "solution": "Two and two are four.", "answer": "4"},
+        {"problem": "2 + 2?", "solution": "4", "answer": None},
+        {"problem": "2 + 2?", "solution": "four", "answer": 4},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = layouts.read(tmp_path / "p.jsonl")
+    assert [r.answers for r in file.records] == [("4",)] * 3 and not file.refused
+
+
 PROBLEMS = {  # a public data set with its columns, and the answers that its rows give
     "clevr_cogen_a_train": (
         {
