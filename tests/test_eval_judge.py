@@ -19,6 +19,7 @@ import eval_judge
 import evaluation
 from common import BadInput
 from formats import alpaca_eval, llava_bench, mm_vet, mmhal, mt_bench
+from formats.benchmarks import Question, in_groups
 
 OFFICIAL = Path("/work/shared/data/benchmarks")
 
@@ -124,6 +125,9 @@ def test_mmhal_on_the_official_template(tmp_path, capsys):
     for key, value in official_mmhal(contents).items():
         assert found[key] == pytest.approx(value, abs=1e-12), key
     assert found["unreadable"] == sum(mmhal.readable(c) is None for c in contents)
+    details = json.loads((tmp_path / "out" / "details.json").read_text())["gpt4"]
+    assert details["intervals"]["score"]["value"] == found["score"]
+    assert details["readable"]["score"] > found["score"]
     assert str(reviews) in found["judge"] and "date unknown" in capsys.readouterr().out
 
 
@@ -522,11 +526,23 @@ def test_no_division_by_zero(bench):
     for V in (2, 3, 4):
         for value in (0.0, -1.0):
             try:
-                found = bench.figures(np.full((2, V), value), ["all", "conv"])
+                with np.errstate(all="raise"):
+                    found = bench.figures(np.full((2, V), value), ["all", "conv"])
             except ValueError:
                 continue  # another V
             assert np.isfinite(list(found.values())).all()
             break
+
+
+def test_questions_about_one_picture_are_one_unit():
+    """By hand: two about a, in groups x and y; one about b, in x; two without a picture."""
+    asked = [("a", "x"), ("b", "x"), ("a", "y"), (None, "y"), (None, "y")]
+    questions = [Question(n, "", image, ("?",), (g,)) for n, (image, g) in enumerate(asked)]
+    units, names = in_groups(questions, [[1, 1], [2, 1], [3, 1], [4, 1], [5, 1]])
+    assert names == ["all", "x", "y"]
+    want = [[[4, 2], [1, 1], [3, 1]], [[2, 1], [2, 1], [0, 0]]]
+    want += [[[4, 1], [0, 0], [4, 1]], [[5, 1], [0, 0], [5, 1]]]
+    assert units.tolist() == want
 
 
 def test_what_is_written_is_read_back(tmp_path, template):
