@@ -75,7 +75,8 @@ def id_of(row, key, where):
 
 def ten(answers, where):
     """The ten answers of a question: strings, or objects with `answer`."""
-    texts = [a.get("answer") if isinstance(a, dict) else a for a in answers or ()]
+    given = answers if isinstance(answers, list) else ()
+    texts = [a.get("answer") if isinstance(a, dict) else a for a in given]
     if len(texts) != 10 or not all(type(text) is str for text in texts):
         raise BadInput(
             f"{where}: {len(texts)} answers of people ({answers!r:.60}); ten strings are needed; "
@@ -408,9 +409,9 @@ def of_objects(objects):
         problems, path = objects["choices"]
         splits, of_splits = objects["splits"]
         numbers = need(splits, "test", list, of_splits)
-        missing = next((n for n in numbers if not isinstance(n, str) or n not in problems), None)
-        if missing is not None:
-            raise BadInput(f"{of_splits}: the problem {missing!r:.80} is not in {path}.")
+        missing = [n for n in numbers if not isinstance(n, str) or n not in problems]
+        if missing:
+            raise BadInput(f"{of_splits}: the problem {missing[0]!r:.80} is not in {path}.")
         return "scienceqa", [scienceqa(n, problems[n], f"{path}, {n}") for n in numbers]
     listed = ", ".join(str(path) for _, path in objects.values())
     raise BadInput(
@@ -462,7 +463,9 @@ def with_prompts(name, questions, path, content):
     keys = [keys_of(name, question) for question in questions]
     missing = next((key for key in keys if key not in prompts), None)
     if missing is not None:
-        raise BadInput(f"{path}: no prompt for the question {missing}; is it of another split?")
+        raise BadInput(
+            f"{path}: no prompt for the question {missing!r:.200}; is it of another split?"
+        )
     return [replace(q, prompt=prompts[key]) for q, key in zip(questions, keys)]
 
 

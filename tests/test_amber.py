@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import badness
 import pytest
 from PIL import Image
 
@@ -412,3 +413,27 @@ def test_missing_files(amber, checkpoint, monkeypatch):
     Path("data/annotations.json").unlink()
     with pytest.raises(BadInput, match="no annotations.json in its folder or the one above"):
         main(monkeypatch, *base)
+
+
+def test_damaged_files(amber):
+    """Refused with a sentence or read; no other error."""
+    rng = random.Random(0)
+    query = "data/query/query_all.json"
+    Path("r.json").write_text(json.dumps([{"id": q["id"], "response": "No"} for q in amber[1]]))
+
+    def attempt():
+        lists = eval_amber.Lists("data")
+        asked = eval_amber.read_questions([query], lists)
+        said = eval_amber.read_answers("r.json", asked, lists)
+        eval_amber.score(asked, said, lists, *eval_amber.plain_rule(lists.vocabulary))
+
+    for path in ("data/annotations.json", "data/relation.json", query, "r.json"):
+        content = Path(path).read_bytes()
+        part = json.loads(content)
+        part = part[:2] + part[6:8] if isinstance(part, list) else part
+        texts = [text.encode("utf-8", "surrogatepass") for _, text in badness.json_changes(part)]
+        bytes_ = [changed for _, changed in badness.byte_changes(content, rng)]
+        for changed in rng.sample(texts, 40) + rng.sample(bytes_, 20):
+            Path(path).write_bytes(changed)
+            assert badness.outcome(attempt) in ("refused", "accepted"), (path, changed[:300])
+        Path(path).write_bytes(content)

@@ -10,7 +10,9 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import badness
 import pytest
 from PIL import Image
 
@@ -648,6 +650,8 @@ def changed_json(path, change):
         ("a-okvqa", "aokvqa_v1p0_val.json", lambda c: c[1].update(choices=["a"]), "row 1: `choices` is"),
         ("a-okvqa", "aokvqa_v1p0_val.json", lambda c: c.clear(), "holds no question"),
         ("scienceqa", "pid_splits.json", lambda c: c["test"].append("77"), "the problem '77' is not in"),
+        ("scienceqa", "pid_splits.json", lambda c: c["test"].append(None), "the problem None is not in"),
+        ("vqa-v2", "v2_a.json", lambda c: c["annotations"][0].update(answers=3), "0 answers of people"),
         ("scienceqa", "pid_splits.json", lambda c: c["test"].append({}), "the problem {} is not in"),
         ("scienceqa", "problems.json", lambda c: c["3"].update(answer=2), "`answer` is 2; 0 to 1"),
     ],
@@ -713,3 +717,38 @@ def test_missing_image(files, checkpoint, monkeypatch):
 def test_bad_combinations(files, monkeypatch, words, message):
     with pytest.raises(BadInput, match=message):
         main(monkeypatch, *words, "--answers", "x.jsonl")
+
+
+def damaged(path, rng):
+    """Contents of a file with one bad value, or cut, or with flipped bits; 40 of them."""
+    content = Path(path).read_bytes()
+    changes = [bytes_ for _, bytes_ in badness.byte_changes(content, rng)]
+    if not path.endswith("tsv"):
+        lines = content.splitlines() if path.endswith("jsonl") else [content]
+        texts = [text for line in lines for _, text in badness.json_changes(json.loads(line))]
+        changes += [text.encode("utf-8", "surrogatepass") for text in rng.sample(texts, 60)]
+    return rng.sample(changes, 40)
+
+
+def test_damaged_files(files):
+    """Refused with a sentence or read; no other error."""
+    rng, ends = random.Random(0), set()
+    for name, (paths, ids) in files.items():
+        write_lines(Path("answers.jsonl"), rows_of(ids, ["A"] * len(ids)))
+
+        def attempt(paths=paths):
+            args = SimpleNamespace(questions=paths, limit=None, circular=False)
+            name, questions = eval_vqa.read_questions(args)
+            if paths[0].endswith("tsv"):
+                vqa.unpack(paths[0])
+            eval_vqa.score(name, questions, vqa.answers_to(name, questions, "answers.jsonl"))
+
+        for path in (*paths, "answers.jsonl"):
+            content = Path(path).read_bytes()
+            for changed in damaged(path, rng):
+                Path(path).write_bytes(changed)
+                end = badness.outcome(attempt)
+                assert end in ("refused", "accepted"), (path, changed[:300], end)
+                ends.add(end)
+            Path(path).write_bytes(content)
+    assert len(ends) == 2
