@@ -314,19 +314,18 @@ def update(model, processor, optimizer, factor, groups, examples, knobs, args):
     M, A = (sum(len(group.answers) for group in some) for some in (groups, trained))
     N = sum(len(tokens) for group in trained for tokens in group.answers)
     metrics = Counter(dict.fromkeys(METRICS, 0.0))
-    for micro in processes.share(training.chunks(trained, args.batch_size)):  # m answers, n tokens
+    mine = processes.share(training.chunks(trained, args.batch_size))
+    all_better = on_device([[group.advantages for group in micro] for micro in mine], model.device)
+    all_old = on_device([[x for group in micro for x in group.old] for micro in mine], model.device)
+    for micro, better, old in zip(mine, all_better, all_old):  # m answers, n tokens
         rows = [with_answers(examples[group.place], group.answers) for group in micro]
         batch = processor.collate(rows).to(model.device)
         owner, lengths = batch.owner, batch.lengths  # (n,), (m,)
-        better = torch.cat([group.advantages for group in micro])  # (m,)
-        better = better.to(model.device, non_blocking=True)[owner]  # (n,)
+        better = better[owner]  # (m,) -> (n,)
 
         # 4. loss
         log_p, entropy = model.log_probs(batch)  # (n,), (n,)
-        old = log_p.detach()
-        if args.minibatches > 1:
-            old = torch.cat([x for group in micro for x in group.old])
-            old = old.to(model.device, non_blocking=True)
+        old = log_p.detach() if args.minibatches == 1 else old  # (n,)
         losses, ratio = token_losses(log_p, old, better, owner, lengths, knobs)
         if args.kl_coef:
             with torch.no_grad(), model.reference():
@@ -359,6 +358,12 @@ def update(model, processor, optimizer, factor, groups, examples, knobs, args):
     training.check_finite(metrics["loss"], metrics["grad_norm"], where)
     training.take_step(optimizer, factor)
     return metrics
+
+
+def on_device(parts, device):
+    """Lists of tensors -> the joined tensor of each, copied together, before the first is used."""
+    joined = [torch.cat(part) for part in parts]
+    return torch.cat(joined).to(device).split([len(x) for x in joined]) if joined else []
 
 
 def with_answers(example, answers):
