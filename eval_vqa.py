@@ -14,7 +14,8 @@ vqa-v2      vqaEval.py of GT-Vision-Lab/VQA. An answer that n of the ten people 
             all answers are normalised: punctuation, articles, digits, contractions. If they agree,
             none is: then "Yes" is not "yes".
 textvqa     M4C's evaluator (facebookresearch/mmf), which LLaVA uses. As above, but both sides are
-            always normalised, after lower case, and without commas, question marks and "'s".
+            always normalised, before that in lower case, without commas and question marks, and
+            with "'s" as a word of its own.
 gqa         eval.py of GQA: the answer, exactly.
 a-okvqa     eval_predictions.py of allenai/aokvqa: the text of the right option, exactly.
 scienceqa   eval_science_qa.py of LLaVA: "B", "B. ..." or "The answer is B".

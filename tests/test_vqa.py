@@ -576,6 +576,20 @@ def test_contestants_and_rotations(files, checkpoint, monkeypatch, capsys):
     assert "2 questions are worth something else" in capsys.readouterr().out
 
 
+def test_two_models(files, checkpoint, monkeypatch):
+    """Each has a folder of its own; the same weights under another name answer the same."""
+    shutil.copytree(checkpoint, "other")
+    words = ["--questions", *files["gqa"][0], "--model", checkpoint, "other", "--device", "cpu"]
+    main(monkeypatch, *words, "--max-new-tokens", 3, "--out", "out")
+    found = json.loads(Path("out/metrics.json").read_text())
+    assert list(found) == ["llava", "other"] and found["llava"] == found["other"]
+    texts = [Path("out", name, "official.json").read_text() for name in found]
+    assert texts[0] == texts[1]
+    details = json.loads(Path("out/details.json").read_text())
+    assert details["other"]["intervals"]["accuracy"]["difference"] == 0
+    assert Path("out/changed-other.png").is_file()
+
+
 def test_limit_keeps_rotations(files, monkeypatch):
     paths, _ = files["mmbench"]
     write_lines(Path("a.jsonl"), rows_of(["12", "1000012"], ["B", "A"]))
