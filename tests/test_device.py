@@ -363,6 +363,17 @@ def test_greedy_answers(twice, kind, more):
     assert len({t for row in want.tokens for t in row[0].tolist()}) > 5, "it repeats itself"
 
 
+@pytest.mark.parametrize("kind, more", LLMS)
+def test_short_answers_in_rows(twice, kind, more):
+    """Several questions of a picture, answered side by side there and each in a row of its own here."""
+    here, there = twice(kind, **more)
+    rows, images = prompts(), pixels()
+    given = [[(ids(6), [6]), (ids(3), [3])], [(ids(4), [4])], [(ids(n), [n]) for n in (5, 2, 1)]]
+    how = {"max_new_tokens": 8, "temperature": 0, "given": given, "stop_ids": STOP}
+    want = sampling.sample(here, rows, images, **how)
+    assert_same_samples(sampling.sample(there, rows, images, in_rows=True, **how), want)
+
+
 def test_given_texts_and_hidden_pictures(twice):
     """BDHS: continued from several cuts, behind a picture of which half is hidden, then all of it."""
     here, there = twice()
