@@ -271,7 +271,7 @@ def truth_of(numbers, pictures, vocabulary):
 
 
 def read_prompts(path, pictures):
-    """Object HalBench's file -> [(image id, prompt)]. Rows are {"image_id", "question", "image"}."""
+    """Object HalBench's rows {"image_id", "question", "image"} -> [(image id, prompt)]."""
     prompts = []
     for i, row in rows(Path(path)):
         where = f"{path}, row {i}"

@@ -198,7 +198,7 @@ def split_name(path):
 
 
 def read_splits(paths):
-    """Question files -> {split: questions}, a split a file; or LLaVA's file with the label files."""
+    """Question files -> {split: questions}, one a file, or LLaVA's file with the label files."""
     splits, of_llava = {}, []
     for path in paths:
         questions = read_questions(path)
@@ -451,7 +451,7 @@ def about_rounding(contestant, replies, records):
 
 
 def one_by_one(contestant, records):
-    """How many times as long --batch-size 1 takes, by a few questions; None if there is no telling."""
+    """How many times as long --batch-size 1 takes, by a few questions; None: no telling."""
     if contestant.batch_size == 1 or contestant.asked < contestant.batch_size:
         return None
     alone = replace(contestant, batch_size=1, asked=0, seconds=0.0)

@@ -96,7 +96,7 @@ def side_by_side(columns, width):
 
 
 def marked(model, processor, record, text):
-    """The text, in brackets each word that the model without its adapter would not have said there."""
+    """The text, in brackets each word that the model would not have said without its adapter."""
     # 1. what it would have said in the place of each token
     batch = processor.collate([processor.encode(replace(record, answers=(text,)))])
     tokens, batch = batch.targets[:-1], batch.to(model.device)  # without the end token
@@ -116,7 +116,7 @@ def marked(model, processor, record, text):
 
 
 def answers_to(records, model, processor, args):
-    """k answers to each record -> columns: with an adapter those without it, then its own, marked."""
+    """k answers to each record -> columns: with an adapter those without it, then with it."""
     columns = []
     for who in (model.reference(), nullcontext()) if args.adapter else (nullcontext(),):
         with who:

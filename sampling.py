@@ -313,7 +313,7 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator, wat
 
 
 def decode_in_rows(model, growing, max_new_tokens, stop_ids, watch=()):
-    """As `decode` at temperature 0, for short answers: they grow side by side in their prompt's row.
+    """As `decode` at temperature 0, for short answers: they grow side by side in a prompt's row.
 
     The cache has B rows of L + K x max_new_tokens slots, in place of M rows of L + max_new_tokens:
     six short answers about an image need a sixth of the memory, and nothing is copied. An ended

@@ -184,7 +184,9 @@ def test_a_file_that_is_not_ours(tmp_path, line, why):
 
 def test_empty_answers_are_told(tmp_path, capsys):
     ask = lambda tokens, temperature, arrived: (
-        lambda items: [arrived(item, text) or text for item, text in zip(items, ["", " Yes\n", " "])]
+        lambda items: [
+            arrived(item, text) or text for item, text in zip(items, ["", " Yes\n", " "])
+        ]
     )
     contestant = evaluation.Contestant("m", server=ask)
     records = [Record("", None, (f"{i}?",)) for i in range(3)]

@@ -235,7 +235,11 @@ def test_eval_judge_with_transformers_serve(served, checkpoint, tmp_path, monkey
 
     # MT-Bench, text
     rows = [
-        {"question_id": i, "category": "extraction", "turns": [f"Is there {thing}?", "Describe it."]}
+        {
+            "question_id": i,
+            "category": "extraction",
+            "turns": [f"Is there {thing}?", "Describe it."],
+        }
         for i, thing in enumerate(("a dog", "a cup", "a kitchen"))
     ]
     (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
