@@ -392,7 +392,7 @@ def main():
             "annotate.py is one process; an endpoint is asked --judge-workers at a time."
         )
     if args.ratings:  # made already
-        other = args.given & {"data", "model", "limit", "k", "temperature", "annotator"}
+        other = args.given & {"data", "model", "limit", "subset", "k", "temperature", "annotator"}
         if other:
             raise BadInput(
                 f"{flag_name(min(other))} does not go with --ratings, which asks nobody; "
@@ -411,6 +411,7 @@ def main():
         args.images,
         answers=1,  # it is the reference
         skip_bad_rows=args.skip_bad_rows,
+        subset=(args.subset, args.seed),
         unique=lambda record: record.prompt_key,
         check_images=args.check_images,
     )

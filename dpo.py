@@ -163,6 +163,7 @@ def main():
         args.images,
         answers=2,
         skip_bad_rows=args.skip_bad_rows,
+        subset=(args.subset, args.seed),
         check_images=args.check_images,
     )
     training.show_memory(args, device, dtype, rows)

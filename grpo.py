@@ -409,6 +409,7 @@ def main():
         args.images,
         answers=1,
         skip_bad_rows=args.skip_bad_rows,
+        subset=(args.subset, args.seed),
         check_images=args.check_images,
         unique=lambda record: record.prompt_key,
     )

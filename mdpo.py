@@ -141,6 +141,7 @@ def main():
         args.images,
         answers=2,
         skip_bad_rows=args.skip_bad_rows,
+        subset=(args.subset, args.seed),
         check_images=args.check_images,
         needs_image="mDPO would corrupt",
     )

@@ -211,6 +211,7 @@ def main():
         args.images,
         answers=2 if args.mix else 0,
         skip_bad_rows=args.skip_bad_rows,
+        subset=(args.subset, args.seed),
         check_images=args.check_images,
         unique=None if args.mix else lambda record: record.prompt_key,
     )

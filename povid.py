@@ -145,6 +145,7 @@ def main():
         args.images,
         answers=2 if args.gamma else 1,
         skip_bad_rows=args.skip_bad_rows,
+        subset=(args.subset, args.seed),
         check_images=args.check_images,
         unique=one_example,
         needs_image="POVID would distort",

@@ -428,6 +428,7 @@ def main():
             args.images,
             answers=2,
             skip_bad_rows=args.skip_bad_rows,
+            subset=(args.subset, args.seed),
             check_images=args.check_images,
         )
         for path in [*args.data, *args.test_data]

@@ -101,6 +101,7 @@ def main():
         args.images,
         answers=1,
         skip_bad_rows=args.skip_bad_rows,
+        subset=(args.subset, args.seed),
         check_images=args.check_images,
     )
     shared = lambda _, examples: dataset.share_prompt(examples)

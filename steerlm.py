@@ -90,6 +90,7 @@ def main():
     device, dtype = training.device_and_dtype(args)
     rated = [one for path in args.data for one in ratings.read(path, args.images)]
     rows = dataset.Rows(with_requests(rated), args.skip_bad_rows)
+    rows.draw(args.subset, args.seed)
     rows.check_images(args.check_images)
     shared = lambda _, examples: dataset.share_prompt(examples)
     training.show_memory(args, device, dtype, rows, shared, together=True)

@@ -117,6 +117,13 @@ def add_data_flags(parser):
         "it, and where a script that wrote the file put its images)",
     )
     flag(
+        "--subset",
+        type=positive_int,
+        metavar="N",
+        help="draw N of the rows by --seed, as the papers' 5,000 of a larger set were drawn by "
+        "theirs; which rows those were is not published (default: all rows)",
+    )
+    flag(
         "--skip-bad-rows",
         action="store_true",
         help="leave out rows that cannot be used and list them in skipped.json; without it, such "

@@ -7,6 +7,7 @@ examples = rows.encode(processor)      # rows.skipped: what was left out, for sk
 
 import hashlib
 import os
+import random
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,18 @@ class Rows:
         print(f"{len(rows)} of {total} rows are skipped, first {where}", file=sys.stderr)
         self.skipped += rows
 
+    def draw(self, n, seed):
+        """Keep n of the records, drawn by the seed, in their order; n None keeps all."""
+        total = len(self.records)
+        if n is None:
+            return
+        if n > total:
+            raise BadInput(f"--subset {n}: the data have {total} rows to draw from.")
+        kept = sorted(random.Random(f"{seed}/subset").sample(range(total), n))
+        self.records = [self.records[i] for i in kept]
+        names = hashlib.sha256("\n".join(r.where for r in self.records).encode()).hexdigest()[:8]
+        print(f"--subset: {n} of {total} rows, drawn by seed {seed} ({names})", file=sys.stderr)
+
     def check_images(self, how):
         """Leave out the rows whose image cannot be read; how: see `formats/pictures.py`."""
         why = pictures.unreadable([r.image for r in self.records], how)
@@ -79,6 +92,7 @@ def read(
     images=None,
     answers=2,
     skip_bad_rows=False,
+    subset=(None, 0),
     unique=None,
     needs_image="",
     check_images=None,
@@ -87,6 +101,7 @@ def read(
 
     answers: how many a row must have (2: preference pairs, 1: instruction data or prompts).
     skip_bad_rows: leave out a row that cannot be used; without it, such a row stops the run.
+    subset: (how many records are drawn of those that are left, or None for all; the seed).
     unique: a function of a record; of several records with equal values the first is kept.
     needs_image: what for; a text-only row is then one that cannot be used.
     check_images: "full" or "header", see formats/pictures.py; None looks at no image.
@@ -122,6 +137,7 @@ def read(
             print(f"{len(rows.records) - len(first)} rows repeat another row", file=sys.stderr)
         rows.records = list(first.values())
 
+    rows.draw(*subset)
     rows.check_images(check_images)
     return rows
 

@@ -1135,6 +1135,23 @@ def test_of_equal_records_the_first_is_kept(tmp_path, capsys):
     assert "2 rows repeat another row" in capsys.readouterr().err
 
 
+def test_a_subset_is_drawn_by_the_seed(tmp_path, capsys):
+    """So many rows, in their order, of what is left; another seed draws others; it is said which."""
+    rows = [instruct(f"Q{i}", "a") for i in range(40)] + [instruct("Q0", "b")]
+    path = write(tmp_path / "a.json", rows)
+    once = lambda record: record.turns
+    drawn = [dataset.read([path], None, 1, subset=(9, s), unique=once).records for s in (0, 0, 1)]
+    numbers = [[int(r.turns[0][1:]) for r in records] for records in drawn]
+    assert numbers[0] == numbers[1] == sorted(numbers[0]) and len(set(numbers[0])) == 9
+    assert numbers[0] != numbers[2] and numbers[0] != list(range(9))
+    told = [line for line in capsys.readouterr().err.splitlines() if "--subset" in line]
+    assert told[0].startswith("--subset: 9 of 40 rows, drawn by seed 0 (")
+    assert told[0] == told[1] and told[0][-9:] != told[2][-9:]
+    assert len(dataset.read([path], None, 1, subset=(40, 0), unique=once).records) == 40
+    with pytest.raises(BadInput, match="--subset 42: the data have 41 rows to draw from"):
+        dataset.read([path], None, 1, subset=(42, 0))
+
+
 def test_rows_without_an_image_where_one_is_needed(images, tmp_path):
     with_image = instruct("<image>\nab", "e") | {"image": "lamp.jpg"}
     path = write(tmp_path / "a.json", [instruct("ab", "e"), with_image])

@@ -113,6 +113,13 @@ def test_nothing_in_a_micro_batch_is_copied_while_the_host_waits(name):
     assert not waits
 
 
+@pytest.mark.parametrize("name", [*SCRIPTS, "annotate"])
+def test_every_script_draws_its_subset(name):
+    """--subset is a flag of all of them."""
+    code = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    assert "subset=(args.subset, args.seed)" in code or "draw(args.subset, args.seed)" in code
+
+
 @pytest.mark.parametrize("name", ["mpo", "mdpo"])
 def test_a_relative_of_dpo_shows_its_idea_and_little_else(name):
     """Lines of code that differ from dpo.py's: a replaced line counts once."""
