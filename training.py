@@ -253,10 +253,8 @@ def parse_run(parser):
         raise BadInput(
             f"--resume needs --out with the folder of a run; {args.out}/args.json is not there."
         )
-    if not args.resume and args.out and Path(args.out).exists():
-        raise BadInput(
-            f"--out {args.out} exists; give another folder, or --resume to go on with it."
-        )
+    if not args.resume and args.out:
+        refuse_used(Path(args.out))
     refuse_unwritable(args.out)
     if args.model and not args.data:
         raise BadInput(
@@ -265,6 +263,13 @@ def parse_run(parser):
     args.toy_world = None  # lab.toy.fill sets it
     processes.start(args.device)
     return args
+
+
+def refuse_used(out):
+    """Refuse a folder of --out that holds more than what a run killed in its first moment leaves."""
+    first = {"skipped.json", "skipped.json.tmp", "args.json.tmp"}
+    if os.path.lexists(out) and not (out.is_dir() and first.issuperset(os.listdir(out))):
+        raise BadInput(f"--out {out} exists; give another folder, or --resume to go on with it.")
 
 
 def parse(parser):
@@ -411,8 +416,7 @@ def run_folder(args, script):
         out = Path(args.out)
     elif args.out:
         out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.mkdir()
+        out.mkdir(parents=True, exist_ok=True)
     else:
         Path("runs").mkdir(exist_ok=True)
         for n in range(10**6):
@@ -421,6 +425,8 @@ def run_folder(args, script):
                 out.mkdir()
                 break
     claim(out)
+    if args.out and not args.resume:
+        refuse_used(out)  # another run may have begun in it since the flags were read
     if args.resume:
         remove_leftovers(out)
         refuse_no_folder(out / "checkpoints")

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -722,3 +723,31 @@ def test_a_server_may_count_as_it_likes(raw_server, usage):
     url = raw_server(lambda connection: connection.sendall(reply))
     assert list(judge.ask_endpoint(url, "m", usage=counted)(ASKED)) == ["Better: 1"]
     assert counted == {"requests": 1}
+
+
+# ---- killed, and started again
+
+
+def test_killed_runs_go_on_bit_for_bit(tmp_path):
+    """A few ends of three kinds of run, some bad inputs; `python tests/trust.py` alone does hundreds of all kinds."""
+    flags = "--kills 6 --runs dpo bdhs ppo --most 1 --executions 0".split()
+    command = [
+        sys.executable,
+        str(ROOT / "tests/trust.py"),
+        *flags,
+        "--seed",
+        time.strftime("%Y%W"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert re.search(r"runs ended, of 3 kinds +(\d+) +went on bit for bit +\1\b", done.stdout)
+
+
+def test_a_run_folder_that_was_killed_in_its_first_moment(folder):
+    """Before args.json is there, --resume cannot go on, and the same command may begin anew."""
+    Path("run").mkdir()
+    Path("run/args.json.tmp").touch()
+    training.refuse_used(Path("run"))
+    assert training.start(flags(out="run"), "dpo") == Path("run")
+    with pytest.raises(BadInput, match="--out run exists"):
+        training.start(flags(out="run"), "dpo")
