@@ -842,7 +842,7 @@ def test_a_run_folder_and_its_args(folder):
     assert json.loads(Path("runs/bdhs-0/args.json").read_text())["script"] == "bdhs"
     out = training.start(flags(out="mine", skip_bad_rows=True), "dpo", [{"row": 3}])
     assert out == Path("mine") and json.loads((out / "skipped.json").read_text()) == [{"row": 3}]
-    with pytest.raises(FileExistsError):
+    with pytest.raises(BadInput, match="--out mine exists"):
         training.start(flags(out="mine"), "dpo")
     with pytest.raises(BadInput, match="nothing.json: no such file"):
         training.start(flags(data=["nothing.json"]), "dpo")
