@@ -37,6 +37,7 @@ class Run(NamedTuple):
     rank: int = 128
     projector_lr: float = 2e-6
     plan: memory.Plan = memory.Plan()
+    quantize: str | None = None
 
 
 CARD = "NVIDIA H200"  # of the measured figures
@@ -103,6 +104,7 @@ def need(run, model):
         projector_lr=run.projector_lr,
         lora_rank=run.rank,
         gradient_checkpointing=run.checkpointing,
+        quantize=run.quantize,
     )
     load = memory.Load(run.batch[0], P + R, P, R, tiles)
     return sum(memory.peak(model, args, load, run.plan).values())
