@@ -210,9 +210,9 @@ AMIRLOO = Paper(
 LI_LIN_PEI = Paper(
     "Li, Lin, Pei 2024: LLaVA-1.5-13B, answers rated on five attributes",
     "The files are those of `alexshengzhili/mllm-dpo` (29.9, 21.1, 101 and 11.2 MB in this order). "
-    "To rate answers anew, `annotate.py` is first; its judge there was Gemini, with a prompt that is "
-    "not published. The row SteerLM is evaluated with a request for the ratings; which one is not "
-    "published (`--attributes` asks for all 4).",
+    "To rate answers anew, `annotate.py` is first; its judge there was Gemini, with a prompt that "
+    "is not published. The row SteerLM is evaluated with a request for the ratings; which one is "
+    "not published (`--attributes` asks for all 4).",
     ("MM-Vet", "LLaVA-W", "POPE", "MMBench", "MT-Bench", "AlpacaEval"),
     (
         Recipe("base", (), (36.3, 73.1, 0.859, 67.4, 5.99, 79.3), 0, model="1.5-13b"),
@@ -455,8 +455,9 @@ def page():
         "**None of these rows was run here**: the figures are the papers'. Memory is counted, "
         f"hours are scaled from single steps on an H200 to an {' and an '.join(CARDS)} "
         f"(lab/recipes.py says how); {DRAWN} tokens are taken for an answer that is drawn, "
-        f"{fits.ANSWER} for one of the data. The judges of the papers are retired, so that figures of another judge are "
-        "not comparable with theirs: evaluate the base with the same judge, and compare differences.",
+        f"{fits.ANSWER} for one of the data. The judges of the papers are retired, so that figures "
+        "of another judge are not comparable with theirs: evaluate the base with the same judge, "
+        "and compare differences.",
         "`runs/ROW` stands for the folder of the row, URL and JUDGE for a server's address and its "
         "model's name. Flags in the table belong behind the training lines, on that card; with "
         "`--quantize nf4` every pass unpacks the weights, how long that takes is not in the hours. "

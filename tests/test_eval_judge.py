@@ -802,6 +802,55 @@ def test_a_bad_question(tmp_path, changed, message):
         mmhal.read(write(tmp_path / "t.json", rows))
 
 
+def test_half_written_and_strange_files(tmp_path, template):
+    """Named by file and line or row; nothing is guessed."""
+    flags = wild_files(tmp_path)
+    questions = llava_bench.read(*flags[1::2])
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"question_id": i, "text": f"a {i}"}) for i in range(6)]
+    path.write_text("\n".join(lines)[:-9])
+    with pytest.raises(BadInput, match="a.jsonl, line 6: not valid JSON"):
+        llava_bench.read_answers(path, questions)
+    path.write_text("\n".join(lines[:5]))
+    with pytest.raises(BadInput, match="5 answers to 6 questions, .*: 5 has none"):
+        llava_bench.read_answers(path, questions)
+    path.write_text("\n".join([*lines, lines[0].replace("0", "60")]))
+    with pytest.raises(BadInput, match="60 is none of the questions"):
+        llava_bench.read_answers(path, questions)
+    path.write_bytes(lines[0].encode() + b'\n{"question_id": 1, "text": "\xff"}')
+    with pytest.raises(BadInput, match="a.jsonl: not a text file"):
+        llava_bench.read_answers(path, questions)
+    path.write_text('["a"]')
+    with pytest.raises(BadInput, match="a.jsonl, row 0: 'a'; an object is needed"):
+        llava_bench.read_answers(path, questions)
+    (tmp_path / "n.json").write_text('{"v1_0": 3}')
+    with pytest.raises(BadInput, match="n.json, v1_0: `v1_0` is 3; a text is needed"):
+        mm_vet.read_answers(tmp_path / "n.json", mm_vet.read(vet_files(tmp_path)[0]))
+    with pytest.raises(BadInput, match="needs --context .* and --references"):
+        llava_bench.read(flags[1])
+
+
+def test_nothing_said_is_judged_too(serve, tmp_path):
+    """An empty first answer is part of the second turn's dialogue; a judge that declines is unreadable."""
+    path, references, _ = mt_files(tmp_path, ("stem", "writing"))
+    server = serve(lambda body: (200, None, "m"))
+    flags = ("--questions", path, "--endpoint", server.url, "--endpoint-model", "m")
+    main(*flags, "--out", tmp_path / "out", *judge_flags(server))
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["score"] == 0 and found["unreadable"] == 4 and found["characters"] == 0
+
+
+def test_a_model_that_says_nothing_is_asked_on(tmp_path, llava, monkeypatch):
+    """Its second question follows its empty answer."""
+    model, processor = llava
+    path, _, _ = mt_files(tmp_path, ("extraction",))
+    questions = mt_bench.read(path)
+    monkeypatch.setattr(type(processor), "text", lambda self, ids: "")
+    contestant = evaluation.in_memory(model, processor)
+    shown = eval_judge.read_records(mt_bench, questions, tmp_path)
+    assert eval_judge.ask(mt_bench, contestant, questions, shown, None, 3) == [("", "")]
+
+
 def test_a_missing_picture_is_named(template, pictures, checkpoint, tmp_path):
     (pictures / "2.png").unlink()
     flags = ("--questions", template, "--images", pictures, "--model", checkpoint)
