@@ -538,11 +538,26 @@ def finish(splits, said, notes, args):
     strict = {name: score_splits(splits, of, parse=parse_strictly) for name, of in said.items()}
     results = compared(splits, said)
 
-    # figures by the official rule
-    for name, metrics in official.items():
-        if len(official) > 1:
+    # figures by both rules
+    details = {}
+    for name, of in said.items():
+        texts = [text for split in splits for text in of[split]]
+        unreadable = sum(parse_strictly(text) is None for text in texts)
+        differ = sum(parse_strictly(text) not in (None, parse_answer(text)) for text in texts)
+        details[name] = {
+            "strict": strict[name],
+            "unreadable": unreadable,
+            "begin otherwise than they count": differ,
+            "intervals": results[name],
+        }
+        if len(said) > 1:
             print(f"{name}:")
-        print_table(metrics)
+        print_table(official[name])
+        print(
+            f"\nstrict rule: of {len(texts)} answers {unreadable} begin with neither yes nor no, "
+            f"{differ} begin otherwise than they count by the official rule"
+        )
+        print_table(strict[name])
         print()
 
     # intervals and differences
@@ -553,26 +568,9 @@ def finish(splits, said, notes, args):
     print()
 
     # what to know before comparing them with others
-    details = {}
-    for name, of in said.items():
-        texts = [text for split in splits for text in of[split]]
-        unreadable = sum(parse_strictly(text) is None for text in texts)
-        differ = sum(parse_strictly(text) not in (None, parse_answer(text)) for text in texts)
-        print(
-            f"{name}: strict rule: mean accuracy {strict[name]['mean']['accuracy']:.4f} "
-            f"(official {official[name]['mean']['accuracy']:.4f}); of {len(texts)} answers "
-            f"{unreadable} begin with neither yes nor no, {differ} begin otherwise than they count"
-        )
-        n, text = notes.get(name, (None, ""))
-        if text:
-            print(text)
-        details[name] = {
-            "strict": strict[name],
-            "unreadable": unreadable,
-            "begin otherwise than they count": differ,
-            "decided within rounding": n,
-            "intervals": results[name],
-        }
+    for name, (n, text) in notes.items():
+        details[name]["decided within rounding"] = n
+        print(text)
     for line in remarks(splits, None if args.answers else args.suffix):
         print(line)
 

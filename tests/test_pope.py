@@ -5,6 +5,7 @@ import random
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -273,7 +274,8 @@ def test_steps_are_those_of_torch():
 
 
 @pytest.fixture
-def pope(tmp_path):
+def pope(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     files = write_pope(tmp_path / "coco")
     for i in range(5):
         Image.effect_noise((30, 28), 90 + i).convert("RGB").save(
@@ -312,21 +314,39 @@ def test_two_contestants_from_files(pope, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "changed-b.png").is_file()
 
 
+def test_both_rules_side_by_side(pope, tmp_path, monkeypatch, capsys):
+    """Three answers of thirty: "NO" counts as yes, "Not here" as yes, "None, no" as no."""
+    questions = eval_pope.read_questions(pope[0])  # yes, no, yes, no, ...
+    texts = [q["label"] for q in questions]
+    texts[1], texts[3], texts[5] = "NO", "Not here", "None, no"
+    rows = [{"question": q["text"], "answer": text} for q, text in zip(questions, texts)]
+    write_lines(tmp_path / "a.jsonl", rows)
+    main(monkeypatch, "--questions", pope[0], "--answers", tmp_path / "a.jsonl", "--out", "out")
+    official_table, strict_table, *_ = capsys.readouterr().out.split("\n\n")
+    assert official_table.splitlines()[-1].split()[1] == f"{28 / 30:.4f}"
+    head, *rows = strict_table.splitlines()
+    assert head.startswith("strict rule: of 30 answers 2 begin with neither yes nor no, 1 begin")
+    assert rows[-1].split()[1] == f"{28 / 30:.4f}" and rows[-1].split()[5] == "0.5000"
+    details = json.loads((tmp_path / "out" / "details.json").read_text())
+    assert details["a"]["unreadable"] == 2 and details["a"]["strict"]["mean"]["yes_ratio"] == 0.5
+
+
 def test_contestants_on_the_command_line(pope, checkpoint, tmp_path, monkeypatch, capsys):
-    """A model and a copy in bfloat16 whose head favours no word: rounding is told with its cost."""
+    """A model and a copy whose head nearly ties yes and no, in bfloat16: told with the cost."""
     model, processor = checkpoints.load(checkpoint)
     with torch.no_grad():
         model.head_weight().zero_()
         yes, no = (eval_pope.evaluation.first_token(processor, *pair) for pair in yes_and_no())
         model.head_weight()[yes, 0] = model.head_weight()[no, 0] = 1.0
-        model.head_weight()[no, 1] = 2**-12
+        model.head_weight()[no, 1] = 2**-7
     checkpoints.save(model, processor, tmp_path / "flat")
     flags = ["--questions", *pope, "--device", "cpu", "--dtype", "bfloat16", "--batch-size", 20]
     out = tmp_path / "out"
     main(monkeypatch, *flags, "--model", checkpoint, tmp_path / "flat", "--out", out)
     printed = capsys.readouterr().out
     assert "behind each question stands '\\nAnswer the question" in printed
-    assert "flat: 60 of 60 answers were decided within rounding" in printed
+    n = sum(eval_pope.within_rounding(r, "bfloat16") for r in lines_of(out / "flat/replies.jsonl"))
+    assert n > 5 and f"flat: {n} of 60 answers were decided within rounding" in printed
     assert re.search(
         r"flat: .*one step of bfloat16 apart.*--batch-size 1 takes \d+\.\d times", printed
     )
