@@ -246,7 +246,7 @@ def judged(who, bench, questions, said, images, path, sees=False, runs=1):
     used = [None] * len(places)  # the last row of each place
     waiting = list(range(len(places)))
     for n, temperature in enumerate((bench.TEMPERATURE, *bench.RETRIES)):
-        asked = {}  # key -> what is asked
+        asked = {}  # place -> (key, what is asked)
         for place in waiting:
             i, request, name = places[place]
             if n:
@@ -264,8 +264,6 @@ def judged(who, bench, questions, said, images, path, sees=False, runs=1):
             used[place] = rows[key]
         parts = [request.part for _, request, _ in places]
         waiting = [p for p in waiting if bench.readable(used[p]["answer"], parts[p]) is None]
-        if not waiting:
-            break
     refuse_two_judges(used, who, path)
 
     replies = [[] for _ in questions]

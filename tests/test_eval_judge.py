@@ -717,6 +717,23 @@ def test_the_image_is_shown_where_asked(template, filled, serve, pictures, tmp_p
         main(*flags, "--out", tmp_path / "v", "--judge-sees-image", *judge_flags(server))
 
 
+def test_how_a_server_is_asked(serve, tmp_path):
+    """Temperature of the official script, and room to think before a score of three tokens."""
+    server = serve(lambda body: (200, "8 7", "m"))
+    answers = [{"question_id": i, "text": f"a {i}"} for i in range(6)]
+    flags = (*wild_files(tmp_path), "--answers", write(tmp_path / "a.jsonl", answers))
+    main(*flags, "--out", tmp_path / "wild", *judge_flags(server))
+    assert {(b["temperature"], b["max_tokens"], b["model"]) for b in server.bodies} == {
+        (0.2, 1024, "gpt-x")
+    }
+    server.bodies.clear()
+    questions, answers = vet_files(tmp_path)
+    flags = ("--questions", questions, "--answers", answers, "--out", tmp_path / "vet")
+    main(*flags, *judge_flags(server))
+    asked = {(b["temperature"], b["max_tokens"]) for b in server.bodies}
+    assert asked == {(t, 1024) for t in (0.0, 0.5, 1.0, 1.5)}
+
+
 def test_another_answer_is_judged_anew(template, filled, serve, tmp_path):
     """A folder that was begun with other answers is refused."""
     server = serve(lambda body: (200, "Rating: 6", "m"))
