@@ -30,6 +30,14 @@ class BadInput(ValueError):
         return printable(super().__str__(), 2000)
 
 
+class Ended(KeyboardInterrupt):
+    """A signal asked a run to end, and its step is saved. Status 128 + the signal's number."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.status = 128 + number
+
+
 class NonFinite(RuntimeError):
     """A loss or gradient is not a number; the run stops before the optimizer step. Status 1."""
 
@@ -59,9 +67,9 @@ def run(main, trains=False):
         text, status = f"{script}: {error}", 2
     except NonFinite as error:
         text, status = f"{script}: {error}", 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         goes_on = f"; {WHOLE}, and --resume goes on from it" if trains else ""
-        text, status = f"\n{script}: interrupted{goes_on}", 130
+        text, status = f"\n{script}: interrupted{goes_on}", getattr(error, "status", 130)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             text, status = f"{script}: {error.filename}: {error.strerror}.", 2

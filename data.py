@@ -234,6 +234,8 @@ class Processor:
                 dialogue.append((self.user_pieces(text, i == 0, image_tokens), False))
         prompt, prompt_scored = self.ids_of(dialogue, record.where)
         P = len(prompt)
+        if not P:
+            raise BadInput(f"{record.where}: the tokenizer makes no token of the prompt.")
 
         # 2. each answer: what comes after it in the ids of the whole
         answers, scored = [], []

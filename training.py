@@ -14,7 +14,9 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -26,6 +28,7 @@ import processes
 import sharding
 from common import (
     BadInput,
+    Ended,
     NonFinite,
     Progress,
     claim,
@@ -559,12 +562,53 @@ def batches(step, args, out, processor, examples, save, size=None, beside=()):
     whose image cannot be decoded (`readable`); save(step) writes the run's checkpoint. beside: for
     each example another one that is used with it, whose image is decoded ahead, too.
     """
+    end_after_steps(save, step)
     indices, mine = batch_of(step, args, len(examples), size)
     later = processes.share(whole_batch(step + 1, args, len(examples), size)[1])
     lists = (examples, beside) if beside else (examples,)
     ahead = [e[i] for _, micro in [*mine, *later] for i in micro for e in lists]
     processor.prefetch.expect([e.record.image for e in ahead])
     return indices, readable(mine, step, args, out, processor, examples, save)
+
+
+before_steps = {}  # {signal: what it did before the steps of this run}
+asked_to_end = []  # the signals that came since
+
+
+def end_after_steps(save, step):
+    """From the first step on, Ctrl-C and SIGTERM wait for a step's end, and are obeyed here.
+
+    The steps so far are saved. A second signal ends the run at once. Of several processes torchrun
+    is the one to ask.
+    """
+    if asked_to_end:
+        number = asked_to_end.pop()
+        restore_signals()
+        keep_steps(save, step)
+        raise Ended(number)
+    if before_steps or processes.total > 1:
+        return
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def ask(number, _):
+        """Note the signal."""
+        if asked_to_end:
+            raise Ended(number)
+        asked_to_end.append(number)
+        print("\nending after this step; once more ends now", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before_steps[number] = signal.signal(number, ask)
+
+
+def restore_signals():
+    """After the last step, signals end the run as before the first."""
+    for number, handler in before_steps.items():
+        signal.signal(number, handler)
+    before_steps.clear()
+    if asked_to_end:  # it came in the last step
+        raise Ended(asked_to_end.pop())
 
 
 def readable(micro_batches, step, args, out, processor, examples, save):
@@ -978,3 +1022,5 @@ class Log:
         if step == self.first:
             print(f"step {step}: {values}", file=sys.stderr)
         self.progress(step + 1, values)
+        if step + 1 == self.progress.total:
+            restore_signals()

@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import badness
+import kills
 import pytest
 import torch
 from PIL import Image
@@ -451,6 +452,14 @@ def test_tokens_beyond_the_embeddings(model_folder):
         processor.encode(Record("row 0", None, ("?",), ("a",)))
 
 
+def test_a_tokenizer_that_knows_no_letter(llava, monkeypatch):
+    _, processor = llava
+    monkeypatch.setattr(processor, "tokenise", lambda text: [])
+    processor.bos_ids = []
+    with pytest.raises(BadInput, match="row 0: the tokenizer makes no token of the prompt"):
+        processor.encode(Record("row 0", None, ("?",), ("a",)))
+
+
 @pytest.fixture
 def adapter_folder(checkpoint, tmp_path):
     model, processor = checkpoints.load(checkpoint)
@@ -751,3 +760,40 @@ def test_a_run_folder_that_was_killed_in_its_first_moment(folder):
     assert training.start(flags(out="run"), "dpo") == Path("run")
     with pytest.raises(BadInput, match="--out run exists"):
         training.start(flags(out="run"), "dpo")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_after_its_step(checkpoint, tmp_path, number, status):
+    """--save-every 0 writes no checkpoint; the step in which the signal comes is saved, and no other follows."""
+    data = kills.write_data(tmp_path / "data")
+    script, argv = kills.command("dpo", data, checkpoint, None)
+    more = ["--steps", "100000", "--save-every", "0", "--out", "out"]
+    command = [sys.executable, ROOT / f"{script}.py", *argv, *more]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "out/metrics.jsonl"
+    begin = time.monotonic()
+    while not log.exists() or log.read_bytes().count(b"\n") < 3:
+        assert time.monotonic() - begin < 60 and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status and "ending after this step" in said
+    assert said.rstrip().endswith("--resume goes on from it") and "Traceback" not in said
+    steps = log.read_bytes().count(b"\n")
+    assert (tmp_path / "out/checkpoints/latest").read_text() == f"step-{steps:06d}"
+
+
+def test_a_second_signal_ends_at_once_and_none_is_kept(monkeypatch):
+    monkeypatch.setattr(training, "keep_steps", lambda *_: None)
+    before = signal.getsignal(signal.SIGINT)
+    training.end_after_steps(None, 0)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(common.Ended) as ended:
+        signal.raise_signal(signal.SIGINT)
+    assert ended.value.status == 130 and training.asked_to_end == [signal.SIGTERM]
+    with pytest.raises(common.Ended) as ended:
+        training.end_after_steps(None, 1)
+    assert ended.value.status == 143 and not training.asked_to_end
+    assert signal.getsignal(signal.SIGINT) is before and not training.before_steps
