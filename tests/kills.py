@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -297,6 +298,40 @@ def kills(folder, checkpoint, total, seed=0, names=RUNS, say=print):
             if ended >= total:
                 break
     return ended, lost
+
+
+DISKS = ("size=4k", "size=12k", "size=24k", "size=100k", "size=300k", "ro,size=1m")
+
+
+def full_disks(folder, checkpoint, names=RUNS):
+    """Each run with --out on small and on read-only disks (needs root, for tmpfs) -> (runs, [(run, disk, why), ...]).
+
+    It ends with status 2, or 0 where the disk is large enough, without a traceback, and leaves nothing half-written.
+    """
+    disk, place = folder / "disk", folder / "place"
+    disk.mkdir(parents=True)
+    data = write_data(folder / "data")
+    reward = badness.write_reward(folder / "reward", checkpoint)
+    runs, wrong = 0, []
+    for name in names:
+        script, argv = command(name, data, checkpoint, reward)
+        importlib.import_module(script)
+        for options in DISKS:
+            mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+            if subprocess.run(mount, capture_output=True).returncode:
+                return runs, wrong  # not root
+            try:
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir()
+                _, status = os.waitpid(forked(script, [*argv, "--out", disk / "out"], place), 0)
+                halves = [p.name for p in disk.rglob("*") if p.name.endswith((".part", ".tmp"))]
+            finally:
+                subprocess.run(["umount", str(disk)], check=True)
+            runs, log = runs + 1, (place / "log").read_text()
+            code = os.waitstatus_to_exitcode(status)
+            if code not in (0, 2) or "Traceback" in log or halves:
+                wrong.append((name, options, f"status {code}, {halves}: {log[-400:]}"))
+    return runs, wrong
 
 
 def differing(one, other):

@@ -87,6 +87,11 @@ def main():
         )
         wrong += len(lost)
 
+        runs, unfit = kills.full_disks(folder / "disks", checkpoint, names)
+        table.append(("runs on a full disk", runs, "one sentence, no half file", runs - len(unfit)))
+        print(*unfit, sep="\n", end="\n" * bool(unfit))
+        wrong += len(unfit)
+
     # 2. bad inputs
     total = good = found = 0
     if args.most != 0:
