@@ -474,7 +474,9 @@ def main():
     # with --epochs the last iteration takes what is left
     most = math.inf if args.steps or args.variant == "dapo" else len(examples) * args.epochs
     history = []  # the metrics of the first iterations
+    clock.lap("setup")
     for step in range(first, steps):
+        training.end_after_steps(save, step)
         seconds, drawn, full, taken = Counter(), [], [], state["prompts"]
         for attempt in range(ROUNDS if args.variant == "dapo" else 1):
             end = min(taken + size * args.minibatches - len(full), most)
@@ -485,7 +487,7 @@ def main():
 
             found = []  # a list of Groups for each part
             for number, part in training.readable(
-                parts, step, args, out, processor, examples, save
+                parts, step, args, out, processor, examples, save, bool(drawn)
             ):
                 # 1. sample
                 seed = f"{args.seed}/{step}/{attempt}/{number}"
@@ -530,10 +532,10 @@ def main():
         metrics |= {f"seconds/{part}": seconds[part] for part in ("sample", "score", "train")}
         metrics["step_seconds"] = sum(seconds.values())
         log(step, ["loss", "reward", "frac_reward_zero_std", "grad_norm"], metrics)
-        history.append(metrics)
+        history = [*history, metrics][: rewards.FIRST]
         if step + 1 - first == rewards.FIRST:
-            (texts,) = texts_of(processor, groups[:1])
-            rewards.warn(history, examples[groups[0].place].record, texts[0], args)
+            (texts,) = texts_of(processor, drawn[:1])
+            rewards.warn(history, examples[drawn[0].place].record, texts[0], args)
         if args.save_every and (step + 1) % args.save_every == 0:
             save(step + 1)
     model.eval()

@@ -823,6 +823,7 @@ def main():
     save = lambda step, alone=False: training.save_checkpoint(out, step, model, optimizer, alone)
     clock.lap("setup")
     for step in range(first, steps):
+        training.end_after_steps(save, step)
         prompts = prompts_of(step, args, out, processor, examples, save)
         metrics = {}
 

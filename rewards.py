@@ -46,7 +46,7 @@ TEXT = 5  # words of a right answer that is compared word for word
 FORMAT_REQUEST = (
     "\nFirst think in <think> </think> tags, then give the final answer in <answer> </answer> tags."
 )
-CORNER = r"\s*(-?(?:\d+(?:\.\d*)?|\.\d+))\s*"
+CORNER = r"\s*(-?(?:\d{1,9}(?:\.\d*)?|\.\d+))\s*"
 BOX = re.compile(rf"[\[(]{CORNER},{CORNER},{CORNER},{CORNER}[\])]")
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DIGITS = r"-?(?:\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)"
@@ -198,7 +198,7 @@ def value_of(text):
     if not re.search(r"\d|pi|π", text) or len(text) > 100:
         return None
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"\\(?:left|right|[,!; ])|\s+", "", text)
+    text = re.sub(r"\\(?:left|right|[,!; ])|(?<!\d)\s+|\s+(?!\d)", "", text)  # 1 2 is not 12
     for old, new in (("π", "pi"), ("√", "sqrt"), ("×", "*"), ("·", "*"), ("^", "**"), ("−", "-")):
         text = text.replace(old, new)
     text = re.sub(r"\\(?:cdot|times)", "*", text)
@@ -219,13 +219,13 @@ def value_of(text):
         value = evaluated(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError):
         return None
-    return value if isinstance(value, float) and math.isfinite(value) else None
+    return value if math.isfinite(value) else None
 
 
 def evaluated(node):
     """The value of a parsed expression of numbers, pi, sqrt and arithmetic."""
     match node:
-        case ast.Constant():
+        case ast.Constant(value=int() | float()):  # not the dots of 1+...+9
             return float(node.value)
         case ast.Name(id="pi"):
             return math.pi
@@ -244,7 +244,7 @@ def evaluated(node):
                     return a * b
                 case ast.Div():
                     return a / b
-                case ast.Pow():
+                case ast.Pow() if a >= 0 or b.is_integer():  # else it is no real number
                     return a**b
     raise ValueError("no arithmetic")
 

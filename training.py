@@ -611,14 +611,14 @@ def restore_signals():
         raise Ended(asked_to_end.pop())
 
 
-def readable(micro_batches, step, args, out, processor, examples, save):
+def readable(micro_batches, step, args, out, processor, examples, save, any_left=False):
     """Yield the micro-batches of a step without the rows whose image can no longer be decoded.
 
     With --skip-bad-rows they are listed in skipped.json; they count as 0 in the means of the step.
     Without it, with several processes, or where no row is left, the run stops; once the file is
     repaired, --resume goes on. No weight has moved until then: that is the checkpoint's state.
+    any_left: the step has other rows already.
     """
-    any_left = False
     for number, micro in micro_batches:
         good = []
         for i in micro:

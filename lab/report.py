@@ -31,6 +31,9 @@ CURVES = (  # metrics that share a panel
     ("objective/scores",),
     ("objective/kl",),
     ("response_length",),
+    ("reward",),
+    ("frac_reward_zero_std",),
+    ("completions/mean_length",),
 )
 
 

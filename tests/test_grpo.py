@@ -872,6 +872,27 @@ def test_a_picture_that_breaks_in_the_run(run, monkeypatch, tmp_path, problems):
     assert "p.jsonl, row 3: the picture cannot be decoded" in err
 
 
+def test_a_round_of_broken_pictures(run, monkeypatch):
+    """dapo's later rounds may hold that row alone: it is skipped, as the others of its step are there."""
+    order = training.shuffled(0, 7, 7, 0)
+    decode = Processor.decode
+
+    def broken(self, image):
+        if Path(str(image)).name == f"{order[1]}.png":
+            raise BadInput("the picture cannot be decoded")
+        return decode(self, image)
+
+    monkeypatch.setattr(Processor, "decode", broken)
+    flags = ("--check-images", "header", "--variant", "dapo", "--batch-size", 1, "--skip-bad-rows")
+    lines, _ = run("a", *flags, "--steps", 1, score=lambda text: 0)
+    assert lines[0]["groups"] == grpo.ROUNDS - 1
+    # the last round of an iteration, at which a run that cannot learn is told so
+    monkeypatch.setattr(grpo, "ROUNDS", 2)
+    monkeypatch.setattr(rewards, "FIRST", 1)
+    lines, err = run("b", *flags, "--steps", 1, score=lambda text: 0)
+    assert lines[0]["groups"] == 1 and "never varied" in err
+
+
 def test_bfloat16_with_several_minibatches(run):
     """The ratio of the first minibatch is 1 up to nothing: its answers were scored again."""
     flags = ("--dtype", "bfloat16", "--minibatches", 2, "--steps", 1, "--lr", 0.0)

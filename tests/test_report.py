@@ -149,6 +149,23 @@ def test_the_summary(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "" and len(drawn) == 2
 
 
+def test_a_group_methods_curves_are_drawn(tmp_path, drawing):
+    """grpo.py's: reward, groups without spread, length, each in its panel."""
+    texts, lines = drawing
+    rows = [
+        {"loss": 0, "reward": r, "frac_reward_zero_std": z, "completions/mean_length": n, "step": i}
+        for i, (r, z, n) in enumerate([(0.25, 0.5, 30), (0.75, 0.25, 20)])
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report._curves(tmp_path / "m.jsonl", 800, 190)
+    names = [said for said, _ in texts if said in set(sum(report.CURVES, ()))]
+    assert names == ["loss", "reward", "frac_reward_zero_std", "completions/mean_length"]
+    rises = [points[1][1] < points[0][1] for points in lines[1:]]
+    assert rises == [True, False, False]
+    for bound in ("0.75", "0.25", "0.5", "30", "20"):
+        assert (bound, report.GRAY) in texts
+
+
 @pytest.fixture
 def drawing(monkeypatch):
     """What is drawn: ([(text, colour)], [points of a line])."""

@@ -762,11 +762,21 @@ def test_a_run_folder_that_was_killed_in_its_first_moment(folder):
         training.start(flags(out="run"), "dpo")
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_after_its_step(checkpoint, tmp_path, number, status):
+@pytest.mark.parametrize("name", "sft mpo mdpo online_dpo povid reward_model ppo grpo steerlm".split())
+def test_every_loop_ends_after_its_step(name):
+    """Through `training.batches`, or by its own call."""
+    code = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    assert "training.batches(" in code or "training.end_after_steps(save, step)" in code
+
+
+ENDS = [("dpo", signal.SIGINT, 130), ("dpo", signal.SIGTERM, 143), ("grpo", signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize("name, number, status", ENDS)
+def test_a_signal_ends_a_run_after_its_step(checkpoint, tmp_path, name, number, status):
     """--save-every 0 writes no checkpoint; the step in which the signal comes is saved, and no other follows."""
     data = kills.write_data(tmp_path / "data")
-    script, argv = kills.command("dpo", data, checkpoint, None)
+    script, argv = kills.command(name, data, checkpoint, None)
     more = ["--steps", "100000", "--save-every", "0", "--out", "out"]
     command = [sys.executable, ROOT / f"{script}.py", *argv, *more]
     process = subprocess.Popen(
