@@ -11,7 +11,9 @@
     python grpo.py --model ... --data ... --reward annotator --annotator RUN_OF_REWARD_MODEL
 
 The loss is 0 at the start, and that is right. In a group the advantages have sum 0, and with one
-update an iteration w is 1: the value of the loss says nothing, its gradient everything. Watch
+update an iteration w is 1: the value of the loss says nothing, its gradient everything. (With
+dr_grpo and dapo it is 0 for answers of equal length, below 0 where the better ones are longer.)
+Watch
 
     reward                  it should climb, in tens of iterations
     grad_norm               above 0
@@ -37,8 +39,9 @@ One step is an iteration over batch-size x grad-accum x minibatches prompts (x p
     gspo      yes     of an answer, then of the answers    3e-4 / 4e-4 an answer, the geometric
                                                            mean of its tokens'   Zheng et al. 2025
 
-dapo also samples on for the groups that lack spread, in at most 8 rounds an iteration, and leaves
-answers that were cut off out of the loss and its count. Everywhere they count in mean and std.
+dapo also samples on for the groups that lack spread, in at most 8 rounds an iteration (so it reads
+more prompts than --epochs says), and leaves answers that were cut off out of the loss and its
+count. Everywhere they count in mean and std.
 
 Clipping idles with one update an iteration; --minibatches N makes N (GSPO 4, DAPO 16). RLOO
 (ppo.py --advantage rloo --kl-coef 0) is dr_grpo up to the factor G / (G - 1) and the longest
@@ -50,7 +53,8 @@ Choices where the papers are silent or disagree:
    the ratio it is; so TRL after 1.9. --kl k3 is the paper's. beta: .04 with an annotator
    (DeepSeekMath), 0 with exact answers (DAPO, Dr. GRPO, TRL).
 3. A group that is skipped adds no gradient, no KL either, but counts in the mean of its minibatch,
-   so that the others do not weigh more. In dapo's mean of all tokens only what trains counts.
+   so that the others do not weigh more. In dapo's mean of all tokens only what trains counts. An
+   update without any other group still takes a step: AdamW goes on where it went, as in TRL.
 4. An answer without a verdict (judge.py) is left out of mean and std, its advantage is 0.
 5. The image token is never drawn; nothing else is filtered (code for Qwen2-VL draws with top-k 50,
    but scores without it).
@@ -61,22 +65,22 @@ Choices where the papers are silent or disagree:
 Metrics have TRL's names: `reward`, `reward_std` over all answers, `frac_reward_zero_std`,
 `rewards/TERM/mean` and `/std`, `completions/mean_length` (`min_`, `max_`, `mean_terminated_`: of
 those with an end token), `completions/clipped_ratio` share that was cut off, `kl` mean of KL_t,
-`entropy` of the next token, `clip_ratio/low_mean`, `high_mean`, `region_mean`; of what trains, means
-over the iteration's updates. Ours: `completions/right_length`, `wrong_length` tokens of answers that
-a rule scored at least .5, or less (absent without any); `reward_unread` share without a verdict;
-`groups` that were drawn. `loss`, `grad_norm`, `lr`, `step_seconds` and its parts as in ppo.py.
+`entropy` of the next token, `clip_ratio/low_mean`, `high_mean`, `region_mean`: of what trains,
+means over the iteration's updates. Ours: `completions/right_length`, `wrong_length` tokens of
+answers that a rule scored at least .5, or less (absent without any); `reward_unread` share without
+a verdict; `groups` that were drawn. `loss`, `grad_norm`, `lr`, `step_seconds` and its parts as in ppo.py.
 """
 
 import math
-import random
 import statistics
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+import grouping
 import judge
 import memory
 import processes
@@ -197,63 +201,6 @@ def parse():
     return training.parse(parser)
 
 
-# ---- 1. sample, 2. score
-
-
-@dataclass
-class Group:
-    """G answers to one prompt."""
-
-    place: int  # of its Example
-    answers: list  # G token tensors (R,)
-    finished: list  # G: False for an answer that was cut off
-    old: list  # G tensors (R,), log pi_old
-    terms: dict | None = None  # {term: G numbers, None without a verdict}
-    advantages: torch.Tensor | None = None  # (G,)
-
-    @property
-    def rewards(self):
-        """The sum of the terms, (G,); NaN without a verdict."""
-        sums = [math.nan if None in row else sum(row) for row in zip(*self.terms.values())]
-        return torch.tensor(sums, dtype=torch.float64)
-
-    @property
-    def spread(self):
-        """Do two of the answers have different rewards?"""
-        return len(set(self.rewards[~self.rewards.isnan()].tolist())) > 1
-
-    def without(self, cut_off):
-        """The same without the answers that were cut off, if `cut_off`."""
-        keep = [i for i, finished in enumerate(self.finished) if finished or not cut_off]
-        pick = lambda values: [values[i] for i in keep]
-        answers, old = pick(self.answers), pick(self.old)
-        return Group(self.place, answers, pick(self.finished), old, None, self.advantages[keep])
-
-
-def draw(model, processor, examples, places, args, seed):
-    """--group-size answers to each of these prompts -> Groups, without terms."""
-    generator = torch.Generator(model.device).manual_seed(random.Random(seed).getrandbits(62))
-    prompts = [examples[i] for i in places]
-    pixel_values, image_sizes = processor.images(prompts)
-    samples = sampling.sample(
-        model,
-        [e.prompt for e in prompts],
-        pixel_values,
-        args.group_size,
-        args.max_new_tokens,
-        stop_ids=processor.stop_ids,
-        generator=generator,
-        image_sizes=image_sizes,
-    )
-    drawn = zip(places, samples.tokens, samples.finished, samples.log_probs)
-    return [Group(*values) for values in drawn]
-
-
-def texts_of(processor, groups):
-    """The answers as texts, a list for each group."""
-    return [[processor.text(tokens) for tokens in group.answers] for group in groups]
-
-
 # ---- 3. advantages
 
 
@@ -315,21 +262,24 @@ def update(model, processor, optimizer, factor, groups, examples, knobs, args):
     N = sum(len(tokens) for group in trained for tokens in group.answers)
     metrics = Counter(dict.fromkeys(METRICS, 0.0))
     mine = processes.share(training.chunks(trained, args.batch_size))
-    all_better = on_device([[group.advantages for group in micro] for micro in mine], model.device)
-    all_old = on_device([[x for group in micro for x in group.old] for micro in mine], model.device)
+    grouping.decode_ahead(processor, mine, examples)
+    better_of = [[group.advantages for group in micro] for micro in mine]
+    old_of = [[x for group in micro for x in group.old] for micro in mine]
+    all_better, all_old = (grouping.on_device(x, model.device) for x in (better_of, old_of))
     for micro, better, old in zip(mine, all_better, all_old):  # m answers, n tokens
-        rows = [with_answers(examples[group.place], group.answers) for group in micro]
+        rows = [sampling.with_answers(examples[group.place], group.answers) for group in micro]
         batch = processor.collate(rows).to(model.device)
         owner, lengths = batch.owner, batch.lengths  # (n,), (m,)
         better = better[owner]  # (m,) -> (n,)
 
         # 4. loss
+        if args.kl_coef:
+            with torch.no_grad(), model.reference():
+                reference, _ = model.log_probs(batch)  # (n,)
         log_p, entropy = model.log_probs(batch)  # (n,), (n,)
         old = log_p.detach() if args.minibatches == 1 else old  # (n,)
         losses, ratio = token_losses(log_p, old, better, owner, lengths, knobs)
         if args.kl_coef:
-            with torch.no_grad(), model.reference():
-                reference, _ = model.log_probs(batch)  # (n,)
             kl = k3(log_p, reference) * (ratio if args.kl == "weighted" else 1)
             losses = losses + args.kl_coef * kl
             metrics["kl"] += kl.detach().sum() / N
@@ -358,33 +308,6 @@ def update(model, processor, optimizer, factor, groups, examples, knobs, args):
     training.check_finite(metrics["loss"], metrics["grad_norm"], where)
     training.take_step(optimizer, factor)
     return metrics
-
-
-def on_device(parts, device):
-    """Lists of tensors -> the joined tensor of each, copied together, before the first is used."""
-    joined = [torch.cat(part) for part in parts]
-    return torch.cat(joined).to(device).split([len(x) for x in joined]) if joined else []
-
-
-def with_answers(example, answers):
-    """The example with these token sequences as its answers."""
-    scored = [torch.ones(len(tokens), dtype=torch.bool) for tokens in answers]
-    return replace(example, answers=answers, scored=scored)
-
-
-@torch.no_grad()
-def scored_again(model, processor, groups, examples, args):
-    """Replace log pi_old of these Groups by what the update computes before its first step."""
-    parts = processes.share(training.chunks(groups, args.batch_size))
-    found = []
-    for part in parts:
-        rows = [with_answers(examples[group.place], group.answers) for group in part]
-        log_p, _ = model.log_probs(processor.collate(rows).to(model.device))
-        found.append(log_p.cpu())
-    lengths = [[len(tokens) for tokens in group.answers] for group in groups]
-    log_p = torch.cat(processes.joined(found)).split([sum(row) for row in lengths])
-    for group, values, row in zip(groups, log_p, lengths):
-        group.old = list(values.split(row))
 
 
 # ---- the run
@@ -491,12 +414,13 @@ def main():
             ):
                 # 1. sample
                 seed = f"{args.seed}/{step}/{attempt}/{number}"
-                groups = draw(model, processor, examples, part, args, seed)
+                groups = grouping.draw(model, processor, examples, part, args, seed)
                 seconds["sample"] += clock.lap("sample")
 
                 # 2. score
                 try:
-                    terms = score([examples[i].record for i in part], texts_of(processor, groups))
+                    texts = [group.texts(processor) for group in groups]
+                    terms = score([examples[i].record for i in part], texts)
                 except judge.NoAnswer:  # verdicts cost money: keep the state before this step
                     training.keep_steps(save, step)
                     raise
@@ -516,7 +440,7 @@ def main():
         whole = full if args.variant == "dapo" else drawn
         if args.minibatches > 1 and model.dtype != torch.float32:
             trained = [group for group in whole if group.spread]
-            scored_again(model, processor, trained, examples, args)
+            grouping.scored_again(model, processor, trained, examples, args)
         factor = training.schedule(step, steps, args.schedule)
         updates = [
             update(model, processor, optimizer, factor, minibatch, examples, knobs, args)
@@ -527,15 +451,15 @@ def main():
 
         # 6. log
         metrics = {name: statistics.fmean(m[name] for m in updates) for name in updates[0]}
-        metrics |= rewards.metrics(drawn)
+        metrics |= grouping.metrics(drawn)
         metrics["lr"] = args.lr * factor
         metrics |= {f"seconds/{part}": seconds[part] for part in ("sample", "score", "train")}
         metrics["step_seconds"] = sum(seconds.values())
         log(step, ["loss", "reward", "frac_reward_zero_std", "grad_norm"], metrics)
-        history = [*history, metrics][: rewards.FIRST]
-        if step + 1 - first == rewards.FIRST:
-            (texts,) = texts_of(processor, drawn[:1])
-            rewards.warn(history, examples[drawn[0].place].record, texts[0], args)
+        history = [*history, metrics][: grouping.FIRST]
+        if step + 1 - first == grouping.FIRST:
+            text = drawn[0].texts(processor)[0]
+            grouping.warn(history, examples[drawn[0].place].record, text, args)
         if args.save_every and (step + 1) % args.save_every == 0:
             save(step + 1)
     model.eval()

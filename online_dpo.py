@@ -52,7 +52,6 @@ the parts of `step_seconds`.
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -162,24 +161,6 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta, kind="d
     return losses, beta * moved_chosen.detach(), beta * moved_rejected.detach()
 
 
-def sample(model, processor, examples, args, seed):
-    """--k answers of the current policy to each prompt -> B lists of k token tensors (R,)."""
-    generator = torch.Generator(model.device).manual_seed(random.Random(seed).getrandbits(62))
-    pixel_values, image_sizes = processor.images(examples)
-    samples = sampling.sample(
-        model,
-        [e.prompt for e in examples],
-        pixel_values,
-        args.k,
-        args.max_new_tokens,
-        args.temperature,
-        processor.stop_ids,
-        generator=generator,
-        image_sizes=image_sizes,
-    )
-    return samples.tokens
-
-
 def best_and_worst(scores):
     """Places of the best and the worst score -> (best, worst).
 
@@ -190,12 +171,6 @@ def best_and_worst(scores):
         return "unreadable"
     best, worst = max(readable, key=scores.__getitem__), min(readable, key=scores.__getitem__)
     return (best, worst) if scores[best] > scores[worst] else "ties"
-
-
-def pair_of(example, answers):
-    """The example with these two token sequences, the better first, as its answers."""
-    scored = [torch.ones(len(tokens), dtype=torch.bool) for tokens in answers]
-    return replace(example, answers=answers, scored=scored)
 
 
 def main():
@@ -273,7 +248,9 @@ def main():
 
             if online:
                 # 2. sample
-                answers = sample(model, processor, online, args, seed)
+                answers = sampling.answers_to(
+                    model, processor, online, args.k, args.max_new_tokens, seed, args.temperature
+                ).tokens
                 texts = [[processor.text(tokens) for tokens in row] for row in answers]
                 metrics["answers"] += len(online) * args.k
                 metrics["response_length"] += sum(len(tokens) for row in answers for tokens in row)
@@ -290,7 +267,7 @@ def main():
                     if isinstance(verdict, str):
                         metrics[f"annotator/{verdict}"] += 1 / len(indices)
                     else:
-                        pairs[i] = pair_of(example, [row[place] for place in verdict])
+                        pairs[i] = sampling.with_answers(example, [row[place] for place in verdict])
                 read = [value for row in scores for value in row if value is not None]
                 metrics["scores"] += len(read)
                 metrics["annotator/score"] += sum(read)

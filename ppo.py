@@ -354,12 +354,6 @@ def prompts_of(step, args, out, processor, examples, save):
     return [examples[i] for i in chosen if i not in lost]
 
 
-def with_answers(example, answers):
-    """The example with these token sequences as its answers."""
-    scored = [torch.ones(len(tokens), dtype=torch.bool) for tokens in answers]
-    return replace(example, answers=answers, scored=scored)
-
-
 @torch.no_grad()
 def draw_rollout(model, processor, prompts, args, step):
     """--samples answers of the current policy to each of B prompts (Examples) -> Rollout.
@@ -370,23 +364,13 @@ def draw_rollout(model, processor, prompts, args, step):
     for number, part in processes.share(
         list(enumerate(training.chunks(prompts, args.sample_batch_size)))
     ):
-        seed = random.Random(f"{args.seed}/{step}/{number}").getrandbits(62)
-        generator = torch.Generator(model.device).manual_seed(seed)
-        pixel_values, image_sizes = processor.images(part)
-        samples = sampling.sample(
-            model,
-            [e.prompt for e in part],
-            pixel_values,
-            args.samples,
-            args.max_new_tokens,
-            args.temperature,
-            processor.stop_ids,
-            generator=generator,
-            image_sizes=image_sizes,
+        seed = f"{args.seed}/{step}/{number}"
+        samples = sampling.answers_to(
+            model, processor, part, args.samples, args.max_new_tokens, seed, args.temperature
         )
         drawn.append((samples.tokens, samples.finished, samples.log_probs))
     tokens, finished, log_probs = (sum(rows, []) for rows in zip(*processes.joined(drawn)))
-    examples = [with_answers(e, answers) for e, answers in zip(prompts, tokens)]
+    examples = [sampling.with_answers(e, answers) for e, answers in zip(prompts, tokens)]
     return Rollout(examples, finished, torch.cat(sum(log_probs, [])).to(model.device))
 
 

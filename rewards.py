@@ -23,24 +23,19 @@ A box is two corners, x1 y1 x2 y2, in pixels of the picture's file. Numbers that
 are fractions, as LLaVA-1.5 writes boxes: of the padded square where the picture is padded to one
 (image aspect pad), else of the picture's sides. Boxes from 0 to 1000 are not read.
 
---format-weight adds w for an answer that is <think>...</think><answer>...</answer> and nothing else.
+--format-weight W adds W for an answer that is <think>...</think><answer>...</answer> and no more.
 """
 
 import ast
 import math
 import re
-import statistics
-import sys
 from collections import Counter
-
-import torch
 
 import judge
 from common import BadInput, flag_name, not_negative
 from formats.dataset import located
 from formats.files import image_size
 
-FIRST = 3  # iterations after which a run that cannot learn is told so
 SHORT = 20  # words of a text that is an answer as a whole
 TEXT = 5  # words of a right answer that is compared word for word
 FORMAT_REQUEST = (
@@ -374,69 +369,3 @@ def in_format(text):
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     whole = re.fullmatch(r"<think>.*</think>\s*<answer>.*</answer>", text.strip(), re.DOTALL)
     return float(bool(whole) and all(text.count(tag) == 1 for tag in tags))
-
-
-# ---- what a run logs of its groups, and what it is told
-
-
-def metrics(groups):
-    """Metrics, in TRL's names, of grpo.py's Groups, whether they train or not."""
-    values = torch.cat([group.rewards for group in groups])
-    read = values[~values.isnan()].tolist()
-    lengths = [len(tokens) for group in groups for tokens in group.answers]
-    finished = sum((group.finished for group in groups), [])
-    found = {
-        "reward": mean(read),
-        "reward_std": std(read),
-        "reward_unread": 1 - len(read) / len(values),
-        "frac_reward_zero_std": mean([not group.spread for group in groups]),
-        "groups": len(groups),
-        "completions/mean_length": mean(lengths),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": 1 - mean(finished),
-        "completions/mean_terminated_length": mean([n for n, f in zip(lengths, finished) if f]),
-    }
-    for term in sorted({term for group in groups for term in group.terms}):
-        values = [x for group in groups for x in group.terms.get(term, ()) if x is not None]
-        found |= {f"rewards/{term}/mean": mean(values), f"rewards/{term}/std": std(values)}
-    exact = [x for g in groups for x in g.terms.get("exact", [None] * len(g.answers))]
-    for name, right in (("right", True), ("wrong", False)):
-        those = [n for n, x in zip(lengths, exact) if x is not None and (x >= 0.5) == right]
-        if those:
-            found[f"completions/{name}_length"] = mean(those)
-    return found
-
-
-def mean(values):
-    """Arithmetic mean; 0 of none."""
-    return statistics.fmean(values) if values else 0.0
-
-
-def std(values):
-    """Unbiased standard deviation; 0 of one or none."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def warn(history, record, text, args):
-    """Say what keeps a run from learning, if its FIRST iterations show it. history: their metrics.
-
-    record, text: a prompt and an answer to it.
-    """
-    over_all = lambda name: mean([metrics[name] for metrics in history])
-    if over_all("completions/clipped_ratio") == 1:
-        learns = "; dapo learns from none of them" if args.variant == "dapo" else ""
-        print(
-            f"all answers of {FIRST} iterations were cut off at --max-new-tokens "
-            f"{args.max_new_tokens}{learns}.",
-            file=sys.stderr,
-        )
-    if over_all("frac_reward_zero_std") == 1:
-        print(
-            f"the reward never varied within a group in {FIRST} iterations (its mean is "
-            f"{over_all('reward'):.3f}), so that nothing was learned. The usual reasons: no answer "
-            "has the form that the rule reads (--ask); all are cut off (--max-new-tokens); the data "
-            "is too hard, or too easy; the answers are all the same; the annotator gives no "
-            f"verdict. An answer was {text!r:.200}; the data has {str(record.answers[:1]):.80}.",
-            file=sys.stderr,
-        )

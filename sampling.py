@@ -2,9 +2,11 @@
 
 samples = sample(model, prompts, pixel_values, k=4, stop_ids=processor.stop_ids)
 texts = generate(model, processor, records, max_new_tokens=64)      # greedy, with progress
+samples = answers_to(model, processor, examples, k=4, max_new_tokens=64, seed="0/17")
 """
 
 import math
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -361,6 +363,29 @@ def decode_in_rows(model, growing, max_new_tokens, stop_ids, watch=()):
         h = model.run_llm(embeddings(new), mask, now, cache)[row, slot]  # (M, D)
         cache.length += K
     return tokens, log_probs, drawn, ~live, first
+
+
+def answers_to(model, processor, examples, k, max_new_tokens, seed, temperature=1.0):
+    """k answers to the prompt of each Example, drawn by the seed, any text -> `Samples`."""
+    generator = torch.Generator(model.device).manual_seed(random.Random(seed).getrandbits(62))
+    pixel_values, image_sizes = processor.images(examples)
+    return sample(
+        model,
+        [e.prompt for e in examples],
+        pixel_values,
+        k,
+        max_new_tokens,
+        temperature,
+        processor.stop_ids,
+        generator=generator,
+        image_sizes=image_sizes,
+    )
+
+
+def with_answers(example, answers):
+    """The Example with these token sequences (R,) as its answers, each token scored."""
+    scored = [torch.ones(len(tokens), dtype=torch.bool) for tokens in answers]
+    return replace(example, answers=answers, scored=scored)
 
 
 def generate(

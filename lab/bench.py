@@ -65,6 +65,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import dpo
+import grouping
 import grpo
 import training
 from common import write_json
@@ -421,7 +422,7 @@ def grpo_ours(folder):
     )
     ends = []
     for step, examples in enumerate(batches):
-        groups = grpo.draw(model, processor, examples, range(size), args, step)
+        groups = grouping.draw(model, processor, examples, range(size), args, step)
         for group in groups:
             group.terms = {"exact": [parity(tokens.tolist()) for tokens in group.answers]}
             group.advantages = grpo.advantages(group.rewards, knobs.by_std)

@@ -86,6 +86,7 @@ import transformers
 
 import bdhs
 import dpo
+import grouping
 import grpo
 import memory
 import model as modelling
@@ -513,7 +514,7 @@ class Bench:
         def run():
             """What is timed."""
             lap("setup")
-            groups = grpo.draw(model, pictures, prompts, range(n), args, 0)
+            groups = grouping.draw(model, pictures, prompts, range(n), args, 0)
             lap("sample")
             for group in groups:
                 group.terms = {"exact": torch.rand(G).tolist()}

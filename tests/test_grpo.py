@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import common
+import grouping
 import grpo
 import judge
 import ppo
@@ -26,7 +28,8 @@ import sampling
 import training
 from common import BadInput
 from data import Processor, Record
-from grpo import VARIANTS, Group
+from grouping import Group
+from grpo import VARIANTS
 from model import MLLM
 
 ROOT = Path(__file__).parents[1]
@@ -256,7 +259,7 @@ def policy(llava):
         finished = [n < 6 for n in lengths]
         terms = {"exact": [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.5, 1.0, 0.0]][i]}
         with torch.no_grad():
-            batch = processor.collate([grpo.with_answers(examples[i], answers)])
+            batch = processor.collate([sampling.with_answers(examples[i], answers)])
             log_p = model.log_probs(batch)[0]
         old = list((log_p + torch.randn(len(log_p)) * 0.3).split(lengths))
         groups.append(Group(i, answers, finished, old, terms))
@@ -300,7 +303,7 @@ def worked(policy, args, knobs):
                 N += len(answer)
     total = 0.0
     for example, answer, old, a in kept:
-        batch = processor.collate([grpo.with_answers(example, [answer])])
+        batch = processor.collate([sampling.with_answers(example, [answer])])
         log_p = model.log_probs(batch)[0]
         with torch.no_grad(), model.reference():
             reference = model.log_probs(batch)[0]
@@ -370,7 +373,7 @@ def test_rloo_without_kl_is_dr_grpo_up_to_a_constant(policy):
     model, processor, optimizer, examples, groups = policy
     args = settings(variant="dr_grpo")
     _, ours = gradients(policy, args)
-    full = [grpo.with_answers(examples[one.place], one.answers) for one in groups]
+    full = [sampling.with_answers(examples[one.place], one.answers) for one in groups]
     with torch.no_grad():
         log_p = model.log_probs(processor.collate(full))[0]
     rollout = ppo.Rollout(full, [one.finished for one in groups], log_p, reference=log_p)
@@ -401,7 +404,7 @@ def test_clip_shares_of_gspo_count_answers(policy):
     high, low, n = 0, 0, 0
     for one in groups[:2] + groups[3:]:
         with torch.no_grad():
-            batch = processor.collate([grpo.with_answers(examples[one.place], one.answers)])
+            batch = processor.collate([sampling.with_answers(examples[one.place], one.answers)])
             log_p = model.log_probs(batch)[0].split([len(a) for a in one.answers])
         for new, old, a in zip(log_p, one.old, one.advantages.tolist()):
             ratio = (new - old).mean().exp()
@@ -431,10 +434,10 @@ def test_a_loss_that_is_no_number_stops_the_run(policy):
 def test_old_log_probs_are_scored_again(policy):
     """A group's, in the order of its answers, whatever the micro-batch."""
     model, processor, _, examples, groups = policy
-    grpo.scored_again(model, processor, groups, examples, settings(batch_size=3))
+    grouping.scored_again(model, processor, groups, examples, settings(batch_size=3))
     for one in groups:
         with torch.no_grad():
-            batch = processor.collate([grpo.with_answers(examples[one.place], one.answers)])
+            batch = processor.collate([sampling.with_answers(examples[one.place], one.answers)])
             log_p = model.log_probs(batch)[0]
         torch.testing.assert_close(torch.cat(one.old), log_p, rtol=0, atol=1e-4)
         assert [len(x) for x in one.old] == [len(a) for a in one.answers]
@@ -460,12 +463,12 @@ def test_a_group_is_drawn_from_one_encoding(checkpoint, tmp_path, monkeypatch):
         lambda m, prompts, *a: rows.append(len(prompts)) or prefill(m, prompts, *a),
     )
     args = settings(group_size=5)
-    groups = grpo.draw(model, processor, examples, [1, 0], args, "seed")
+    groups = grouping.draw(model, processor, examples, [1, 0], args, "seed")
     assert towers == [2] and rows == [2]
     assert [one.place for one in groups] == [1, 0]
     assert all(len(one.answers) == len(one.old) == len(one.finished) == 5 for one in groups)
-    again = grpo.draw(model, processor, examples, [1, 0], args, "seed")
-    other = grpo.draw(model, processor, examples, [1, 0], args, "another")
+    again = grouping.draw(model, processor, examples, [1, 0], args, "seed")
+    other = grouping.draw(model, processor, examples, [1, 0], args, "another")
     same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a[0].answers, b[0].answers))
     assert same(groups, again) and not same(groups, other)
 
@@ -479,7 +482,7 @@ def test_metrics_of_groups():
         group({"exact": [1.0, 1.0], "format": [0.0, 0.0]}, [True, True], [3, 5]),
         group({"annotator": [None, -2.0], "format": [0.0, 0.0]}, [False, True], [6, 1]),
     ]
-    got = rewards.metrics(groups)
+    got = grouping.metrics(groups)
     r = torch.tensor([1.5, 0.0, 1.0, 1.0, -2.0])
     assert got["reward"] == pytest.approx(r.mean().item())
     assert got["reward_std"] == pytest.approx(r.std().item())
@@ -494,8 +497,8 @@ def test_metrics_of_groups():
     assert got["completions/mean_terminated_length"] == pytest.approx(11 / 4)
     assert got["completions/right_length"] == pytest.approx(10 / 3)
     assert got["completions/wrong_length"] == 6
-    assert "completions/wrong_length" not in rewards.metrics(groups[1:])
-    boxes = rewards.metrics([group({"exact": [0.5, 0.49]}, None, [2, 3])])
+    assert "completions/wrong_length" not in grouping.metrics(groups[1:])
+    boxes = grouping.metrics([group({"exact": [0.5, 0.49]}, None, [2, 3])])
     assert boxes["completions/right_length"] == 2 and boxes["completions/wrong_length"] == 3
 
 
@@ -662,14 +665,14 @@ def test_the_reward_is_learned(run):
 def test_dapo_samples_on(run, monkeypatch):
     """Until the batch is full of groups with spread, with other prompts, at most ROUNDS times."""
     drawn = []
-    draw = grpo.draw
+    draw = grouping.draw
 
     def scripted(model, processor, examples, places, args, seed):
         groups = draw(model, processor, examples, places, args, seed)
         drawn.append((seed, list(places)))
         return groups
 
-    monkeypatch.setattr(grpo, "draw", scripted)
+    monkeypatch.setattr(grouping, "draw", scripted)
     monkeypatch.setattr(rewards, "scorer", lambda *_: only_prompt_5)
     updates = []
     update = grpo.update
@@ -711,8 +714,8 @@ def test_the_clip_that_is_given(run):
 def test_each_prompt_once_an_epoch(run, monkeypatch):
     """Seven prompts, two a minibatch, two minibatches: two iterations, the last with the rest."""
     drawn = []
-    draw = grpo.draw
-    monkeypatch.setattr(grpo, "draw", lambda *a: drawn.append(list(a[3])) or draw(*a))
+    draw = grouping.draw
+    monkeypatch.setattr(grouping, "draw", lambda *a: drawn.append(list(a[3])) or draw(*a))
     lines, _ = run("a", "--epochs", 1, "--minibatches", 2, score=evenly)
     assert len(lines) == 2 and sorted(sum(drawn, [])) == list(range(7))
     assert [m["groups"] for m in lines] == [4, 3]
@@ -806,7 +809,7 @@ def test_what_a_run_that_cannot_learn_is_told(run):
 
 
 def test_all_answers_cut_off(run, monkeypatch):
-    draw = grpo.draw
+    draw = grouping.draw
 
     def cut(*args):
         groups = draw(*args)
@@ -814,7 +817,7 @@ def test_all_answers_cut_off(run, monkeypatch):
             one.finished = [False] * 3
         return groups
 
-    monkeypatch.setattr(grpo, "draw", cut)
+    monkeypatch.setattr(grouping, "draw", cut)
     for variant in ("grpo", "dapo"):
         monkeypatch.setattr(grpo, "ROUNDS", 1)
         lines, err = run(variant, "--steps", 3, "--variant", variant, score=evenly)
@@ -888,7 +891,7 @@ def test_a_round_of_broken_pictures(run, monkeypatch):
     assert lines[0]["groups"] == grpo.ROUNDS - 1
     # the last round of an iteration, at which a run that cannot learn is told so
     monkeypatch.setattr(grpo, "ROUNDS", 2)
-    monkeypatch.setattr(rewards, "FIRST", 1)
+    monkeypatch.setattr(grouping, "FIRST", 1)
     lines, err = run("b", *flags, "--steps", 1, score=lambda text: 0)
     assert lines[0]["groups"] == 1 and "never varied" in err
 
@@ -898,6 +901,21 @@ def test_bfloat16_with_several_minibatches(run):
     flags = ("--dtype", "bfloat16", "--minibatches", 2, "--steps", 1, "--lr", 0.0)
     lines, _ = run("a", *flags, "--projector-lr", 1e-9, "--variant", "gspo", score=evenly)
     assert lines[0]["clip_ratio/region_mean"] < 1e-3
+    lines, _ = run("b", *flags, "--projector-lr", 1e-9, score=lambda text: 1)  # no group has spread
+    assert lines[0]["frac_reward_zero_std"] == 1 and lines[0]["grad_norm"] == 0
+
+
+def test_an_update_expects_its_images(policy, monkeypatch):
+    """Of the groups that train, in the order of the micro-batches."""
+    model, processor, _, examples, groups = policy
+    expected = []
+    monkeypatch.setattr(processor.prefetch, "expect", expected.append)
+    for i, example in enumerate(examples):
+        example.record = replace(example.record, image=f"{i}.png")
+    monkeypatch.setattr(Processor, "images", lambda *_: (None, None))
+    gradients(policy, settings(batch_size=2))
+    grouping.scored_again(model, processor, groups[::-1], examples, settings(batch_size=3))
+    assert expected == [["0.png", "1.png", "3.png"], ["3.png", "2.png", "1.png", "0.png"]]
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are not here")

@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "formats.dataset formats.ratings formats.instruct formats.checkpoints formats.vqa",
     "formats.inspector training corruption lab.oracle",
     "judge comparison lab.parts lab.questions lab.benchmarks",
-    "evaluation rewards",
+    "evaluation rewards grouping",
     "eval_pope eval_chair eval_amber eval_vqa eval_judge lab.toy",
     "lab.report",
     "sft dpo mpo mdpo online_dpo bdhs povid reward_model ppo grpo annotate rejection_sampling "

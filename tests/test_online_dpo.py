@@ -6,7 +6,6 @@ import random
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import common
 import dpo
 import judge
 import online_dpo
+import sampling
 from common import BadInput
 from data import Processor, Record
 from formats import dataset
@@ -204,18 +204,19 @@ def test_no_pair_no_gradient(run, files, value, name):
 
 def test_the_pair_is_the_best_and_the_worst_as_drawn(run, monkeypatch):
     """Tokens go into the loss as they were drawn, best first, and the prompt's weight is 1 / prompts."""
-    seen, drawn, collate, sample = [], [], Processor.collate, online_dpo.sample
+    seen, drawn, collate, sample = [], [], Processor.collate, sampling.answers_to
     monkeypatch.setattr(
         Processor,
         "collate",
         lambda self, pairs: seen.append((self, pairs)) or collate(self, pairs),
     )
     monkeypatch.setattr(
-        online_dpo, "sample", lambda *args: drawn.append(sample(*args)) or drawn[-1]
+        sampling, "answers_to", lambda *args: drawn.append(sample(*args)) or drawn[-1]
     )
     value = lambda text: sum(map(ord, text))
     run("tokens", "--steps", 2, "--k", 3, annotator=by(value))
-    for (processor, pairs), answers in zip(seen, drawn, strict=True):
+    for (processor, pairs), samples in zip(seen, drawn, strict=True):
+        answers = samples.tokens
         assert len(pairs) == len(answers) == 2
         for pair, row in zip(pairs, answers):
             ranked = sorted(row, key=lambda tokens: value(processor.text(tokens)))
@@ -230,7 +231,6 @@ def test_the_pair_is_the_best_and_the_worst_as_drawn(run, monkeypatch):
 @torch.no_grad()
 def test_sampling_is_seeded_and_leaves_the_generators_alone(llava, files):
     model, processor = llava
-    args = SimpleNamespace(k=2, max_new_tokens=6, temperature=1.0, gradient_checkpointing=False)
     examples = [
         processor.encode(Record("row", files / "images" / f"{i}.png", ("Is there a dog?",)))
         for i in range(2)
@@ -238,7 +238,7 @@ def test_sampling_is_seeded_and_leaves_the_generators_alone(llava, files):
     state = torch.get_rng_state()
     draw = lambda seed: [
         [t.tolist() for t in row]
-        for row in online_dpo.sample(model, processor, examples, args, seed)
+        for row in sampling.answers_to(model, processor, examples, 2, 6, seed).tokens
     ]
     assert draw("0/1/0") == draw("0/1/0") != draw("0/2/0")
     assert torch.equal(state, torch.get_rng_state())
