@@ -4,7 +4,8 @@
     figures = lambda sums: {"accuracy": sums[..., 0] / np.maximum(1, sums[..., 1])}
     results = comparison.compare(units, figures)
     print("\\n".join(comparison.table(results)))
-    comparison.sheet(out / "changed.png", "base against dpo", rows)
+    comparison.write_figures(out, {name: score(name) for name in units}, results)
+    comparison.sheets(out, list(units), "answers that differ", rows_of)
 
 Intervals are 95 % percentile bootstrap intervals. The units that are drawn are images, because the
 questions about one image are no independent trials; without images they are questions. All
@@ -14,17 +15,18 @@ interval without width; this says nothing about another sample.
 """
 
 import textwrap
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common import BadInput
+from common import BadInput, write_json
 from formats.files import open_image
 
 RESAMPLES = 2000
 AT_A_TIME = 100  # resamples; 9,000 units are 7 MB
 WIDTH, HEIGHT, THUMB, MARGIN, LINE = 560, 190, 166, 12, 14  # of a cell of the sheet, pixels
-BLACK, GRAY, BLUE = (20, 20, 20), (140, 140, 140), (40, 90, 180)
+BLACK, BLUE = (20, 20, 20), (40, 90, 180)
 COLOURS = {None: BLACK, True: (30, 130, 60), False: (200, 30, 30)}
 
 
@@ -81,21 +83,29 @@ def table(results, only=None, titles=None):
     only: names of figures, in their order. titles: {figure: what stands there in its place}.
     """
     first, *others = results
-    width = max(len("contestant"), *map(len, results)) if others else 0  # one needs no name
-    heading = f"{'':24}{'contestant' if others else '':{width}}     value  95 % interval   "
-    lines = [heading + (f"  minus {first}" if others else "")]
+    between = lambda low, high, sign="": f"{low:{sign}.4f} .. {high:{sign}.4f}"
+    lines = [("", "contestant" if others else "", "value", "95 % interval")]
+    lines[0] += (f"minus {first}", "95 % interval") if others else ("", "")
     for key in only or results[first]:
         for name in results:
             r = results[name][key]
             title = (titles or {}).get(key, key) if name == first else ""
-            shown = f"{name if others else '':{width}}{r['value']:10.4f}"
-            line = f"{title:24}{shown}  {r['low']:.4f} .. {r['high']:.4f}"
-            if name != first:
-                low, high = r["difference_low"], r["difference_high"]
-                surely = "  not 0" if low > 0 or high < 0 else ""
-                line += f"  {r['difference']:+.4f}  {low:+.4f} .. {high:+.4f}{surely}"
-            lines.append(line)
-    return [line.rstrip() for line in lines]
+            line = (title, name if others else "", f"{r['value']:.4f}")
+            line += (between(r["low"], r["high"]),)
+            if name == first:
+                lines.append((*line, "", ""))
+                continue
+            low, high = r["difference_low"], r["difference_high"]
+            surely = "  not 0" if low > 0 or high < 0 else ""
+            lines.append((*line, f"{r['difference']:+.4f}", between(low, high, "+") + surely))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths[0] = max(24, widths[0])
+    numbers = (2, 4)  # columns of one number, which stand at the right
+    aligned = lambda line: [
+        f"{text:>{w}}" if i in numbers else f"{text:{w}}"
+        for i, (text, w) in enumerate(zip(line, widths))
+    ]
+    return ["  ".join(filter(None, aligned(line))).rstrip() for line in lines]
 
 
 def sheet(path, title, rows, columns=2, most=24):
@@ -114,9 +124,11 @@ def sheet(path, title, rows, columns=2, most=24):
 
     for place, (image, question, answers) in enumerate(chosen):
         x, y = place % columns * WIDTH, 34 + place // columns * HEIGHT
+        left, top = x + MARGIN, y + 2
         if image is not None:
-            page.paste(ImageOps.pad(open_image(image), (THUMB, THUMB)), (x + MARGIN, y + 4))
-        left, top = x + THUMB + 2 * MARGIN, y + 2
+            thumb = ImageOps.pad(open_image(image), (THUMB, THUMB), color="white")
+            page.paste(thumb, (left, y + 4))
+            left += THUMB + MARGIN
         each = (HEIGHT // LINE - 3) // max(1, len(answers))  # lines; the question has two
         texts = [(question, BLUE, 2)]
         texts += [(f"{name}: {text}", COLOURS[right], each) for name, text, right in answers]
@@ -128,3 +140,27 @@ def sheet(path, title, rows, columns=2, most=24):
                 top += LINE
     page.save(path)
     return len(rows)
+
+
+def sheets(out, names, what, rows_of):
+    """changed-<name>.png of all contestants but the first: where each differs from the first.
+
+    what: "answers that differ", say. rows_of: a function (first, other) -> rows of `sheet`.
+    """
+    first, *others = names
+    for other in others:
+        path = Path(out) / f"changed-{other.replace('/', '-')}.png"
+        n = sheet(path, f"{first} against {other}, {what}", rows_of(first, other))
+        print(f"{path}: {first} against {other}, {n} {what}")
+
+
+def write_figures(out, figures, details):
+    """metrics.json, {figure: value} of one contestant, of several {contestant: ...}; details.json.
+
+    figures, details: {contestant: ...}.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    one = next(iter(figures.values()))
+    write_json(out / "metrics.json", figures if len(figures) > 1 else one)
+    write_json(out / "details.json", details)

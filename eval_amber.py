@@ -58,7 +58,7 @@ import evaluation
 import processes
 from common import BadInput, Parser, positive_int, read_json, run, write_json
 from data import Record
-from formats.files import ImageFolder, image_folders, rows
+from formats.files import ImageFolder, image_folders, need, rows
 
 QUESTION_TOKENS = 16  # of an answer to a yes/no question
 SIMILAR = 0.8
@@ -92,14 +92,6 @@ DISCRIMINATIVE = ("accuracy", "precision", "recall", "f1")
 
 
 # ---- files
-
-
-def need(row, key, kind, where):
-    """row[key], which must be of this kind."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if type(value) is not kind:
-        raise BadInput(f"{where}: `{key}` is {value!r:.80}; {kind.__name__} is needed.")
-    return value
 
 
 class Lists:
@@ -183,7 +175,7 @@ def read_answers(path, questions, lists):
         where = f"{path}, row {i}"
         official = isinstance(row, dict) and "response" in row
         number = need(row, "id" if official else "question_id", int, where)
-        text = need(row, "response" if official else "text", str, where)
+        text = need(row, "response" if official else "text", str, where, empty=True)
         if number in said:
             raise BadInput(f"{where}: a second answer to id {number}; one is accepted.")
         if number not in questions:
@@ -478,20 +470,12 @@ def finish(questions, said, lists, rule, args):
     ]
     print("\n".join(comparison.table(results, shown)))
     if args.out:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        one = next(iter(figures.values()))
-        write_json(out / "metrics.json", figures if len(said) > 1 else one)
-        write_json(out / "details.json", {who: {"intervals": r} for who, r in results.items()})
+        details = {who: {"intervals": r} for who, r in results.items()}
+        comparison.write_figures(args.out, figures, details)
         folder = ImageFolder(args.images or image_folders(args.questions[0]))
         image_of = lambda name: folder.look_up(name)[0] or folder.look_up(f"image/{name}")[0]
-        first, *others = said
-        for other in others:
-            names = first, other
-            found = changed(questions, lists, said[first], said[other], names, image_of)
-            path = out / f"changed-{other.replace('/', '-')}.png"
-            comparison.sheet(path, f"{first} against {other}, answers that differ", found)
-            print(f"{path}: {len(found)} answers differ between {first} and {other}")
+        rows_of = lambda *two: changed(questions, lists, *(said[w] for w in two), two, image_of)
+        comparison.sheets(args.out, said, "answers to questions that differ", rows_of)
 
 
 def parse():
@@ -546,8 +530,8 @@ def main():
 
     said = {}
     if args.answers:
-        for who, path in zip(evaluation.names_of(args.answers), args.answers):
-            said[str(Path(who).with_suffix(""))] = read_answers(path, questions, lists)
+        for who, path in zip(evaluation.names_of_files(args.answers), args.answers):
+            said[who] = read_answers(path, questions, lists)
     else:
         records = read_records(args, questions, lists)
         about = {

@@ -69,7 +69,7 @@ from common import (
     write_text,
 )
 from data import Record
-from formats.files import ImageFolder, image_folders, rows
+from formats.files import ImageFolder, image_folders, need, rows
 
 PROMPT = "Describe the image."
 # "t-shirt" and "o'clock" are one token, "dog's" is three
@@ -187,14 +187,6 @@ def mentions(text, vocabulary):
     return [vocabulary.nodes[word] for word in merged if word in vocabulary.nodes]
 
 
-def field(row, key, kind, where):
-    """row[key], which must be of type `kind`."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if type(value) is not kind:
-        raise BadInput(f"{where}: `{key}` is {value!r:.80}; {kind.__name__} is needed.")
-    return value
-
-
 def coco(path):
     """A COCO file -> function from the name of a list in it to that list's (where, row)."""
     try:
@@ -204,7 +196,7 @@ def coco(path):
 
     def entries(name):
         """Each row with its place in the file, for messages."""
-        for i, row in enumerate(field(content, name, list, path)):
+        for i, row in enumerate(need(content, name, list, path)):
             yield f"{path}, {name}[{i}]", row
 
     return entries
@@ -219,14 +211,14 @@ def read_pictures(instances, captions, vocabulary):
     for entries in map(coco, instances):
         categories = {}  # id -> node word
         for where, row in entries("categories"):
-            name = field(row, "name", str, where)
+            name = need(row, "name", str, where)
             if name not in vocabulary.nodes:
                 raise BadInput(f"{where}: the category {name!r} is not in the synonym file.")
-            categories[field(row, "id", int, where)] = vocabulary.nodes[name]
+            categories[need(row, "id", int, where)] = vocabulary.nodes[name]
 
         for where, row in entries("images"):
-            number = field(row, "id", int, where)
-            name = field(row, "file_name", str, where)
+            number = need(row, "id", int, where)
+            name = need(row, "file_name", str, where)
             if pictures.setdefault(number, Picture(name, set(), [])).file != name:
                 raise BadInput(
                     f"{where}: id {number} is {name!r} here and "
@@ -234,8 +226,8 @@ def read_pictures(instances, captions, vocabulary):
                 )
 
         for where, row in entries("annotations"):
-            number = field(row, "image_id", int, where)
-            category = field(row, "category_id", int, where)
+            number = need(row, "image_id", int, where)
+            category = need(row, "category_id", int, where)
             if category not in categories:
                 raise BadInput(
                     f"{where}: category_id {category} is not among the file's categories."
@@ -245,8 +237,8 @@ def read_pictures(instances, captions, vocabulary):
 
     for entries in map(coco, captions):
         for where, row in entries("annotations"):
-            number = field(row, "image_id", int, where)
-            text = field(row, "caption", str, where)
+            number = need(row, "image_id", int, where)
+            text = need(row, "caption", str, where, empty=True)
             if number in pictures:
                 pictures[number].captions.append(text)
     return pictures
@@ -275,10 +267,10 @@ def read_prompts(path, pictures):
     prompts = []
     for i, row in rows(Path(path)):
         where = f"{path}, row {i}"
-        number = field(row, "image_id", int, where)
+        number = need(row, "image_id", int, where)
         if number not in pictures:
             raise BadInput(f"{where}: image id {number} is not in --instances.")
-        prompts.append((number, field(row, "question", str, where)))
+        prompts.append((number, need(row, "question", str, where)))
     doubled = next((pair for pair in prompts if prompts.count(pair) > 1), None)
     if doubled or not prompts:
         raise BadInput(f"{path}: {f'{doubled} is there twice' if doubled else 'no prompt'}.")
@@ -293,7 +285,7 @@ def unpack_images(path):
         for i, row in rows(Path(path)):
             where, number = f"{path}, row {i}", row["image_id"]
             try:
-                content = base64.b64decode(field(row, "image", str, where), validate=True)
+                content = base64.b64decode(need(row, "image", str, where), validate=True)
             except ValueError:
                 raise BadInput(
                     f"{where}: `image` is no image in base64; without one, --images is needed."
@@ -318,7 +310,8 @@ def read_answers(path, pictures, prompts=None):
     captions, asked = [], []
     for i, row in rows(Path(path)):
         key = next((k for k in ("text", "answer") if isinstance(row, dict) and k in row), "caption")
-        text = field(row, "caption" if "caption" in row else key, str, f"{path}, row {i}")
+        key = "caption" if "caption" in row else key
+        text = need(row, key, str, f"{path}, row {i}", empty=True)
         name = row.get("image_id")
         if type(name) not in (int, str) or name not in ids:
             raise BadInput(
@@ -527,26 +520,17 @@ def finish(said, truth, pictures, vocabulary, prompts, args):
     results = compared(said, truth, vocabulary, prompts is not None)
     if prompts:
         print("Object HalBench's prompts, CHAIR's rule: not comparable with figures of its judge")
-    for name, value in next(iter(figures.values())).items() if len(said) == 1 else ():
-        number = f"{value:10d}" if name == "n" else f"{value:10.4f}"
-        print(f"{name:8}{number}")
-    print("95 % intervals (bootstrap over images; differences are paired)")
+    n = next(iter(figures.values()))["n"]
+    print(f"{n} captions; 95 % intervals (bootstrap over images; differences are paired)")
     print("\n".join(comparison.table(results)))
 
     if args.out:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "metrics.json", figures if len(said) > 1 else next(iter(figures.values())))
-        write_json(out / "details.json", {name: {"intervals": r} for name, r in results.items()})
+        details = {name: {"intervals": r} for name, r in results.items()}
+        comparison.write_figures(args.out, figures, details)
         folder = ImageFolder(args.images or image_folders(args.instances[0]))
         image_of = lambda number: folder.look_up(pictures[number].file)[0]
-        first, *others = said
-        for other in others:
-            names = first, other
-            found = changed(said[first], said[other], names, truth, vocabulary, image_of)
-            path = out / f"changed-{other.replace('/', '-')}.png"
-            comparison.sheet(path, f"{first} against {other}, other hallucinations", found)
-            print(f"{path}: {len(found)} captions with other hallucinated objects")
+        rows_of = lambda *two: changed(*(said[w] for w in two), two, truth, vocabulary, image_of)
+        comparison.sheets(args.out, said, "captions that hallucinate other objects", rows_of)
 
 
 def parse():
@@ -628,8 +612,8 @@ def read_said(args):
     pictures = read_pictures(args.instances, args.captions, vocabulary)
     prompts = read_prompts(args.questions, pictures) if args.questions else None
     said = {}
-    for name, path in zip(evaluation.names_of(args.answers), args.answers):
-        said[str(Path(name).with_suffix(""))] = read_answers(path, pictures, prompts)
+    for name, path in zip(evaluation.names_of_files(args.answers), args.answers):
+        said[name] = read_answers(path, pictures, prompts)
     numbers = {number for captions in said.values() for number, _ in captions}
     return said, truth_of(numbers, pictures, vocabulary), pictures, vocabulary, prompts
 

@@ -58,7 +58,7 @@ import evaluation
 import judge
 import processes
 import training
-from common import BadInput, Parser, Progress, positive_int, run, write_json
+from common import BadInput, Parser, Progress, positive_int, run
 from data import Record
 from formats import alpaca_eval, benchmarks, llava_bench, mm_vet, mmhal, mt_bench
 from formats.files import ImageFolder, image_folders
@@ -147,6 +147,9 @@ def ask(bench, contestant, questions, shown, path, max_new_tokens):
 # ---- 2. judge
 
 
+TRUTH = "the toy world's truth"
+
+
 @dataclass
 class Judge:
     """Who judges."""
@@ -163,7 +166,7 @@ def make_judge(args, bench):
     if args.annotator is None:
         return None
     if args.annotator == "oracle":
-        return Judge("the toy world's truth", lambda items, _: enumerate(by_truth(bench, items)))
+        return Judge(TRUTH, lambda items, _: enumerate(by_truth(bench, items)))
     if (Path(args.annotator) / "reward.json").is_file():
         raise BadInput(
             f"--annotator {args.annotator} is a reward model, which writes no reply; a checkpoint, "
@@ -189,7 +192,7 @@ def make_judge(args, bench):
         return enumerate(load()([to_judge(*item) for item in items]))
 
     files = evaluation.files_of(checkpoints.find_model(args.annotator))
-    return Judge(args.annotator, ask_it, {files})
+    return Judge(args.annotator, ask_it, {f"files {files}"})
 
 
 def of_server(endpoint, name, to_judge, max_tokens):
@@ -234,8 +237,10 @@ def judged(who, bench, questions, said, images, path, sees=False, runs=1):
     who: Judge, or None to read what is in the file. images: of each question its path or None.
     path: reviews.jsonl, to which each reply is added as it comes. sees: is the picture shown to the
     judge? The key of a reply is what the judge read and saw, so that another answer is judged anew.
+    The toy world's truth always sees it.
     """
     rows = evaluation.read_replies(path)
+    sees = sees or TRUTH in {who and who.name, *(row.get("judge") for row in rows.values())}
     places = []  # (question's number, Request, its name)
     for i, (q, answer) in enumerate(zip(questions, said)):
         for request in bench.requests(q, answer):
@@ -384,7 +389,7 @@ def finish(bench, questions, results, said, args):
     )
     for name, (replies, _) in results.items():
         m, n = metrics[name], sum(map(len, replies))
-        served = f", served as {m['served']}" if m["served"] else ""
+        served = f" ({m['served']})" if m["served"] else ""
         print(f"\n{name}: judge {m['judge']}{served}, {m['date'] or 'date unknown'}")
         alone = details[name]["readable"]
         apart = ", ".join(f"{key} {alone[key]:.4g}" for key in bench.MAIN if key in alone)
@@ -398,28 +403,26 @@ def finish(bench, questions, results, said, args):
     print("\n".join(bench.remarks(questions)))
 
     if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        whole = metrics if len(metrics) > 1 else next(iter(metrics.values()))
-        write_json(Path(args.out) / "metrics.json", whole)
-        write_json(Path(args.out) / "details.json", details)
+        comparison.write_figures(args.out, metrics, details)
 
 
-def draw_changes(bench, questions, results, said, images, out):
-    """A sheet of the pictures whose score differs, for the first and each other contestant."""
-    first, *others = results
-    scores = {name: scores_of(bench.official, results[name][0]) for name in results}
-    for other in others:
-        rows = []
-        for i, q in enumerate(questions):
-            if images[i] is not None and scores[first][i] != scores[other][i]:
-                answers = []
-                for name in (first, other):
-                    shown = ", ".join("-" if s is None else f"{s[-1]:g}" for s in scores[name][i])
-                    answers.append((f"{name} ({shown})", said[name][i][-1], None))
-                rows.append((images[i], q.turns[-1], answers))
-        path = Path(out) / f"changed-{other.replace('/', '-')}.png"
-        comparison.sheet(path, f"{first} against {other}, scores that differ", rows)
-        print(f"{path}: {len(rows)} scores of pictures differ between {first} and {other}")
+def changed(bench, questions, replies, said, names, images):
+    """Rows of `comparison.sheet`: the pictures about which two contestants get other scores.
+
+    replies, said: of each of the two, in the order of the questions.
+    """
+    rows = []
+    for i, of in enumerate(zip(*(scores_of(bench.official, of) for of in replies))):
+        if images[i] is None or of[0] == of[1]:
+            continue
+        sums = [sum(0 if s is None else s[-1] for s in scores) for scores in of]
+        answers = []
+        for name, scores, total, texts in zip(names, of, sums, said):
+            shown = ", ".join("-" if s is None else f"{s[-1]:g}" for s in scores)
+            better = total == max(sums) if sums[0] != sums[1] else None
+            answers.append((f"{name} ({shown})", texts[i][-1], better))
+        rows.append((images[i], questions[i].turns[-1], answers))
+    return rows
 
 
 def parse():
@@ -460,8 +463,7 @@ def parse():
         help="longest answer (default %(default)s)",
     )
     evaluation.add_flags(parser)
-    judge.add_flags(parser)
-    parser.set_defaults(annotator=None)
+    judge.add_flags(parser, replies=True)
     flag = parser.add_argument_group("judge").add_argument
     flag(
         "--judge-sees-image",
@@ -502,10 +504,10 @@ def main():
     # a judge's own files
     if args.reviews:
         results = {}
-        for who, path in zip(evaluation.names_of(args.reviews), args.reviews):
+        for who, path in zip(evaluation.names_of_files(args.reviews), args.reviews):
             replies = [[(t, "") for t in of] for of in bench.read_reviews(path, questions)]
             whom = {"judge": f"of {path}", "served": None, "date": None}
-            results[str(Path(who).with_suffix(""))] = replies, whom
+            results[who] = replies, whom
         finish(bench, questions, results, {}, args)
         return
 
@@ -514,12 +516,12 @@ def main():
     said, paths = {}, {}  # of each contestant its answers, and where its reviews are kept
     if args.answers:
         images = images_of(args, questions)
-        names = [str(Path(name).with_suffix("")) for name in evaluation.names_of(args.answers)]
+        names = evaluation.names_of_files(args.answers)
+        said = {n: bench.read_answers(path, questions) for n, path in zip(names, args.answers)}
         about = {"benchmark": TITLES[bench], "questions": evaluation.hashes([args.questions])}
         settings = {n: evaluation.hashes([path]) for n, path in zip(names, args.answers)}
         evaluation.begin(Path(args.out), {"about": about, "contestants": settings})
-        for name, path in zip(names, args.answers):
-            said[name] = bench.read_answers(path, questions)
+        for name in names:
             paths[name] = Path(args.out, *([name.replace("/", "-")] if len(names) > 1 else []))
     else:
         folder = args.images or image_folders(args.questions)
@@ -557,7 +559,10 @@ def main():
     # 3. score
     finish(bench, questions, results, said, args)
     if len(results) > 1 and any(image is not None for image in images):
-        draw_changes(bench, questions, results, said, images, args.out)
+        rows_of = lambda *two: changed(
+            bench, questions, [results[n][0] for n in two], [said[n] for n in two], two, images
+        )
+        comparison.sheets(args.out, results, "scores of pictures that differ", rows_of)
 
 
 def images_of(args, questions):

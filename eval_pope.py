@@ -402,7 +402,8 @@ def read_said(splits, files):
     groups = [files[start : start + each] for start in range(0, len(files), each)]
     folders = [str(Path(group[0]).parent) for group in groups]
     of_folders = each > 1 and len(groups) == len(set(folders)) > 1
-    names = evaluation.names_of(folders if of_folders else [group[0] for group in groups])
+    first_files = [group[0] for group in groups]
+    names = evaluation.names_of(folders) if of_folders else evaluation.names_of_files(first_files)
     said = {}
     for name, paths in zip(names, groups):
         if of_llava:
@@ -411,7 +412,7 @@ def read_said(splits, files):
             parts = [everything[end - len(splits[s]) : end] for s, end in zip(splits, ends)]
         else:
             parts = [answers_to(splits[s], path) for s, path in zip(splits, paths)]
-        said[name.removesuffix(".jsonl").removesuffix(".json")] = dict(zip(splits, parts))
+        said[name] = dict(zip(splits, parts))
     return said
 
 
@@ -575,25 +576,11 @@ def finish(splits, said, notes, args):
         print(line)
 
     if args.out:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(
-            out / "metrics.json", official if len(said) > 1 else next(iter(official.values()))
-        )
-        write_json(out / "details.json", details)
-        draw_changes(splits, said, args)
-
-
-def draw_changes(splits, said, args):
-    """A sheet of the answers that differ, for the first and each other contestant."""
-    folder = ImageFolder(args.images or image_folders(args.questions[0]))
-    image_of = lambda name: folder.look_up(name)[0]
-    first, *others = said
-    for other in others:
-        rows = changed(splits, said[first], said[other], (first, other), image_of)
-        path = Path(args.out) / f"changed-{other.replace('/', '-')}.png"
-        comparison.sheet(path, f"{first} against {other}, answers that differ", rows)
-        print(f"{path}: {len(rows)} answers differ between {first} and {other}")
+        comparison.write_figures(args.out, official, details)
+        folder = ImageFolder(args.images or image_folders(args.questions[0]))
+        image_of = lambda name: folder.look_up(name)[0]
+        rows_of = lambda *names: changed(splits, *(said[n] for n in names), names, image_of)
+        comparison.sheets(args.out, said, "answers that differ", rows_of)
 
 
 def parse():

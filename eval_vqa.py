@@ -18,9 +18,12 @@ textvqa     M4C's evaluator (facebookresearch/mmf), which LLaVA uses. As above, 
             with "'s" as a word of its own.
 gqa         eval.py of GQA: the answer, exactly.
 a-okvqa     eval_predictions.py of allenai/aokvqa: the text of the right option, exactly.
-scienceqa   eval_science_qa.py of LLaVA: "B", "B. ..." or "The answer is B".
+scienceqa   eval_science_qa.py of LLaVA: "B", "B. ...", or "The answer is B." once; without the
+            full stop, or anything else behind it, the last is none.
 mmbench     VLMEvalKit's exact matching: a letter that stands alone in the answer, if no other one
-            does and at most three words follow it; else the one option whose text it holds.
+            does and at most three words follow it; else the one option whose text it holds. It is
+            that of August 2025; before, such a letter stood anywhere, and any length of text was
+            searched; since June 2026, "answer is B" is found in longer answers too.
 mmstar      MMStar's own: the answer's first character, or that behind "(", "option " or
             "the answer is ".
 problems    R1-V's layout, by the exact rule of rewards.py, which says what it reads: yes or no, a
@@ -165,15 +168,13 @@ OWN = re.compile(r"\W*([A-Z])(?:[).:,*]|\s*$)")
 
 def letter_scienceqa(text, options):
     """LLaVA's eval_science_qa.py -> a letter of the options, or None."""
-    text = text.replace("\n", ". ")
-    if text.strip() in list("ABCDE"):
-        letter = text.strip()
+    if text in list("ABCDE"):
+        letter = text
     elif re.match("[A-E][.] ", text):
         letter = text[0]
     else:
-        found = re.search(r"The answer is ([A-E])\.", text)
-        found = found or re.search("The answer is ([A-E])", text)
-        letter = found and found[1]
+        found = re.findall("The answer is ([A-Z]).", text)  # "." is any character there
+        letter = found[0] if len(found) == 1 else None
     return letter if letter in options else None
 
 
@@ -448,17 +449,11 @@ def finish(name, questions, said, images, args):
             "and without them are not comparable"
         )
     if args.out:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "metrics.json", figures if len(said) > 1 else first)
-        write_json(out / "details.json", {who: {"intervals": r} for who, r in results.items()})
-        one, *others = said
-        for other in others:
-            names, image_of = (one, other), lambda q: images.get(q.id)
-            rows = changed(name, questions, said[one], said[other], names, image_of)
-            path = out / f"changed-{other.replace('/', '-')}.png"
-            comparison.sheet(path, f"{one} against {other}, {name}", rows)
-            print(f"{path}: {len(rows)} questions are worth something else")
+        details = {who: {"intervals": r} for who, r in results.items()}
+        comparison.write_figures(args.out, figures, details)
+        image_of = lambda q: images.get(q.id)
+        rows_of = lambda *two: changed(name, questions, *(said[w] for w in two), two, image_of)
+        comparison.sheets(args.out, said, "answers of another worth", rows_of)
 
 
 def parse():
@@ -528,8 +523,8 @@ def main():
     name, questions = read_questions(args)
     said, images = {}, {}
     if args.answers:
-        for who, path in zip(evaluation.names_of(args.answers), args.answers):
-            said[str(Path(who).with_suffix(""))] = vqa.answers_to(name, questions, path)
+        for who, path in zip(evaluation.names_of_files(args.answers), args.answers):
+            said[who] = vqa.answers_to(name, questions, path)
         if args.out and len(said) > 1:
             folder = ImageFolder(args.images or image_folders(args.questions[0]))
             for q in questions:

@@ -93,15 +93,20 @@ class NoAnswer(BadInput):
     """An endpoint keeps failing, or refuses. What has been trained so far is worth keeping."""
 
 
-def add_flags(parser):
-    """Add the flags that name the annotator."""
+def add_flags(parser, replies=False):
+    """Add the flags that name the annotator.
+
+    replies: of a script that reads what an annotator writes. A reward model writes nothing, and
+    without the flag nobody is asked.
+    """
     flag = parser.add_argument_group("annotator").add_argument
+    scorer = "" if replies else "a run folder of reward_model.py, "
     flag(
         "--annotator",
-        default="llava-hf/llava-v1.6-34b-hf",
+        default=None if replies else "llava-hf/llava-v1.6-34b-hf",
         metavar="oracle|DIR_OR_HUB_ID|endpoint",
-        help="who judges answers: the toy world's truth, a run folder of reward_model.py, a LLaVA "
-        "checkpoint, or a server (default %(default)s)",
+        help=f"who judges answers: the toy world's truth, {scorer}a LLaVA checkpoint, or a server "
+        f"(default{': nobody' if replies else ' %(default)s'})",
     )
     flag(
         "--annotator-device",
@@ -109,17 +114,18 @@ def add_flags(parser):
         help="of a reward model or a checkpoint: cuda:1, say; a 34B in bfloat16 takes 65 GiB and "
         "leaves an 80 GB GPU no room for the policy (default: the policy's device)",
     )
-    flag(
-        "--facts",
-        metavar="FILE",
-        help="image_to_caption.json, for a reward model that reads facts",
-    )
-    flag(
-        "--missing-facts",
-        default="refuse",
-        choices=("refuse", "count"),
-        help="an image without captions stops the run, or is counted (default %(default)s)",
-    )
+    if not replies:
+        flag(
+            "--facts",
+            metavar="FILE",
+            help="image_to_caption.json, for a reward model that reads facts",
+        )
+        flag(
+            "--missing-facts",
+            default="refuse",
+            choices=("refuse", "count"),
+            help="an image without captions stops the run, or is counted (default %(default)s)",
+        )
     flag(
         "--judge-url",
         metavar="URL",

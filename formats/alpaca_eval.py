@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from common import write_json
-from formats.benchmarks import Question, Request, ids_differ, in_order, read_rows, share, text_in
+from formats.benchmarks import Question, Request, ids_differ, in_order, read_rows, share
+from formats.files import need
 
 MAX_TOKENS, TEMPERATURE, RETRIES, CUE = 1024, 0.0, (), ""
 MAIN = ("win_rate", "discrete_win_rate")
@@ -61,22 +62,22 @@ def read(path, context=None, references=None):
 def question_of(where, row):
     """A row of the evaluation set -> Question."""
     asked = instruction_of(where, row)
-    image = text_in(row, "image", where) if "image" in row else None
-    groups = (text_in(row, "dataset", where),) if row.get("dataset") else ()
-    about = {"reference": text_in(row, "output", where, empty=True), "row": row}
+    image = need(row, "image", str, where) if "image" in row else None
+    groups = (need(row, "dataset", str, where),) if row.get("dataset") else ()
+    about = {"reference": need(row, "output", str, where, empty=True), "row": row}
     return Question(id_of(where, row), where, image, (asked,), groups, about)
 
 
 def id_of(where, row):
     """What a row is matched by: the instruction with its `input`, and the image if it has one."""
     asked = instruction_of(where, row)
-    return (asked, row["image"]) if row.get("image") else asked
+    return (asked, need(row, "image", str, where)) if row.get("image") else asked
 
 
 def instruction_of(where, row):
     """What a row asks."""
     more = row.get("input")
-    return text_in(row, "instruction", where) + (f"\n\n{more}" if more else "")
+    return need(row, "instruction", str, where) + (f"\n\n{more}" if more else "")
 
 
 def remarks(questions):
@@ -88,7 +89,7 @@ def read_answers(path, questions):
     """A model's outputs -> [(output,)]."""
     given = []
     for where, row in read_rows(path):
-        output = text_in(row, "output", where, empty=True)
+        output = need(row, "output", str, where, empty=True)
         given.append((id_of(where, row), (output,)))
     return in_order(questions, given, path, "output")
 

@@ -51,14 +51,6 @@ class Request:
     said: tuple  # ((turns up to the answer), answer) of each answer that is judged, as in the text
 
 
-def text_in(row, key, where, empty=False):
-    """A string of a row, or BadInput."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not (value.strip() or empty):
-        raise BadInput(f"{where}: `{key}` is {value!r:.80}; a text is needed.")
-    return value
-
-
 def read_rows(path):
     """Rows of a JSON or JSON-lines file, each an object -> [(where, row)]."""
     found = []

@@ -311,6 +311,28 @@ def rows(path):
             row_number += 1
 
 
+KINDS = {str: "a text", int: "a whole number", list: "a list"}
+
+
+def need(row, key, kind, where, empty=False):
+    """row[key] of a row of a file, which must be of this kind.
+
+    A text must not be blank, unless `empty`. where: file and row, for the message.
+    """
+    value = row.get(key) if isinstance(row, dict) else None
+    if type(value) is not kind or (kind is str and not (value.strip() or empty)):
+        raise BadInput(f"{where}: `{key}` is {value!r:.80}; {KINDS[kind]} is needed.")
+    return value
+
+
+def number_or_text(row, key, where):
+    """row[key] of a row of a file: a whole number or a text, as ids are."""
+    value = row.get(key) if isinstance(row, dict) else None
+    if type(value) not in (int, str) or value == "":
+        raise BadInput(f"{where}: `{key}` is {value!r:.80}; a number or a text is needed.")
+    return value
+
+
 def _refuse_one_object(path, text):
     """Refuse a file that is one object over several lines: settings, or rows under a key."""
     try:

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from common import BadInput, write_text
-from formats.benchmarks import Question, Request, ids_differ, in_order, read_rows, share, text_in
+from formats.benchmarks import Question, Request, ids_differ, in_order, read_rows, share
+from formats.files import need, number_or_text
 
 CATEGORIES = ("conv", "detail", "complex")
 MAX_TOKENS, TEMPERATURE, RETRIES, CUE = 1024, 0.2, (), ""
@@ -75,21 +76,20 @@ def read(path, context=None, references=None):
         )
     described = {}
     for where, row in read_rows(context):
-        described[text_in(row, "image", where)] = context_of(row, where)
+        described[need(row, "image", str, where)] = context_of(row, where)
     questions = []
     for where, row in read_rows(path):
-        image, asked = text_in(row, "image", where), text_in(row, "text", where)
-        category = text_in(row, "category", where)
+        image, asked = need(row, "image", str, where), need(row, "text", str, where)
+        category = need(row, "category", str, where)
         if category not in CATEGORIES:
             raise BadInput(
                 f"{where}: `category` is {category!r}; accepted are {', '.join(CATEGORIES)}."
             )
         if image not in described:
             raise BadInput(f"{where}: {context} holds no context of {image}.")
-        if "question_id" not in row:
-            raise BadInput(f"{where}: `question_id` is missing.")
+        number = number_or_text(row, "question_id", where)
         about = dict(zip(("context", "told"), described[image]))
-        questions.append(Question(row["question_id"], where, image, (asked,), (category,), about))
+        questions.append(Question(number, where, image, (asked,), (category,), about))
     ids_differ(questions, path)
     for q, (text,) in zip(questions, read_answers(references, questions)):
         q.about["reference"] = text
@@ -109,7 +109,7 @@ def context_of(row, where):
     caption = row.get("caption")
     if isinstance(caption, list):
         caption = "\n".join(map(str, caption))
-    return text_in({"caption": caption}, "caption", where), WILD
+    return need({"caption": caption}, "caption", str, where), WILD
 
 
 def remarks(questions):
@@ -123,9 +123,8 @@ def read_answers(path, questions):
     """Answers {"question_id", "text"} -> [(answer,)]."""
     given = []
     for where, row in read_rows(path):
-        if "question_id" not in row:
-            raise BadInput(f"{where}: `question_id` is missing.")
-        given.append((row["question_id"], (text_in(row, "text", where, empty=True),)))
+        number = number_or_text(row, "question_id", where)
+        given.append((number, (need(row, "text", str, where, empty=True),)))
     return in_order(questions, given, path)
 
 
@@ -195,9 +194,8 @@ def read_reviews(path, questions):
     """The official judge's file -> replies."""
     given = []
     for where, row in read_rows(path):
-        if "question_id" not in row:
-            raise BadInput(f"{where}: `question_id` is missing.")
-        given.append((row["question_id"], [text_in(row, "content", where, empty=True)]))
+        number = number_or_text(row, "question_id", where)
+        given.append((number, [need(row, "content", str, where, empty=True)]))
     return in_order(questions, given, path, "review")
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from common import BadInput, read_json, write_json
-from formats.benchmarks import Question, Request, ids_differ, in_order, share, text_in
+from formats.benchmarks import Question, Request, ids_differ, in_order, share
+from formats.files import need
 
 MAX_TOKENS, TEMPERATURE = 3, 0.0
 RETRIES = (0.0, 0.5, 1.0, 1.5)  # temperatures
@@ -60,8 +61,8 @@ def read(path, context=None, references=None):
             raise BadInput(f"{where}: `capability` is {needs!r:.80}; a list of names is needed.")
         needs = sorted(set(needs))
         together = ["_".join(needs) + " only"]
-        image, asked = text_in(row, "imagename", where), text_in(row, "question", where)
-        about = {"reference": text_in(row, "answer", where)}
+        image, asked = need(row, "imagename", str, where), need(row, "question", str, where)
+        about = {"reference": need(row, "answer", str, where)}
         questions.append(Question(key, where, image, (asked,), (*needs, *together), about))
     return ids_differ(questions, path)
 
@@ -74,7 +75,7 @@ def remarks(questions):
 def read_answers(path, questions):
     """{id: answer} -> [(answer,)]."""
     given = read_json(path)
-    texts = [(key, (text_in(given, key, f"{path}, {key}", empty=True),)) for key in given]
+    texts = [(key, (need(given, key, str, f"{path}, {key}", empty=True),)) for key in given]
     return in_order(questions, texts, path)
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from common import BadInput, write_json
-from formats.benchmarks import Question, Request, ids_differ, in_order, read_rows, share, text_in
+from formats.benchmarks import Question, Request, ids_differ, in_order, read_rows, share
+from formats.files import need
 
 TYPES = (
     "attribute", "adversarial", "comparison", "counting",
@@ -124,9 +125,9 @@ def read(path, context=None, references=None):
             raise BadInput(
                 f"{where}: `image_content` is {contents!r:.80}; a list of names is needed."
             )
-        kind, source = text_in(row, "question_type", where), text_in(row, "image_src", where)
-        asked = text_in(row, "question", where)
-        about = {"contents": contents, "reference": text_in(row, "gt_answer", where), "row": row}
+        kind, source = need(row, "question_type", str, where), need(row, "image_src", str, where)
+        asked = need(row, "question", str, where)
+        about = {"contents": contents, "reference": need(row, "gt_answer", str, where), "row": row}
         questions.append(Question((source, asked), where, source, (asked,), (kind,), about))
     return ids_differ(questions, path)
 
@@ -145,8 +146,8 @@ def read_answers(path, questions):
     """A filled template -> [(answer,)]."""
     given = []
     for where, row in read_rows(path):
-        key = text_in(row, "image_src", where), text_in(row, "question", where)
-        answer = text_in(row, "model_answer", where, empty=True)
+        key = need(row, "image_src", str, where), need(row, "question", str, where)
+        answer = need(row, "model_answer", str, where, empty=True)
         given.append((key, (answer,)))
     if not any(answer.strip() for _, (answer,) in given):
         raise BadInput(

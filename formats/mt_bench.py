@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from common import BadInput, write_text
-from formats.benchmarks import Question, Request, ids_differ, in_order, read_rows, share, text_in
+from formats.benchmarks import Question, Request, ids_differ, in_order, read_rows, share
+from formats.files import need, number_or_text
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
                 "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}  # fmt: skip
@@ -55,11 +56,10 @@ def read(path, context=None, references=None):
         texts = isinstance(turns, list) and all(isinstance(t, str) and t.strip() for t in turns)
         if not texts or len(turns) != 2:
             raise BadInput(f"{where}: `turns` is {turns!r:.80}; a list of two texts is needed.")
-        if "question_id" not in row:
-            raise BadInput(f"{where}: `question_id` is missing.")
-        image = text_in(row, "image", where) if "image" in row else None
-        category = text_in(row, "category", where)
-        questions.append(Question(row["question_id"], where, image, tuple(turns), (category,), {}))
+        number = number_or_text(row, "question_id", where)
+        image = need(row, "image", str, where) if "image" in row else None
+        category = need(row, "category", str, where)
+        questions.append(Question(number, where, image, tuple(turns), (category,), {}))
     ids_differ(questions, path)
 
     known = dict(answers_in(references)) if references else {}
@@ -90,14 +90,11 @@ def answers_in(path):
     for where, row in read_rows(path):
         try:
             turns = row["choices"][0]["turns"]
-            texts = tuple(text for text in turns if isinstance(text, str))
-            if "question_id" not in row or len(texts) != 2 or len(turns) != 2:
-                raise LookupError
         except (LookupError, TypeError):
-            raise BadInput(
-                f"{where}: `question_id` and choices[0].turns, a list of two texts, are needed."
-            ) from None
-        given.append((row["question_id"], texts))
+            turns = None
+        if not isinstance(turns, list) or list(map(type, turns)) != [str, str]:
+            raise BadInput(f"{where}: choices[0].turns, a list of two texts, is needed.")
+        given.append((number_or_text(row, "question_id", where), tuple(turns)))
     return given
 
 
@@ -179,20 +176,19 @@ def read_reviews(path, questions):
     """FastChat's judgments of one model -> replies to turn 1 and turn 2."""
     given, models = {}, {}
     for where, row in read_rows(path):
-        models.setdefault(row.get("model"), where)
+        models.setdefault(str(row.get("model")), where)
         if len(models) > 1:
             raise BadInput(
                 f"{where}: a second model, {row.get('model')!r:.80}; a file each is needed."
             )
         turn = row.get("turn")
-        if turn not in (1, 2) or "question_id" not in row:
-            raise BadInput(f"{where}: `question_id` and `turn`, 1 or 2, are needed.")
-        turns = given.setdefault(row["question_id"], {})
+        if turn not in (1, 2):
+            raise BadInput(f"{where}: `turn` is {turn!r:.80}; 1 or 2 is needed.")
+        number = number_or_text(row, "question_id", where)
+        turns = given.setdefault(number, {})
         if turn in turns:
-            raise BadInput(
-                f"{where}: question {row['question_id']} has two judgments of turn {turn}."
-            )
-        turns[turn] = text_in(row, "judgment", where, empty=True)
+            raise BadInput(f"{where}: question {number} has two judgments of turn {turn}.")
+        turns[turn] = need(row, "judgment", str, where, empty=True)
     for key, turns in given.items():
         if len(turns) < 2:
             raise BadInput(f"{path}: question {key} has a judgment of one turn; two are needed.")

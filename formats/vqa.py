@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import BadInput, file_hash, refuse_lfs_pointer, whole_folder
-from formats.files import PackedImage, rows
+from formats.files import PackedImage, need, number_or_text, rows
 
 LETTERS = "ABCDEFGHIJ"
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA's, as the next
@@ -57,20 +57,9 @@ class Question:
     rotation: bool = False  # is it one besides the question itself?
 
 
-def need(row, key, kind, where):
-    """row[key], which must be of this kind, and no empty string."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if type(value) is not kind or value == "":
-        raise BadInput(f"{where}: `{key}` is {value!r:.80}; {kind.__name__} is needed.")
-    return value
-
-
 def id_of(row, key, where):
-    """row[key] as text; whole numbers and strings are accepted."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if type(value) not in (int, str) or value == "":
-        raise BadInput(f"{where}: `{key}` is {value!r:.80}; a number or a string is needed.")
-    return str(value)
+    """row[key] as text; whole numbers and texts are accepted."""
+    return str(number_or_text(row, key, where))
 
 
 def ten(answers, where):
@@ -250,7 +239,8 @@ def problem(row, where):
     image = (image,) if isinstance(image, str) and image else image
     if image is not None and not isinstance(image, (tuple, PackedImage)):
         raise BadInput(f"{where}: `image` is {image!r:.80}; the name of a file is needed.")
-    right = str(need(row, key, type(row.get(key)) if row.get(key) else str, where))
+    right = row.get(key)
+    right = str(right) if type(right) in (int, float) else need(row, key, str, where)
     return Question(where.rsplit(" ", 1)[1], image, text, text, right, {})
 
 

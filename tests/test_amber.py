@@ -352,7 +352,7 @@ def test_contestants(amber, monkeypatch, capsys):
             lambda rows: rows.append({"id": 999, "response": ""}),
             "an answer to id 999, which is no question",
         ),
-        (lambda rows: rows[5].update(id="6"), "row 5: `id` is '6'; int is needed"),
+        (lambda rows: rows[5].update(id="6"), "row 5: `id` is '6'; a whole number is needed"),
         (lambda rows: rows[5].update(response=None), "row 5: `response` is None"),
         (lambda rows: rows.insert(0, 3), "row 0: `question_id` is None"),
         (lambda rows: rows.clear(), r"id 1 has no answer \(0 answers"),

@@ -142,7 +142,7 @@ def test_answers_that_are_not_those_of_the_questions(coco, monkeypatch, rows, me
     "row, message",
     [
         ({"image_id": 9, "question": "?"}, "row 3: image id 9 is not in --instances"),
-        ({"image_id": "1", "question": "?"}, "row 3: `image_id` is '1'; int is needed"),
+        ({"image_id": "1", "question": "?"}, "row 3: `image_id` is '1'; a whole number is needed"),
         ({"image_id": 2}, "row 3: `question` is None"),
         ({"image_id": 1, "question": "Describe picture 1."}, "is there twice"),
     ],
@@ -178,7 +178,7 @@ def test_two_contestants(coco, monkeypatch, capsys):
     paired = details["after"]["intervals"]["chair_s"]
     assert paired["difference"] == -0.25 and paired["difference_high"] == 0
     assert paired["difference_low"] < -0.25 and paired["low"] < paired["value"] < paired["high"]
-    assert "out/changed-after.png: 1 captions with other hallucinated objects" in printed
+    assert "out/changed-after.png: before against after, 1 captions that hallucinate other objects" in printed
     write_lines(coco / "after.jsonl", [{"image_id": 1, "caption": "A dog."}])
     with pytest.raises(BadInput, match="image id 2 has a caption of before alone"):
         main(monkeypatch, *"--answers before.jsonl after.jsonl".split())

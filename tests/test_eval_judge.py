@@ -673,7 +673,7 @@ def test_a_judge_that_fails_in_the_middle_is_resumed(template, filled, serve, tm
     assert found["judge"] == "gpt-x" and found["served"] == "gpt-x-0613"
     assert found["date"] == time.strftime("%Y-%m-%d")
     assert found["characters"] == 8
-    assert "judge gpt-x, served as gpt-x-0613, 20" in capsys.readouterr().out
+    assert "judge gpt-x (gpt-x-0613), 20" in capsys.readouterr().out
 
     server.bodies.clear()
     main(*flags)
@@ -784,7 +784,7 @@ def test_a_checkpoint_as_contestant_and_as_judge(template, pictures, checkpoint,
         main(*flags, "--annotator", checkpoint)
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["unreadable"] == 4 and found["score"] == 0 and found["hallucination_rate"] == 1
-    assert found["judge"] == str(checkpoint) and len(found["served"]) == 16
+    assert found["judge"] == str(checkpoint) and found["served"].startswith("files ")
 
 
 @pytest.mark.parametrize(
@@ -914,3 +914,74 @@ def test_the_truth_judges(template, pictures, tmp_path):
     assert found["score"] == (6 + 2 + 0 + 3) / 4 and found["hallucination_rate"] == 0.5
     assert found["judge"] == "the toy world's truth"
     main(*flags)  # scored again, without a judge
+
+
+def test_the_truth_judges_each_picture(template, pictures, tmp_path):
+    """The same answer to the same question about two pictures: true of one, not of the other."""
+    thing = dict(colour="red", count=1, column=0, row=0)
+    scenes = {f"{i}.png": {"kind": "kitchen", "things": [thing | {"name": n}]}
+              for i, n in enumerate(("cup", "bowl"))}  # fmt: skip
+    write(tmp_path / "scenes.json", scenes)
+    same = dict(question="Describe the image.", model_answer="There is a red cup.")
+    rows = [hal_row(i, **same) for i in range(2)]
+    template = write(tmp_path / "t.json", [row | {"model_answer": ""} for row in rows])
+    flags = ("--questions", template, "--answers", write(tmp_path / "f.json", rows))
+    flags += ("--images", pictures, "--out", tmp_path / "out")
+    main(*flags, "--annotator", "oracle")
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["score"] == (6 + 0) / 2
+    assert len((tmp_path / "out" / "reviews.jsonl").read_text().splitlines()) == 2
+    main(*flags)  # the same pictures when it is scored again
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
+
+
+def test_answers_that_cannot_be_read_begin_no_folder(template, filled, tmp_path):
+    """When the file is mended, the same command works."""
+    broken = tmp_path / "broken.json"
+    broken.write_bytes(filled.read_bytes()[:-10])
+    flags = ("--questions", template, "--answers", broken, "--out", tmp_path / "out")
+    with pytest.raises(BadInput, match="broken.json"):
+        main(*flags)
+    assert not (tmp_path / "out").exists()
+    broken.write_bytes(filled.read_bytes())
+    main(*flags)
+
+
+@pytest.mark.parametrize("bad", [[1], {}, None, 1.5])
+def test_ids_that_are_no_ids(tmp_path, bad):
+    turns = {"question_id": bad, "category": "writing", "turns": ["a", "b"]}
+    needed = "`question_id` is .*; a number or a text is needed"
+    with pytest.raises(BadInput, match=needed):
+        mt_bench.read(write(tmp_path / "q.jsonl", [turns]))
+    said = {"question_id": bad, "choices": [{"turns": ["a", "b"]}]}
+    with pytest.raises(BadInput, match=needed):
+        mt_bench.read_answers(write(tmp_path / "a.jsonl", [said]), [])
+    rated = {"question_id": bad, "model": [bad], "turn": 1, "judgment": "[[1]]"}
+    with pytest.raises(BadInput, match=needed):
+        mt_bench.read_reviews(write(tmp_path / "r.jsonl", [rated]), [])
+    row = {"question_id": bad, "text": "x", "content": "8 7"}
+    for read in (llava_bench.read_answers, llava_bench.read_reviews):
+        with pytest.raises(BadInput, match=needed):
+            read(write(tmp_path / "l.jsonl", [row]), [])
+    if bad:
+        row = {"instruction": "x", "output": "y", "image": [bad]}
+        with pytest.raises(BadInput, match="`image` is .*; a text is needed"):
+            alpaca_eval.read_answers(write(tmp_path / "o.json", [row]), [])
+
+
+@pytest.mark.parametrize("turns", ["ab", ["a"], ["a", 3], None])
+def test_turns_that_are_no_turns(tmp_path, turns):
+    said = {"question_id": 1, "choices": [{"turns": turns}]}
+    with pytest.raises(BadInput, match="a list of two texts, is needed"):
+        mt_bench.read_answers(write(tmp_path / "a.jsonl", [said]), [])
+
+
+def test_the_better_of_two_answers_is_green():
+    """By the sum over its replies; equal sums are neither."""
+    questions = [Question(i, "", f"{i}.png", ("Q?",), (), {}) for i in range(3)]
+    replies = [[[("Rating: 6", "")], [("Rating: 1", "")], [("Rating: 2", "")]],
+               [[("Rating: 6", "")], [("Rating: 3", "")], [("no", "")]]]  # fmt: skip
+    said = [[("a",)] * 3, [("b",)] * 3]
+    images = ["0.png", "1.png", None]
+    rows = eval_judge.changed(mmhal, questions, replies, said, ("x", "y"), images)
+    assert rows == [("1.png", "Q?", [("x (1)", "a", False), ("y (3)", "b", True)])]

@@ -331,10 +331,38 @@ def test_intervals_of_little():
         comparison.compare({"a": np.zeros((2, 2)), "b": np.zeros((3, 2))}, accuracy)
 
 
+def test_columns_of_a_table_stand_under_each_other():
+    """Also figures from 0 to 100 beside fractions."""
+    units = {"base": np.array([[1, 1]] * 4 + [[0, 1]] * 4), "dpo": np.array([[1, 1]] * 8)}
+    figures = lambda sums: accuracy(sums) | {"percent": 100 * accuracy(sums)["accuracy"]}
+    head, *lines = comparison.table(comparison.compare(units, figures))
+    starts = {line.index(" .. ", head.index("95 %")) for line in lines[::2]}
+    assert all(line[head.index("95 %") - 1] == " " for line in lines)
+    value = head.index("value") + len("value")
+    assert all(line[value - 1].isdigit() and line[value] == " " for line in lines)
+    assert max(starts) < head.index("minus base")
+    minus = head.index("minus base") + len("minus base")
+    assert all(line[minus - 1].isdigit() for line in lines[1::2])
+
+
+def test_sheets_and_figures_of_several(tmp_path, capsys):
+    names = ("base", "a/dpo", "ppo")
+    asked = []
+    comparison.sheets(tmp_path, names, "answers that differ", lambda *two: asked.append(two) or [])
+    assert asked == [("base", "a/dpo"), ("base", "ppo")]
+    assert {p.name for p in tmp_path.iterdir()} == {"changed-a-dpo.png", "changed-ppo.png"}
+    assert "changed-ppo.png: base against ppo, 0 answers that differ" in capsys.readouterr().out
+    comparison.write_figures(tmp_path / "one", {"base": {"f1": 1}}, {"base": {}})
+    assert json.loads((tmp_path / "one/metrics.json").read_text()) == {"f1": 1}
+    two = {"base": {"f1": 1}, "dpo": {"f1": 0}}
+    comparison.write_figures(tmp_path / "one", two, {})
+    assert json.loads((tmp_path / "one/metrics.json").read_text()) == two
+
+
 def test_table_and_sheet(pictures, tmp_path):
     units = {"base": np.array([[1, 1]] * 4 + [[0, 1]] * 4), "dpo": np.array([[1, 1]] * 8)}
     lines = comparison.table(comparison.compare(units, accuracy), titles={"accuracy": "POPE"})
-    assert lines[0].split()[:2] == ["contestant", "value"] and lines[0].endswith("minus base")
+    assert lines[0].split()[:2] == ["contestant", "value"] and "minus base  95 % interval" in lines[0]
     assert lines[1].split()[:3] == ["POPE", "base", "0.5000"]
     assert lines[2].split()[:2] == ["dpo", "1.0000"] and lines[2].endswith("not 0")
     answers = [("base", "Yes " * 200, False), ("dpo", "No", True)]

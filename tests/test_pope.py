@@ -310,7 +310,7 @@ def test_two_contestants_from_files(pope, tmp_path, monkeypatch, capsys):
     assert paired["difference"] == pytest.approx(4 / 30)
     assert 0 <= paired["difference_low"] < 4 / 30 < paired["difference_high"]
     printed = capsys.readouterr().out
-    assert "12 answers differ between a and b" in printed
+    assert "a against b, 12 answers that differ" in printed
     assert (tmp_path / "out" / "changed-b.png").is_file()
 
 

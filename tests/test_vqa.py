@@ -83,19 +83,15 @@ def m4c_eval(answer, people):
 
 
 def llava_sqa(text, options):
-    """eval_science_qa.py: the index of the option, or -1."""
-    letters, text = list("ABCDE"), text.replace("\n", ". ")
-    if text.strip() in letters:
-        answer = text.strip()
+    """eval_science_qa.py of LLaVA's main branch: the index of the option, or -1."""
+    letters = list("ABCDE")
+    if text in letters:
+        answer = text
     elif len(text) >= 3 and text[0] in letters and text[1:3] == ". ":
         answer = text[0]
-    elif "The answer is " in text:
-        found = re.search(r"The answer is ([A-E])\.", text) or re.search(
-            r"The answer is ([A-E])", text
-        )
-        answer = found.group(1) if found else "FAILED"
     else:
-        answer = "FAILED"
+        found = re.compile(r"The answer is ([A-Z]).").findall(text)
+        answer = found[0] if len(found) == 1 else "FAILED"
     return letters.index(answer) if answer in letters[: len(options)] else -1
 
 
@@ -197,7 +193,7 @@ def test_short_answers_by_hand(said, people, vqa2, textvqa):
     assert eval_vqa.credit_textvqa(said, people) == pytest.approx(textvqa)
 
 
-LETTERED = ["A", "B.", "B. cat", "B.cat", " C ", "C\n", "\nC", "The answer is B.", "The answer is B", "", "Z", "a dog",
+LETTERED = ["A", "B.", "B. cat", "B.cat", " C ", "C\n", "\nC", "The answer is B.", "The answer is B", "The answer is B,", "The answer is A. The answer is A.", "", "Z", "a dog",
             "so The answer is D. no The answer is A", "The answer is F.", "The answer is ", "a", "E", "E. x", "AB", "A.",
             "A. ", "(B) cat", "(b", "(", "option c", "Option ", "the answer is d", "the answer is ", "A or B", "A A",
             "A dog and a bird", "B for all these", "B for all of these", "B is what I see in it", "I think that it is the cat", "I can't process this file. B",
@@ -443,10 +439,30 @@ def test_figures_of_aokvqa(files, monkeypatch):
 
 def test_figures_of_scienceqa(files, monkeypatch):
     paths, ids = files["scienceqa"]
-    write_lines(Path("a.jsonl"), rows_of(ids, ["C", "The answer is B"]))
+    write_lines(Path("a.jsonl"), rows_of(ids, ["C", "The answer is B."]))
     assert metrics(monkeypatch, paths, "a.jsonl") == {
         "benchmark": "scienceqa", "accuracy": 0.5, "unreadable": 0, "social science": 0, "with image": 1,
         "natural science": 1, "n": 2}  # fmt: skip
+
+
+def test_names_of_answers_that_differ_in_their_ending(files, monkeypatch):
+    """a.json and a.jsonl are two contestants; so are files whose names have a dot."""
+    paths, ids = files["problems"]
+    Path("a.json").write_text(json.dumps(rows_of(ids, ["yes"] * len(ids))))
+    write_lines(Path("a.jsonl"), rows_of(ids, ["no"] * len(ids)))
+    shutil.copy("a.json", "b-1.5.json")
+    for answers in (["a.json", "a.jsonl"], ["a.json", "b-1.5.json"]):
+        main(monkeypatch, "--questions", *paths, "--answers", *answers, "--out", "scored")
+        found = json.loads(Path("scored/metrics.json").read_text())
+        assert len(found) == 2 and found.keys() <= {"a.json", "a.jsonl", "a", "b-1.5"}
+        shutil.rmtree("scored")
+
+
+def test_a_right_answer_of_zero():
+    row = {"problem": "How many dogs?", "solution": 0, "image": "a.jpg"}
+    assert vqa.problem(row, "f, row 3").truth == "0"
+    with pytest.raises(BadInput, match="`solution` is None; a text is needed"):
+        vqa.problem(row | {"solution": None}, "f, row 3")
 
 
 def test_figures_of_mmbench(files, monkeypatch):
@@ -573,7 +589,7 @@ def test_contestants_and_rotations(files, checkpoint, monkeypatch, capsys):
     details = json.loads(Path("both/details.json").read_text())
     assert details["right"]["intervals"]["accuracy"]["difference"] == 1
     assert Path("both/changed-right.png").is_file()
-    assert "2 questions are worth something else" in capsys.readouterr().out
+    assert "2 answers of another worth" in capsys.readouterr().out
 
 
 def test_two_models(files, checkpoint, monkeypatch):
@@ -626,7 +642,7 @@ def test_answers_that_do_not_fit(files, rows, message):
         (b'[{"question_id": "9", "text": "a"}, 3]', "row 1: a int; an object is needed"),
         (
             b'{"question_id": "9", "text": "a", "round_id": []}\n',
-            "`round_id` is \\[\\]; int is needed",
+            "`round_id` is \\[\\]; a whole number is needed",
         ),
         (
             b'{"question_id": "9", "text": "a", "prompt": "Is it blue?"}\n',
