@@ -400,7 +400,8 @@ def finish(bench, questions, results, said, args):
             runs = details[name]["runs"]
             shown = ", ".join(f"{total:.1f}" for total in runs)
             print(f"{name}: total of each run {shown}; standard deviation {np.std(runs):.1f}")
-    print("\n".join(bench.remarks(questions)))
+    for line in bench.remarks(questions):
+        print(line)
 
     if args.out:
         comparison.write_figures(args.out, metrics, details)

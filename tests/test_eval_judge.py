@@ -758,7 +758,7 @@ def test_contestants_side_by_side(template, filled, serve, pictures, tmp_path, c
     details = json.loads((tmp_path / "out" / "details.json").read_text())
     assert details["other"]["intervals"]["score"]["difference"] == -3
     out = capsys.readouterr().out
-    assert "changed-other.png: 4 scores" in out and "minus filled" in out
+    assert "changed-other.png: filled against other, 4 scores" in out and "minus filled" in out
     assert (tmp_path / "out" / "changed-other.png").is_file()
 
 
