@@ -400,7 +400,8 @@ def main():
     clock.lap("setup")
     for step in range(first, steps):
         training.end_after_steps(save, step)
-        seconds, drawn, full, taken = Counter(), [], [], state["prompts"]
+        seconds, taken = Counter(), state["prompts"]
+        drawn, full = [], []  # the Groups of this iteration, and those with spread
         for attempt in range(ROUNDS if args.variant == "dapo" else 1):
             end = min(taken + size * args.minibatches - len(full), most)
             places = training.shuffled(taken, end, len(examples), args.seed)

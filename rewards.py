@@ -41,6 +41,10 @@ TEXT = 5  # words of a right answer that is compared word for word
 FORMAT_REQUEST = (
     "\nFirst think in <think> </think> tags, then give the final answer in <answer> </answer> tags."
 )
+ANNOTATOR_FLAGS = (
+    *("annotator", "annotator_device", "facts", "missing_facts"),
+    *("judge_url", "judge_model", "judge_key_file", "judge_workers"),
+)
 CORNER = r"\s*(-?(?:\d{1,9}(?:\.\d*)?|\.\d+))\s*"
 BOX = re.compile(rf"[\[(]{CORNER},{CORNER},{CORNER},{CORNER}[\])]")
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -82,8 +86,8 @@ def add_flags(parser):
 def check_flags(args):
     """Refuse flags of an annotator that nobody asks; fill in --annotator and --ask."""
     if args.reward == "exact":
-        for name in ("annotator", "annotator_device", "facts", "judge_url", "judge_model"):
-            if name in args.given:
+        for name in sorted(args.given):
+            if name in ANNOTATOR_FLAGS:
                 raise BadInput(f"{flag_name(name)} is for --reward annotator or mixed.")
         args.annotator = None  # for the run folder: none is loaded
     request = FORMAT_REQUEST if args.format_weight else ""

@@ -905,6 +905,22 @@ def test_bfloat16_with_several_minibatches(run):
     assert lines[0]["frac_reward_zero_std"] == 1 and lines[0]["grad_norm"] == 0
 
 
+def test_an_update_of_groups_without_spread(policy):
+    """No gradient; AdamW goes on where the update before went."""
+    model, processor, optimizer, examples, groups = policy
+    for one in groups:
+        one.advantages = grpo.advantages(one.rewards, True)
+    rest = (examples, VARIANTS["grpo"], settings())
+    state = lambda: [p.detach().clone() for p in training.trainable(model).values()]
+    moved = lambda a, b: any(not torch.equal(x, y) for x, y in zip(a, b))
+    states = [state()]
+    for some, norm in ((groups[2:3], 0), (groups, 1), (groups[2:3], 0)):
+        metrics = grpo.update(model, processor, optimizer, 1.0, some, *rest)
+        assert (metrics["grad_norm"] > 0) == norm
+        states.append(state())
+    assert [moved(a, b) for a, b in zip(states, states[1:])] == [False, True, True]
+
+
 def test_an_update_expects_its_images(policy, monkeypatch):
     """Of the groups that train, in the order of the micro-batches."""
     model, processor, _, examples, groups = policy

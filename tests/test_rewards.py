@@ -1,11 +1,15 @@
 """rewards.py: what of a text is the answer, each kind by its rule, which rows can be scored, the sum of the terms."""
 
+import argparse
 import math
+import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+import judge
 import rewards
 from common import BadInput
 from data import Record
@@ -311,6 +315,36 @@ def test_each_prompt_has_its_terms(picture):
     assert score(records[:1], answers[:1]) == [{"exact": [1.0, 0.0]}] and len(asked) == 1
 
 
+PIECES = ["1", "20", "0", "9" * 12, ".", "...", ",", "-", "+", "*", "/", "^", "(", ")", "[", "{", "}", "\\frac"]
+PIECES += ["\\sqrt", "sqrt", "pi", "√", " ", "\n", "%", "cm", "=", "<answer>", "</answer>", "\\boxed{", "yes", "No"]
+PIECES += ["A", "B.", "(C)", "two", "the", "e", "_", "٣", "²", "½", "'", "\x00", "inf", "[1,2,3,4]", "[0,.1,.2,.3]"]
+
+
+def test_whatever_a_model_says(picture):
+    """No text ends a run; a reward is between 0 and 1, and what is right as it stands is worth 1."""
+    rng, kinds = random.Random(0), set()
+    keys = {kind: record(kind, picture, row) for row, kind in enumerate("BCDEF")}
+    truths = ("number", "3"), ("letter", "B."), ("yes/no", "No"), ("text", "red"), ("box", "[9, 0, 20, 9]")
+    right = {one.prompt_key: truth for one, truth in zip(keys.values(), truths)}
+    score = rewards.scorer(SimpleNamespace(format_weight=1), right, None, square=True)
+    own = record("", picture, 9)
+    for _ in range(4000):
+        text = "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 12)))
+        for terms in score(list(keys.values()), [[text]] * 5):
+            assert all(0 <= x <= 1 for values in terms.values() for x in values), text
+        try:
+            answer = rewards.right_answer(replace(own, answers=(text,)))
+        except BadInput:
+            continue
+        if answer:
+            kinds.add(answer[0])
+            of_itself = rewards.scorer(
+                SimpleNamespace(format_weight=0), {own.prompt_key: answer}, None, False
+            )
+            assert of_itself([own], [[text]]) == [{"exact": [1.0]}], text
+    assert kinds == {"number", "letter", "yes/no", "text", "box"}
+
+
 @pytest.mark.parametrize(
     "text, want",
     [
@@ -325,6 +359,13 @@ def test_each_prompt_has_its_terms(picture):
 )
 def test_the_format(text, want):
     assert rewards.in_format(text) == want
+
+
+def test_every_flag_of_an_annotator_is_known():
+    """Those that judge.py adds."""
+    parser = argparse.ArgumentParser()
+    judge.add_flags(parser)
+    assert set(rewards.ANNOTATOR_FLAGS) == vars(parser.parse_args([])).keys()
 
 
 def test_flags_of_an_annotator_that_nobody_asks():
