@@ -356,7 +356,11 @@ class MLLM(nn.Module):
                 )
         if not features:
             return x
-        return x.masked_scatter(at_image[:, :, None], torch.cat(features).to(x.dtype))
+        # not masked_scatter: on a GPU its gradient waits to count the mask
+        features = torch.cat(features).to(x.dtype)
+        number = (at_image.flatten().cumsum(0) - 1).clamp(0, len(features) - 1)
+        shown = features.index_select(0, number).view_as(x)
+        return torch.where(at_image[:, :, None], shown, x)
 
     def run_llm(self, x, mask, position_ids, cache=None, prefix=0, wanted=None):
         """Run the LLM's blocks: embeddings (B, L, D), mask (B, 1, L, keys) -> states (B, L, D).

@@ -152,14 +152,16 @@ def encode(processor, record, every_turn=False, prompts_only=False):
 
 
 def share_prompt(examples):
-    """Examples of one image -> packed rows that share the image and the common part of the prompts.
+    """Examples of one image, or of one text, -> packed rows that share the start of the prompts.
 
     Each stays its own dialogue, invisible to the others: the loss is that of separate rows, for a
-    fraction of the tokens. Text-only examples stay alone.
+    fraction of the tokens.
     """
     groups = {}
-    for i, e in enumerate(examples):
-        groups.setdefault(e.record.image if e.record.image is not None else i, []).append(e)
+    alike = texts_alike([e for e in examples if e.record.image is None])
+    for e in examples:
+        image = e.record.image
+        groups.setdefault(alike[id(e)] if image is None else image, []).append(e)
 
     shared = []
     for group in groups.values():
@@ -176,6 +178,26 @@ def share_prompt(examples):
             scored += [torch.cat([unscored, s]) for s in e.scored]
         shared.append(Example(first[:common], answers, scored, group[0].record))
     return shared
+
+
+def texts_alike(examples):
+    """Text-only examples -> {id(example): number of its group}.
+
+    A group's prompts share their beginning, such as a passage with several questions: at least half
+    of what stands behind the beginning that all text-only prompts have, the system's sentence.
+    """
+    prompts = {id(e): e.prompt.tolist() for e in examples}
+    order = sorted(prompts, key=prompts.get)
+    same = lambda a, b: len(os.path.commonprefix([prompts[a], prompts[b]]))
+    system = same(order[0], order[-1]) if order else 0  # the first and the last in order
+
+    group, first = {}, None
+    for i, key in enumerate(order):
+        needed = (system + len(prompts[key])) / 2
+        if first is None or same(first, key) < needed:
+            first = key
+        group[key] = i if first == key else group[first]
+    return group
 
 
 def located(where, why):

@@ -23,7 +23,8 @@ from common import Parser, new_folder, run, whole_folder, write_json
 from formats.files import remember_images
 from lab.drawing import CLASSES
 from lab.oracle import Oracle
-from lab.toyworld import (
+from lab.reading import write_rows
+from lab.scenes import (
     CAPTION_PROMPTS,
     PLURALS,
     SYNONYMS,
@@ -31,7 +32,6 @@ from lab.toyworld import (
     open_questions,
     plural,
     some_choice,
-    write_rows,
     yes_no,
 )
 

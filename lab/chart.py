@@ -10,7 +10,13 @@ from lab.rows import FAMILIES, ROWS, after, bases, changes, figure, policies
 SCALE = 2  # pixels for one unit of the layout below
 WIDTH, HEIGHT, TOP = 660, 430, 86  # a panel; the head line
 LEFT, RIGHT, ABOVE, BELOW = 62, 14, 34, 52  # a panel's margins
-COLOURS = {"offline": "#1f5fb4", "bdhs": "#c4570c", "online": "#1c8048", "rl": "#8a2f9a"}
+COLOURS = {
+    "offline": "#1f5fb4",
+    "bdhs": "#c4570c",
+    "online": "#1c8048",
+    "rl": "#8a2f9a",
+    "judged": "#7a5c00",
+}
 GRAY, PALE = "#6b6b6b", "#c9c9c9"
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -139,7 +145,7 @@ def draw(cells, path, column, label):
     # From a step left of the lowest mean (a bar that goes on ends in an arrow) to where labels have room on the right.
     x0 = math.floor(max(min(every) / step - 0.3, lowest / step - 1)) * step
     x1 = math.ceil(max(max(every) + 0.3 * step, highest + 0.45 * (highest - x0)) / step) * step
-    sheet = Sheet(2 * WIDTH, TOP + 2 * HEIGHT)
+    sheet = Sheet(2 * WIDTH, TOP + -(-len(COLOURS) // 2) * HEIGHT)
     base = statistics.fmean(figure(r, ("chair", "chair_s")) for r in bases(cells).values())
     seeds = len(bases(cells))
     sheet.text(
@@ -152,7 +158,7 @@ def draw(cells, path, column, label):
     sheet.text(
         (14, 40),
         f"Large dot: mean of {seeds} seeds. Thin bars: lowest to highest seed. Black diamond: the model before training. "
-        "Small grey dots: the other three families.",
+        "Small grey dots: the other families.",
         GRAY,
     )
     sheet.text(

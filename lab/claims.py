@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.rows import after, bases, changes, figure, mean
+from lab.rows import FIGURES, after, bases, changes, figure, mean
 
 AMIRLOO = "Amirloo et al. 2024: data, online DPO, BDHS, RL"
 LI = "Li, Lin, Pei 2024: preferences against the loss of text abilities"
@@ -134,14 +134,40 @@ nine image shapes). Greedy answers equal theirs token for token. Adapters load i
 group, not the file: 160 MB of images in groups of 10 MB stay below 100 MB (`tests/test_layouts.py`)."""
 
 
+SHARES = ("judged-share-25", "judged-share-50", "judged-share-75", "judged-dpo")
+FLIPS = ("judged-dpo", "judged-flip-25", "judged-flip-50", "judged-flip-75")
+
+
 class Claim(NamedTuple):
-    """A claim of a paper: its sentence, what the paper reports, what happens here, the verdict's line."""
+    """A claim of a paper: its sentence, what the paper reports, what happens here, the verdict's line.
+
+    The last two are functions until `measured` calls them.
+    """
 
     paper: str
     sentence: str
     reported: str
     here: str
     verdict: str
+
+
+def measured(claim):
+    """The claim with its last two texts; open where a row that they tell of is not there yet."""
+    try:
+        return claim._replace(here=claim.here(), verdict=claim.verdict())
+    except KeyError as row:
+        return claim._replace(here=f"the row {row} is not measured yet.", verdict="**Open.**")
+
+
+def told(texts):
+    """The texts that these functions give, without those that tell of a row that is not there yet."""
+    found = []
+    for text in texts:
+        try:
+            found.append(text())
+        except KeyError:
+            continue
+    return found
 
 
 def verdict(*conditions):
@@ -172,6 +198,32 @@ class Figures:
 
     def value(self, row, column):
         return f"{mean(after(self.cells, row, column)):.3f}"
+
+    def list(self, rows, column):
+        """The rows' means, one after the other."""
+        return " / ".join(self.value(row, column) for row in rows)
+
+    def words(self, row):
+        return f"{mean(after(self.cells, row, 'words')):.1f}"
+
+    def base(self, column, digits=3):
+        """The base's mean."""
+        return f"{mean(figure(b, FIGURES[column]) for b in bases(self.cells).values()):.{digits}f}"
+
+    def llm_scores(self):
+        """The text score of the LLM before visual tuning, one a seed."""
+        return [cell["llm"]["mean"] for cell in self.cells["judged-dpo"].values()]
+
+    def llm(self):
+        return f"{mean(self.llm_scores()):.3f}"
+
+    def above_llm(self):
+        """The four methods whose text score is above the LLM's on every seed."""
+        return [
+            row
+            for row in ("judged-sft", "judged-steerlm", "judged-best", "judged-dpo")
+            if all(x > y for x, y in zip(after(self.cells, row, "text"), self.llm_scores()))
+        ]
 
     def change(self, row, column):
         """Mean change to the base in percentage points, with its sign."""
@@ -231,6 +283,7 @@ def claims(cells):
     """All testable claims of the three papers, in the papers' order."""
     f, n = Figures(cells), len(cells["dpo"])
     of = lambda a, b, column: f"{f.count(a, b, column)} of {n} seeds"
+    falling = lambda values: all(a > b for a, b in zip(values, values[1:]))
     higher = lambda values, others: all(a > b for a, b in zip(values, others))
     gains = lambda a, b, column: f.every(a, b, column)  # higher on every seed
     less = lambda a, b: f.every(b, a, "CHAIR_s")  # fewer hallucinations on every seed
@@ -238,17 +291,19 @@ def claims(cells):
         sorted((mean(after(cells, r, column)), r) for r in (row, a, b))[1][1] == row
     )
     files = ("povid.json", "povid_seen.json", "vlfeedback.jsonl")
-    return [
+    found = [
         Claim(
             AMIRLOO,
             "Offline DPO on corrupted answers lowers hallucination and costs open-ended quality. Online DPO does the reverse. Mixed-DPO lies between or is the best of both.",
             "POVID data, base → offline / online / mixed: POPE 86.40 → 88.09 / 86.49 / 88.03, Recall 68.13 → 73.48 / 68.45 / 74.53, "
             "LLaVA-W 80.85 → 78.63 / 82.61 / 82.75.",
-            f"on the same prompts, offline: {f.both('dpo')}, adversarial accuracy {f.hard('dpo')}. Online: {f.both('online-povid')}, {f.hard('online-povid')}. "
-            f"Mixed: {f.both('mixed')}, {f.hard('mixed')}. Online keeps more recall than offline on {of('online-povid', 'dpo', 'recall')} and gains less "
-            f"adversarial accuracy on {of('dpo', 'online-povid', 'POPE adversarial')}: the trade-off is as in the paper. But CHAIR_s falls as far online as offline. "
-            "Mixed lies between them in recall and in adversarial accuracy; its CHAIR_s is the highest of the three.",
-            verdict(
+            lambda: (
+                f"on the same prompts, offline: {f.both('dpo')}, adversarial accuracy {f.hard('dpo')}. Online: {f.both('online-povid')}, {f.hard('online-povid')}. "
+                f"Mixed: {f.both('mixed')}, {f.hard('mixed')}. Online keeps more recall than offline on {of('online-povid', 'dpo', 'recall')} and gains less "
+                f"adversarial accuracy on {of('dpo', 'online-povid', 'POPE adversarial')}: the trade-off is as in the paper. But CHAIR_s falls as far online as offline. "
+                "Mixed lies between them in recall and in adversarial accuracy; its CHAIR_s is the highest of the three."
+            ),
+            lambda: verdict(
                 gains("online-povid", "dpo", "recall"),
                 gains("dpo", "online-povid", "POPE adversarial"),
                 between("mixed", "dpo", "online-povid", "recall"),
@@ -259,11 +314,13 @@ def claims(cells):
             AMIRLOO,
             "Mixing adds nothing where online DPO is better than offline DPO everywhere.",
             "RLHF-V data, offline / online / mixed: POPE 83.86 / 85.40 / 85.57, LLaVA-W 70.58 / 79.66 / 78.46, Recall 64.26 / 68.13 / 67.82.",
-            f"on corrected samples, offline: {f.both('dpo-corrected')}. Online: {f.both('online')}. Mixed: {f.both('mixed-corrected')}. "
-            f"Online keeps more recall than offline on {of('online', 'dpo-corrected', 'recall')}; its CHAIR_s is lower on {of('dpo-corrected', 'online', 'CHAIR_s')} only, "
-            f"so the premise is met for recall alone. Mixed has a lower CHAIR_s than online on {of('online', 'mixed-corrected', 'CHAIR_s')}, for less recall: "
-            "a trade-off, not a gain.",
-            verdict(
+            lambda: (
+                f"on corrected samples, offline: {f.both('dpo-corrected')}. Online: {f.both('online')}. Mixed: {f.both('mixed-corrected')}. "
+                f"Online keeps more recall than offline on {of('online', 'dpo-corrected', 'recall')}; its CHAIR_s is lower on {of('dpo-corrected', 'online', 'CHAIR_s')} only, "
+                f"so the premise is met for recall alone. Mixed has a lower CHAIR_s than online on {of('online', 'mixed-corrected', 'CHAIR_s')}, for less recall: "
+                "a trade-off, not a gain."
+            ),
+            lambda: verdict(
                 gains("online", "dpo-corrected", "recall"),
                 less("online", "dpo-corrected"),
                 not (
@@ -276,18 +333,24 @@ def claims(cells):
             AMIRLOO,
             "A stronger annotator makes online DPO better.",
             "annotator LLaVA-1.6-7B → 34B (right on 81.88 → 93.90 % of RLHF-V's pairs): LLaVA-W 81.55 → 82.61, MMHal-V 2.72 → 2.94, Recall 67.40 → 68.45; POPE 86.54 → 86.49.",
-            f"the oracle is the strong annotator, the factual reward model the weak one. Weak → strong: CHAIR_s {f.chair('online-reward')} → {f.chair('online')}, "
-            f"recall {f.recall('online-reward')} → {f.recall('online')} points, POPE random {f.change('online-reward', 'POPE random')} → {f.change('online', 'POPE random')} points. "
-            f'Recall is higher with the oracle on {of("online", "online-reward", "recall")}. Nearly all of the difference is seed 1, where the policy learns to answer "No" '
-            f"(yes ratio {changes(cells, 'online-reward', 'yes ratio (adv.)')[1]:+.2f}). The oracle helps to keep recall and does not lower CHAIR_s further.",
-            verdict(gains("online", "online-reward", "recall"), less("online", "online-reward")),
+            lambda: (
+                f"the oracle is the strong annotator, the factual reward model the weak one. Weak → strong: CHAIR_s {f.chair('online-reward')} → {f.chair('online')}, "
+                f"recall {f.recall('online-reward')} → {f.recall('online')} points, POPE random {f.change('online-reward', 'POPE random')} → {f.change('online', 'POPE random')} points. "
+                f'Recall is higher with the oracle on {of("online", "online-reward", "recall")}. Nearly all of the difference is seed 1, where the policy learns to answer "No" '
+                f"(yes ratio {changes(cells, 'online-reward', 'yes ratio (adv.)')[1]:+.2f}). The oracle helps to keep recall and does not lower CHAIR_s further."
+            ),
+            lambda: verdict(
+                gains("online", "online-reward", "recall"), less("online", "online-reward")
+            ),
         ),
         Claim(
             AMIRLOO,
             "Pairs of an answer and its subtle corruption are at least as good as ranked answers.",
             "VLFeedback 5k ranked → its chosen answers (those written by LLaVA) corrupted by GPT-4: POPE 86.31 → 87.52, MMHal 2.92 → 3.03, LLaVA-W 83.10 → 88.64, Recall 68.03 → 70.13.",
-            f"corrupted truth: {f.both('dpo')}. Ranked samples: {f.both('dpo-ranked')}. The same trade-off as elsewhere: fewer hallucinations for less recall.",
-            untested(
+            lambda: (
+                f"corrupted truth: {f.both('dpo')}. Ranked samples: {f.both('dpo-ranked')}. The same trade-off as elsewhere: fewer hallucinations for less recall."
+            ),
+            lambda: untested(
                 "the two rows also differ in learning rate (2e-4, 5e-5), in images and in who wrote the chosen answers."
             ),
         ),
@@ -295,9 +358,11 @@ def claims(cells):
             AMIRLOO,
             "Prompts that the model has already seen in SFT are as good as new ones.",
             "corrupted VLFeedback, all prompts → only LLaVA's prompts: POPE 85.59 → 87.63, LLaVA-W 86.65 → 86.55, Recall 68.66 → 70.44, MMHal 3.39 → 2.85.",
-            f"DPO on corrupted truth, new images → images of SFT: CHAIR_s {f.chair('dpo')} → {f.chair('dpo-seen')}, adversarial accuracy {f.hard('dpo')} → {f.hard('dpo-seen')} points, "
-            f"recall {f.recall('dpo')} → {f.recall('dpo-seen')} points. None of the three is worse on every seed.",
-            verdict(
+            lambda: (
+                f"DPO on corrupted truth, new images → images of SFT: CHAIR_s {f.chair('dpo')} → {f.chair('dpo-seen')}, adversarial accuracy {f.hard('dpo')} → {f.hard('dpo-seen')} points, "
+                f"recall {f.recall('dpo')} → {f.recall('dpo-seen')} points. None of the three is worse on every seed."
+            ),
+            lambda: verdict(
                 not less("dpo", "dpo-seen"),
                 not gains("dpo", "dpo-seen", "recall"),
                 not gains("dpo", "dpo-seen", "POPE adversarial"),
@@ -307,25 +372,31 @@ def claims(cells):
             AMIRLOO,
             "Chosen answers of a weaker model are not worse than GPT-4V's.",
             "corrupted VLFeedback, chosen by GPT-4V → by LLaVA-1.5-7B: POPE 86.78 → 87.52, LLaVA-W 86.77 → 88.64, Recall 69.08 → 70.13, MMHal 3.30 → 3.03.",
-            "chosen answers are the truth or the base model's own; there is no second model.",
-            untested("it needs chosen answers of two models."),
+            lambda: (
+                "chosen answers are the truth or the base model's own; there is no second model."
+            ),
+            lambda: untested("it needs chosen answers of two models."),
         ),
         Claim(
             AMIRLOO,
             "BDHS with the attention mask is better than BDHS with noise, and noise is better than POVID's image distortion.",
             "POVID-5k, mask / noise / POVID's distortion: LLaVA-W 86.33 / 84.53 / 80.15, MM-Vet 43.4 / 41.38 / 41.28, MMHal-V 2.71 / 2.48 / 2.64, POPE 88.75 / 88.60 / 88.33.",
-            f"mask: {f.both('bdhs')}. Noise: {f.both('bdhs-noise')}. POVID: {f.both('povid')}. The mask has a lower CHAIR_s than the noise on {of('bdhs-noise', 'bdhs', 'CHAIR_s')} "
-            f"and more recall on {of('bdhs', 'bdhs-noise', 'recall')}. Noise is not better than POVID: POVID also learns from the corrupted truth, has the lowest CHAIR_s of the three and keeps the least recall.",
-            verdict(less("bdhs", "bdhs-noise"), less("bdhs-noise", "povid")),
+            lambda: (
+                f"mask: {f.both('bdhs')}. Noise: {f.both('bdhs-noise')}. POVID: {f.both('povid')}. The mask has a lower CHAIR_s than the noise on {of('bdhs-noise', 'bdhs', 'CHAIR_s')} "
+                f"and more recall on {of('bdhs', 'bdhs-noise', 'recall')}. Noise is not better than POVID: POVID also learns from the corrupted truth, has the lowest CHAIR_s of the three and keeps the least recall."
+            ),
+            lambda: verdict(less("bdhs", "bdhs-noise"), less("bdhs-noise", "povid")),
         ),
         Claim(
             AMIRLOO,
             "Reference guidance matters.",
             "mask alone → mask and guidance: at rho .98 LLaVA-W 82.25 → 86.54, MMHal-V 2.25 → 2.68; at .99 86.08 → 86.33 and 2.51 → 2.71. Recall falls: 77.46 → 76.10 and 77.04 → 75.58.",
-            f"mask alone: {f.both('mask-only')}, adversarial accuracy {f.hard('mask-only')}. With guidance: {f.both('bdhs')}, {f.hard('bdhs')}. Guidance keeps more recall on "
-            f"{of('bdhs', 'mask-only', 'recall')} and gains more adversarial accuracy on {of('bdhs', 'mask-only', 'POPE adversarial')}. It preserves recall but does not lower CHAIR_s further: "
-            f"CHAIR_s is higher with it on {of('bdhs', 'mask-only', 'CHAIR_s')}.",
-            verdict(
+            lambda: (
+                f"mask alone: {f.both('mask-only')}, adversarial accuracy {f.hard('mask-only')}. With guidance: {f.both('bdhs')}, {f.hard('bdhs')}. Guidance keeps more recall on "
+                f"{of('bdhs', 'mask-only', 'recall')} and gains more adversarial accuracy on {of('bdhs', 'mask-only', 'POPE adversarial')}. It preserves recall but does not lower CHAIR_s further: "
+                f"CHAIR_s is higher with it on {of('bdhs', 'mask-only', 'CHAIR_s')}."
+            ),
+            lambda: verdict(
                 gains("bdhs", "mask-only", "recall"),
                 gains("bdhs", "mask-only", "POPE adversarial"),
                 less("bdhs", "mask-only"),
@@ -335,18 +406,24 @@ def claims(cells):
             AMIRLOO,
             "Online BDHS is better than offline BDHS.",
             "POVID-5k, offline → online: MMHal-V 2.71 → 2.99, MMHal 2.61 → 2.80, POPE 88.75 → 88.83; but LLaVA-W 86.33 → 85.03, Recall 75.58 → 74.09.",
-            f"offline → online: CHAIR_s {f.chair('bdhs')} → {f.chair('bdhs-online')}, recall {f.recall('bdhs')} → {f.recall('bdhs-online')} points, adversarial accuracy "
-            f"{f.hard('bdhs')} → {f.hard('bdhs-online')} points. CHAIR_s is lower online on {of('bdhs', 'bdhs-online', 'CHAIR_s')}. The differences are smaller than those between seeds.",
-            verdict(less("bdhs-online", "bdhs"), gains("bdhs-online", "bdhs", "POPE adversarial")),
+            lambda: (
+                f"offline → online: CHAIR_s {f.chair('bdhs')} → {f.chair('bdhs-online')}, recall {f.recall('bdhs')} → {f.recall('bdhs-online')} points, adversarial accuracy "
+                f"{f.hard('bdhs')} → {f.hard('bdhs-online')} points. CHAIR_s is lower online on {of('bdhs', 'bdhs-online', 'CHAIR_s')}. The differences are smaller than those between seeds."
+            ),
+            lambda: verdict(
+                less("bdhs-online", "bdhs"), gains("bdhs-online", "bdhs", "POPE adversarial")
+            ),
         ),
         Claim(
             AMIRLOO,
             "A reward model trained on constructed pairs is below chance on other data, and RL with it collapses.",
             "trained on POVID, right on .99 of POVID's held-out pairs, on .24 (LLaVA-1.5-7B) or .34 (1.6-7B) of RLHF-V's, on .56 or .59 of VLFeedback's. PPO and RLOO with it are unstable; "
             "with a reward model of VLFeedback PPO reaches POPE 87.54, LLaVA-W 80.17.",
-            f"trained on corrupted truth, right on {f.accuracy('reward', 'vlfeedback.jsonl')} (with facts) and {f.accuracy('reward-plain', 'vlfeedback.jsonl')} (plain) of ranked samples of the base. "
-            f"PPO with either lowers CHAIR_s ({f.chair('ppo')} and {f.chair('ppo-plain-length')}). Tested on ranked samples only; the paper's lowest figures are on corrected ones (RLHF-V).",
-            verdict(
+            lambda: (
+                f"trained on corrupted truth, right on {f.accuracy('reward', 'vlfeedback.jsonl')} (with facts) and {f.accuracy('reward-plain', 'vlfeedback.jsonl')} (plain) of ranked samples of the base. "
+                f"PPO with either lowers CHAIR_s ({f.chair('ppo')} and {f.chair('ppo-plain-length')}). Tested on ranked samples only; the paper's lowest figures are on corrected ones (RLHF-V)."
+            ),
+            lambda: verdict(
                 all(v < 0.5 for v in f.held("reward", files[2]) + f.held("reward-plain", files[2])),
                 any(
                     c >= 0
@@ -359,9 +436,11 @@ def claims(cells):
             AMIRLOO,
             "IPO and SLiC are no worse than DPO, and better on open answers.",
             "POVID, DPO / IPO / SLiC: POPE 88.09 / 87.62 / 88.28, LLaVA-W 78.63 / 82.34 / 81.99, Recall 73.48 / 69.81 / 74.32, MM-Vet 40.60 / 43.99 / 41.51.",
-            f"on corrected samples, all at 5e-5, DPO: {f.both('dpo-corrected')}. SLiC: {f.both('slic')}; it stops at its margin and keeps more recall on {of('slic', 'dpo-corrected', 'recall')}, "
-            f"but its CHAIR_s is higher on {of('slic', 'dpo-corrected', 'CHAIR_s')}. IPO with sums over tokens (--loss ipo_sum): {f.both('ipo')}; it hardly moves at this rate. IPO per token (--loss ipo), as its authors confirmed it, was run apart from this table (the row's command with --loss ipo), beside DPO on the same bases. Means of three seeds: CHAIR_s -.19 (DPO -.56, IPO with sums -.14), recall -.3 points (-5.3, -.2), adversarial accuracy +4.3 (+4.8, +1.5). So it keeps recall and learns the short answers as DPO does; in captions it removes a third as many hallucinations.",
-            verdict(
+            lambda: (
+                f"on corrected samples, all at 5e-5, DPO: {f.both('dpo-corrected')}. SLiC: {f.both('slic')}; it stops at its margin and keeps more recall on {of('slic', 'dpo-corrected', 'recall')}, "
+                f"but its CHAIR_s is higher on {of('slic', 'dpo-corrected', 'CHAIR_s')}. IPO with sums over tokens (--loss ipo_sum): {f.both('ipo')}; it hardly moves at this rate. IPO per token (--loss ipo), as its authors confirmed it, was run apart from this table (the row's command with --loss ipo), beside DPO on the same bases. Means of three seeds: CHAIR_s -.19 (DPO -.56, IPO with sums -.14), recall -.3 points (-5.3, -.2), adversarial accuracy +4.3 (+4.8, +1.5). So it keeps recall and learns the short answers as DPO does; in captions it removes a third as many hallucinations."
+            ),
+            lambda: verdict(
                 gains("slic", "dpo-corrected", "recall"),
                 not less("dpo-corrected", "slic"),
                 not less("dpo-corrected", "ipo"),
@@ -370,68 +449,99 @@ def claims(cells):
         Claim(
             LI,
             "DPO is better than rejection sampling, SteerLM and SFT at following text instructions, and only DPO exceeds the LLM that LLaVA began with.",
-            "MT-Bench: Vicuna-1.5-13B 6.57, LLaVA-1.5-13B 5.99, SFT 5.01, SteerLM 5.70, rejection sampling 6.22, DPO 6.73.",
-            "no row of this table trains by rejection sampling or SteerLM.",
-            untested("it needs text benchmarks and an LLM that had abilities to lose."),
+            "MT-Bench: Vicuna-1.5-13B 6.57, LLaVA-1.5-13B 5.99, SFT 5.01, SteerLM 5.70, rejection sampling 6.22, DPO 6.73. The answers' lengths (characters): base 935, SFT 775, SteerLM 883, rejection sampling 1042, DPO 1476.",
+            lambda: (
+                f"text score of the LLM before it saw pictures {f.llm()}, of the base {f.base('text')}; SFT {f.value('judged-sft', 'text')}, SteerLM {f.value('judged-steerlm', 'text')}, "
+                f"rejection sampling {f.value('judged-best', 'text')}, DPO {f.value('judged-dpo', 'text')}. Words of a caption in the same order: base {f.base('words', 1)}, {f.words('judged-sft')}, {f.words('judged-steerlm')}, "
+                f"{f.words('judged-best')}, {f.words('judged-dpo')}. The prompts of the judged answers are about pictures, and no text task is among them."
+            ),
+            lambda: verdict(
+                gains("judged-dpo", "judged-best", "text"),
+                gains("judged-best", "judged-steerlm", "text"),
+                gains("judged-steerlm", "judged-sft", "text"),
+                f.above_llm() == ["judged-dpo"],
+            ),
         ),
         Claim(
             LI,
             "SFT on a teacher's answers hurts.",
             "LLaVA-1.5-13B → standard SFT: MT-Bench 5.99 → 5.01, LLaVA-Bench 73.1 → 63.7, POPE .859 → .850.",
-            "there is no teacher model.",
-            untested("the toy base is itself trained on the world's supervised answers."),
+            lambda: (
+                f"here the data's own answers are the truth, in the base's own style: text score {f.change('judged-sft', 'text')} points, adversarial accuracy {f.hard('judged-sft')}, {f.both('judged-sft')}."
+            ),
+            lambda: verdict(
+                all(c < 0 for c in changes(cells, "judged-sft", "text")),
+                all(c < 0 for c in changes(cells, "judged-sft", "POPE adversarial")),
+            ),
         ),
         Claim(
             LI,
-            "Rejection sampling is best on POPE and MMBench, and DPO pays a small tax on MMBench.",
-            "LLaVA-1.5-13B / rejection sampling / DPO: POPE .859 / .883 / .870, MMBench 67.4 / 67.6 / 66.8.",
-            "no row of this table trains by rejection sampling.",
-            untested("there is no row for rejection sampling, and no knowledge benchmark."),
+            "Rejection sampling is best on POPE.",
+            "LLaVA-1.5-13B / SFT / SteerLM / rejection sampling / DPO: POPE .859 / .850 / .878 / .883 / .870.",
+            lambda: (
+                f"adversarial accuracy, base {f.base('POPE adversarial')}, SFT {f.value('judged-sft', 'POPE adversarial')}, SteerLM {f.value('judged-steerlm', 'POPE adversarial')}, "
+                f"rejection sampling {f.value('judged-best', 'POPE adversarial')}, DPO {f.value('judged-dpo', 'POPE adversarial')}. In captions: rejection sampling {f.both('judged-best')}; DPO {f.both('judged-dpo')}."
+            ),
+            lambda: verdict(
+                *(
+                    gains("judged-best", f"judged-{other}", "POPE adversarial")
+                    for other in ("sft", "steerlm", "dpo")
+                )
+            ),
         ),
         Claim(
             LI,
             "The gain grows with the number of pairs and shrinks with wrong labels.",
             "MT-Bench with 25 / 50 / 75 / 100 % of the pairs (read from a plot): 6.39 / 6.46 / 6.61 / 6.73. With 0 / 25 / 50 / 75 % of the pairs swapped: 6.73 / 6.35 / 6.26 / 5.99. "
             "Half of the pairs swapped carries no preference, yet that run is above the base (5.99).",
-            "all rows have the same number of pairs and no swapped ones.",
-            untested("no row varies the number of pairs or their labels."),
+            lambda: (
+                f"with 25 / 50 / 75 / 100 % of the prompts, two epochs each: CHAIR_s {f.list(SHARES, 'CHAIR_s')}, adversarial accuracy {f.list(SHARES, 'POPE adversarial')}, text score {f.list(SHARES, 'text')}. "
+                f"With 0 / 25 / 50 / 75 % of the pairs exchanged: CHAIR_s {f.list(FLIPS, 'CHAIR_s')}, adversarial accuracy {f.list(FLIPS, 'POPE adversarial')}, text score {f.list(FLIPS, 'text')}."
+            ),
+            lambda: verdict(
+                falling([mean(after(cells, r, "CHAIR_s")) for r in SHARES]),
+                falling([-mean(after(cells, r, "CHAIR_s")) for r in FLIPS]),
+                falling([mean(after(cells, r, "text")) for r in FLIPS]),
+            ),
         ),
         Claim(
             LI,
-            "Pairs that a 13B model wrote also improve the 7B model.",
+            "Pairs that another model wrote also improve this one.",
             "LLaVA-1.5-7B → DPO on the 13B model's pairs: MT-Bench 5.87 → 6.23, MM-Vet 30.5 → 39.8.",
-            "there is one size of model.",
-            untested("it needs two sizes of model."),
+            lambda: (
+                f"pairs of the answers of another seed's base to the same prompts: {f.both('judged-transfer')}, adversarial accuracy {f.hard('judged-transfer')}; its own pairs: {f.both('judged-dpo')}, {f.hard('judged-dpo')}. Both models have one size."
+            ),
+            lambda: verdict(
+                all(c < 0 for c in changes(cells, "judged-transfer", "CHAIR_s")),
+                all(c > 0 for c in changes(cells, "judged-transfer", "POPE adversarial")),
+            ),
         ),
         Claim(
             SUN,
             "A reward model that reads facts about the image is more accurate.",
             "accuracies are not reported. Fact-RLHF against RLHF without facts, both 7B with a 13B reward model: MMHal 1.8 → 2.1, LLaVA-Bench 93.4 → 94.1.",
-            "with facts against plain, 500 steps: "
-            + ", ".join(
-                f"{f.accuracy('reward', x)} against {f.accuracy('reward-plain', x)} ({x})"
-                for x in files
-            )
-            + "; 1500 steps: "
-            + ", ".join(
-                f"{f.accuracy('reward-long', x)} against {f.accuracy('reward-plain-long', x)} ({x})"
-                for x in files
-            )
-            + f". There was little room to improve: on seed 0 the plain one is right on {100 * f.held('reward-plain-long', files[0])[0]:.1f} % of the pairs of povid.json after 1500 steps. The paper "
-            "expects the gain where the reward model sees badly. This one sees what the captions tell. Its LLM learned from images and hardly any text, and first has to learn to read the facts.",
-            verdict(
+            lambda: (
+                "with facts against plain: "
+                + ", ".join(
+                    f"{f.accuracy('reward', x)} against {f.accuracy('reward-plain', x)} ({x})"
+                    for x in files
+                )
+                + ". The paper expects the gain where the reward model sees badly."
+            ),
+            lambda: verdict(
                 *(higher(f.held("reward", x), f.held("reward-plain", x)) for x in files),
-                *(higher(f.held("reward-long", x), f.held("reward-plain-long", x)) for x in files),
             ),
         ),
         Claim(
             SUN,
             "Plain PPO makes answers longer and gains nothing; facts and a length term repair that.",
             "MMHal, 7B: SFT+ 1.8, RLHF 1.8, Fact-RLHF 2.1; LLaVA-Bench 86.3, 93.4, 94.1.",
-            f"plain PPO without the length term drifts, in the other direction: {f.both('ppo-plain')}, {f.cut('ppo-plain', 'words')} fewer words. The plain reward model punishes errors and not omissions, so the policy learns to "
-            f"say less. The length term repairs most of that ({f.recall('ppo-plain-length')} points), the factual reward model with the length term more ({f.recall('ppo')} points); but this last difference is one seed's "
-            f"({f.seeds('ppo-plain-length', 'recall')} against {f.seeds('ppo', 'recall')}).",
-            verdict(
+            lambda: (
+                f"plain PPO without the length term drifts, in the other direction: {f.both('ppo-plain')}, {f.cut('ppo-plain', 'words')} fewer words. The plain reward model punishes errors and not omissions, so the policy learns to "
+                f"say less. The length term repairs most of that ({f.recall('ppo-plain-length')} points), the factual reward model with the length term more ({f.recall('ppo')} points); but this last difference is one seed's "
+                f"({f.seeds('ppo-plain-length', 'recall')} against {f.seeds('ppo', 'recall')})."
+            ),
+            lambda: verdict(
                 all(c > 0 for c in changes(cells, "ppo-plain", "words")),
                 gains("ppo", "ppo-plain", "recall"),
                 gains("ppo-plain-length", "ppo-plain", "recall"),
@@ -441,39 +551,52 @@ def claims(cells):
             SUN,
             "A larger reward model helps a small policy.",
             "7B policy, reward model 7B → 13B: LLaVA-Bench 87.8 → 93.4; MMHal 1.8 → 1.8, MMBench 50.8 → 48.9.",
-            "there is one size of model.",
-            untested("it needs two sizes of model."),
+            lambda: "there is one size of model.",
+            lambda: untested("it needs two sizes of model."),
         ),
         Claim(
             SUN,
             "Human-made question-answer data in SFT improves capability benchmarks.",
             "LLaVA-7B → SFT+ with VQA-v2, A-OKVQA and Flickr30k: MMBench 38.7 → 52.1, POPE F1 76.0 → 82.7.",
-            "`python -m formats.instruct` builds these data from the public files; nothing was trained on them.",
-            untested("the toy world's instruction data are all of one source."),
+            lambda: (
+                "`python -m formats.instruct` builds these data from the public files; nothing was trained on them."
+            ),
+            lambda: untested("the toy world's instruction data are all of one source."),
         ),
         Claim(
             SUN,
             "Alignment costs a small policy abilities, and a large one not.",
             "SFT+ → Fact-RLHF, MMBench: 7B 52.1 → 51.4, 13B 57.5 → 60.1. POPE F1 falls in both: 82.7 → 81.5 and 82.8 → 81.9.",
-            f"PPO with the factual reward model changes POPE random by {f.change('ppo', 'POPE random')} and recall by {f.recall('ppo')} points.",
-            untested("there is one size of model."),
+            lambda: (
+                f"PPO with the factual reward model changes POPE random by {f.change('ppo', 'POPE random')} and recall by {f.recall('ppo')} points."
+            ),
+            lambda: untested("there is one size of model."),
         ),
     ]
+    return [measured(claim) for claim in found]
 
 
 def findings(cells):
     """The README's three."""
     f = Figures(cells)
-    return [
-        f"**Most hallucinations go, and the model still sees.** The default takes {f.cut('dpo')} off CHAIR_s. It costs {f.loss('dpo')} points of recall. "
-        f"Answers have {f.cut('dpo', 'words')} fewer words; most of the missing ones were about absent objects. Adversarial accuracy changes by {f.hard('dpo')} points, "
-        f"random accuracy by {f.change('dpo', 'POPE random')}.",
-        f"**BDHS needs no annotator, and here it needs no mask.** As published it gets {f.part('bdhs', 'dpo', 'CHAIR_s')} of the default's reduction of CHAIR_s for {f.loss('bdhs')} points of recall. "
-        f"With guidance alone (sentences of y+ are completed with the whole image in view) it gets {f.part('guidance-only', 'dpo', 'CHAIR_s')} of that reduction for {f.loss('guidance-only')} points. This base hallucinates with full sight; "
-        "hiding the image adds mistakes that it would not make.",
-        f"**A signal that punishes only what is wrong teaches the model to say less.** Recall falls by {f.loss('dpo-corrected')} points with DPO on corrected samples and by {f.loss('ppo-plain')} with PPO on a plain reward model. "
-        f"Online DPO with the oracle, which prefers the fuller of two equally true answers, lowers CHAIR_s as far as the default and loses {f.loss('online')} points. Fact-RLHF loses {f.loss('ppo')}.",
-    ]
+    return told(
+        [
+            lambda: (
+                f"**Most hallucinations go, and the model still sees.** The default takes {f.cut('dpo')} off CHAIR_s. It costs {f.loss('dpo')} points of recall. "
+                f"Answers have {f.cut('dpo', 'words')} fewer words; most of the missing ones were about absent objects. Adversarial accuracy changes by {f.hard('dpo')} points, "
+                f"random accuracy by {f.change('dpo', 'POPE random')}."
+            ),
+            lambda: (
+                f"**BDHS needs no annotator, and here it needs no mask.** As published it gets {f.part('bdhs', 'dpo', 'CHAIR_s')} of the default's reduction of CHAIR_s for {f.loss('bdhs')} points of recall. "
+                f"With guidance alone (sentences of y+ are completed with the whole image in view) it gets {f.part('guidance-only', 'dpo', 'CHAIR_s')} of that reduction for {f.loss('guidance-only')} points. This base hallucinates with full sight; "
+                "hiding the image adds mistakes that it would not make."
+            ),
+            lambda: (
+                f"**A signal that punishes only what is wrong teaches the model to say less.** Recall falls by {f.loss('dpo-corrected')} points with DPO on corrected samples and by {f.loss('ppo-plain')} with PPO on a plain reward model. "
+                f"Online DPO with the oracle, which prefers the fuller of two equally true answers, lowers CHAIR_s as far as the default and loses {f.loss('online')} points. Fact-RLHF loses {f.loss('ppo')}."
+            ),
+        ]
+    )
 
 
 def observations(cells):
@@ -481,34 +604,50 @@ def observations(cells):
     f, n = Figures(cells), len(cells["dpo"])
     gains = lambda row: [100 * c for c in changes(cells, row, "POPE adversarial")]
     rl = ("ppo", "ppo-plain", "ppo-plain-length", "ppo-oracle", "rloo")
-    return [
-        f"**Seeds differ.** With the default adversarial accuracy changes by {f.seeds('dpo', 'POPE adversarial')} points.",
-        f"**Corrections of the model's own samples teach it to say less.** A correction only removes text. Recall falls by {f.loss('dpo-corrected')} points at a quarter of the default's learning rate. "
-        f"Ranked samples keep recall ({f.recall('dpo-ranked')} points) and lower CHAIR_s less ({f.chair('dpo-ranked')}).",
-        f"**BDHS gets most of the default's gain without annotator**: {f.part('bdhs', 'dpo', 'CHAIR_s')} of its reduction of CHAIR_s and {f.part('bdhs', 'dpo', 'POPE adversarial')} of its gain in adversarial accuracy, for {f.loss('bdhs')} points of recall.",
-        f"**The mask is not needed here.** Guidance with the whole image in view: {f.both('guidance-only')}. With the mask: {f.both('bdhs')}. This base hallucinates with full sight, so its own completions are bias enough. Hiding the image adds errors that it would not make.",
-        f"**Online DPO keeps what offline DPO loses.** CHAIR_s falls as far ({f.chair('online')} against {f.chair('dpo')}) for {f.loss('online')} points of recall instead of {f.loss('dpo')}. "
-        f"On the prompts of the default: {f.both('online-povid')}, with a lower CHAIR_s than the default on {f.count('dpo', 'online-povid', 'CHAIR_s')} of {n} seeds and a smaller gain in adversarial accuracy ({f.hard('online-povid')} against {f.hard('dpo')}).",
-        f"**Fact-RLHF** (PPO, factual reward model, length term) takes {f.cut('ppo')} off CHAIR_s for {f.loss('ppo')} points of recall. RLOO, without a value network, does the same: {f.both('rloo')}.",
-        "**It depends on the reward model.** Two further runs of `python ppo.py` on two threads, not in this table, had reward models that were equally accurate on held-out pairs (.94) and "
-        "differed by rounding alone. They ended at CHAIR_s .070 and .281 (recall -2.0 and -.9 points). Read the table's figure as what one can get.",
-        f"**With the oracle as its reward PPO takes {f.cut('ppo-oracle')} off CHAIR_s** for {f.loss('ppo-oracle')} points of recall. Its CHAIR_s is {100 * (mean(after(cells, 'ppo', 'CHAIR_s')) - mean(after(cells, 'ppo-oracle', 'CHAIR_s'))):.1f} points lower than with the learned factual reward model, "
-        "less than the half-width of one seed: what limits PPO here is hardly its reward.",
-        f"**RL does little for yes/no answers.** Adversarial accuracy rises by more than half a point on at most {max(sum(g > 0.5 for g in gains(row)) for row in rl)} of {n} seeds for each of the {len(rl)} rows. "
-        "Yes/no answers are what the reward models learn last.",
-    ]
+    return told(
+        [
+            lambda: (
+                f"**Seeds differ.** With the default adversarial accuracy changes by {f.seeds('dpo', 'POPE adversarial')} points."
+            ),
+            lambda: (
+                f"**Corrections of the model's own samples teach it to say less.** A correction only removes text. Recall falls by {f.loss('dpo-corrected')} points at a quarter of the default's learning rate. "
+                f"Ranked samples keep recall ({f.recall('dpo-ranked')} points) and lower CHAIR_s less ({f.chair('dpo-ranked')})."
+            ),
+            lambda: (
+                f"**BDHS gets most of the default's gain without annotator**: {f.part('bdhs', 'dpo', 'CHAIR_s')} of its reduction of CHAIR_s and {f.part('bdhs', 'dpo', 'POPE adversarial')} of its gain in adversarial accuracy, for {f.loss('bdhs')} points of recall."
+            ),
+            lambda: (
+                f"**The mask is not needed here.** Guidance with the whole image in view: {f.both('guidance-only')}. With the mask: {f.both('bdhs')}. This base hallucinates with full sight, so its own completions are bias enough. Hiding the image adds errors that it would not make."
+            ),
+            lambda: (
+                f"**Online DPO keeps what offline DPO loses.** CHAIR_s falls as far ({f.chair('online')} against {f.chair('dpo')}) for {f.loss('online')} points of recall instead of {f.loss('dpo')}. "
+                f"On the prompts of the default: {f.both('online-povid')}, with a lower CHAIR_s than the default on {f.count('dpo', 'online-povid', 'CHAIR_s')} of {n} seeds and a smaller gain in adversarial accuracy ({f.hard('online-povid')} against {f.hard('dpo')})."
+            ),
+            lambda: (
+                f"**Fact-RLHF** (PPO, factual reward model, length term) takes {f.cut('ppo')} off CHAIR_s for {f.loss('ppo')} points of recall. RLOO, without a value network, does the same: {f.both('rloo')}."
+            ),
+            lambda: (
+                "**It depends on the reward model.** Two further runs of `python ppo.py` on two threads, not in this table, had reward models that were equally accurate on held-out pairs (.94) and "
+                "differed by rounding alone. They ended at CHAIR_s .070 and .281 (recall -2.0 and -.9 points). Read the table's figure as what one can get."
+            ),
+            lambda: (
+                f"**With the oracle as its reward PPO takes {f.cut('ppo-oracle')} off CHAIR_s** for {f.loss('ppo-oracle')} points of recall. Its CHAIR_s is {100 * (mean(after(cells, 'ppo', 'CHAIR_s')) - mean(after(cells, 'ppo-oracle', 'CHAIR_s'))):.1f} points lower than with the learned factual reward model, "
+                "less than the half-width of one seed: what limits PPO here is hardly its reward."
+            ),
+            lambda: (
+                f"**RL does little for yes/no answers.** Adversarial accuracy rises by more than half a point on at most {max(sum(g > 0.5 for g in gains(row)) for row in rl)} of {n} seeds for each of the {len(rl)} rows. "
+                "Yes/no answers are what the reward models learn last."
+            ),
+        ]
+    )
 
 
 def reward_observations(cells):
     """What no paper claims, of reward models."""
-    f = Figures(cells)
-    files = ("povid.json", "povid_seen.json", "vlfeedback.jsonl")
-    longer = [
-        100 * (mean(f.held(a, x)) - mean(f.held(b, x)))
-        for a, b in (("reward-long", "reward"), ("reward-plain-long", "reward-plain"))
-        for x in files
-    ]
-    return [
-        f"**500 steps are not the end.** 1500 steps add {min(longer):.1f} to {max(longer):.1f} points of accuracy, with and without facts. They do not fit into the eight minutes of a toy run.",
-        "**They favour the shorter answer.** On ranked samples and on povid.json the longer answer gets the higher score less often than the oracle chooses it. In the pairs they learn from, the longer one is seldom the better.",
-    ]
+    return told(
+        [
+            lambda: (
+                "**They favour the shorter answer.** On ranked samples and on povid.json the longer answer gets the higher score less often than the oracle chooses it. In the pairs they learn from, the longer one is seldom the better."
+            ),
+        ]
+    )

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from common import BadInput
 from lab.drawing import CLASSES, COLOURS, SCENES, Thing
-from lab.toyworld import (
+from lab.reading import write_rows
+from lab.scenes import (
     CAPTION_PROMPTS,
     PLACES,
     SHORT,
@@ -27,7 +28,6 @@ from lab.toyworld import (
     sentence,
     some_yes_no,
     tell,
-    write_rows,
     yes_no,
 )
 

@@ -26,7 +26,9 @@ REWARD = {  # what reward_model.py measures on held-out pairs: column
     "longer_preferred": "longer answer is the chosen one",
     "longer_favoured": "longer answer gets the higher score",
 }
-FRONT = ("dpo", "dpo-corrected", "bdhs", "guidance-only", "online", "ppo", "ppo-plain")
+FRONT = (
+    "dpo", "dpo-corrected", "bdhs", "guidance-only", "online", "ppo", "grpo", "judged-best", "judged-dpo"
+)  # fmt: skip
 BENCH = {
     "ours": "`dpo.py`'s loop",
     "naive": "the plain way: padded batch, all logits",
@@ -120,10 +122,10 @@ def log_table(cells):
 
 def front_table(cells):
     """The README's choice of rows and columns."""
-    columns = ("CHAIR_s", "recall", "POPE adversarial")
+    columns = ("CHAIR_s", "recall", "POPE adversarial", "text")
     start = bases(cells).values()
     lines = [["base", *(f"{mean(figure(b, FIGURES[c]) for b in start):.3f}" for c in columns), ""]]
-    for row in FRONT:
+    for row in [row for row in FRONT if row in cells]:
         shown = [
             f"{mean(after(cells, row, c)):.3f} ({100 * mean(changes(cells, row, c)):+.1f})"
             for c in columns

@@ -1,7 +1,8 @@
-"""The toy base model's parts, as transformers folders: a CLIP tower and a random tiny Llama.
+"""The toy base model's parts, as transformers folders: a CLIP tower and a tiny Llama.
 
-A real LLaVA is composed of a CLIP that was pretrained on images and an LLM; so is ours. The tower
-trains for half a minute. From the feature of every patch it learns to name what stands in that
+A real LLaVA is composed of a CLIP that was pretrained on images and an LLM that reads; so is ours.
+The LLM is made here with random weights and learns to read by sft.py's own command line (lab/toy.py
+and lab/reading.py). The tower trains here for half a minute. From the feature of every patch it learns to name what stands in that
 sixth of the image (class, colour, count: all of it true) and which sixth it is. The features are
 those that LLaVA takes: of the last layer but one. A tower that trains from scratch through the LLM
 would spend most of the training time just learning to see.
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from common import Progress, write_json
+from formats import checkpoints
 from training import schedule, shuffled
 from lab.drawing import CLASSES, COLOURS
 
@@ -78,7 +80,9 @@ def write(folder, world, seed, epochs=5):
 
     # tokenizer
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
-    bpe = tokenizer(json.loads((world / "instruct.json").read_text()), list(special.values()))
+    files = world / "instruct.json", world / "text_mix.json"
+    rows = [row for file in files for row in json.loads(file.read_text())]
+    bpe = tokenizer(rows, list(special.values()))
     PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=512, **special).save_pretrained(
         folder / "llm"
     )
@@ -101,6 +105,13 @@ def write(folder, world, seed, epochs=5):
     write_json(folder / "clip" / "preprocessor_config.json", steps | sizes | pixels)
 
 
+def take_llm(model, folder):
+    """Write the LLM of the LLaVA checkpoint in folder `model`, with its tokenizer, to `folder`."""
+    found, processor = checkpoints.load(model)
+    found.llm.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+
+
 def tokenizer(rows, special):
     """A byte-level BPE of 600 tokens, trained on LLaVA-Instruct rows in their prompt template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -108,7 +119,7 @@ def tokenizer(rows, special):
     texts = [
         [turn["value"].replace("<image>", "") for turn in row["conversations"]] for row in rows
     ]
-    texts = [f"{SYSTEM} USER: {prompt} ASSISTANT: {answer}" for prompt, answer in texts]
+    texts = [f"{SYSTEM} USER: {turns[0]} ASSISTANT: {turns[1]}" for turns in texts]
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = (

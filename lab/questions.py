@@ -7,7 +7,8 @@ of how many objects of a class there are, two where the picture has two of one, 
 import random
 
 from lab.oracle import Oracle
-from lab.toyworld import plural, some_choice, write_rows
+from lab.reading import write_rows
+from lab.scenes import plural, some_choice
 
 
 def rows_of(folder, seed):

@@ -16,6 +16,7 @@ import eval_pope
 import processes
 from common import read_json, whole_folder, write_json
 from formats.files import open_image
+from lab import text_score
 from training import fingerprint
 
 SPLITS = ("random", "popular", "adversarial")
@@ -51,14 +52,14 @@ def show_start(processor, examples):
 
 
 def evaluate(model, processor, args, out):
-    """POPE and CHAIR on the toy world's test scenes -> {"pope": figures, "chair": figures}.
+    """POPE, CHAIR and the text score in the toy world -> {"pope":, "chair":, "text": figures}.
 
     Writes the evaluations' files to `out`. None with --no-eval, and for a run on another model. A
     resumed run reads the figures that it wrote before. Of several processes, each answers a share.
     """
     if args.toy_world is None or args.no_eval:
         return None
-    files = {name: out / name / "metrics.json" for name in ("pope", "chair")}
+    files = {name: out / name / "metrics.json" for name in ("pope", "chair", "text")}
     if all(file.is_file() for file in files.values()):
         return {name: read_json(file) for name, file in files.items()}
 
@@ -66,10 +67,12 @@ def evaluate(model, processor, args, out):
     images = world / "images"
     questions = [world / f"pope_{split}.json" for split in SPLITS]
     truth = [world / "instances.json"], [world / "captions.json"], world / "synonyms.txt"
-    where = (out / "pope", out / "chair") if processes.number == 0 else (None, None)
-    pope = eval_pope.evaluate(model, processor, questions, images, where[0])
-    chair = eval_chair.evaluate(model, processor, *truth, images, where[1])
-    return {"pope": pope, "chair": chair}
+    where = [out / name if processes.number == 0 else None for name in files]
+    return {
+        "pope": eval_pope.evaluate(model, processor, questions, images, where[0]),
+        "chair": eval_chair.evaluate(model, processor, *truth, images, where[1]),
+        "text": text_score.evaluate(model, processor, world / "text_test.json", where[2]),
+    }
 
 
 def evaluate_start(model, processor, args, out):
@@ -113,15 +116,16 @@ def finish(out, before, after, seconds, args):
 
 
 def table(results):
-    """{name: {"pope", "chair"}} -> a text table, one row a name."""
+    """{name: {"pope", "chair", "text"}} -> a text table, one row a name."""
     splits = [f"POPE {split}" for split in SPLITS]
-    lines = [["", *splits, "yes ratio (adv.)", "CHAIR_s", "CHAIR_i", "recall", "words"]]
+    lines = [["", *splits, "yes ratio (adv.)", "CHAIR_s", "CHAIR_i", "recall", "words", "text"]]
     for name, result in results.items():
         pope, chair = result["pope"], result["chair"]
         figures = [pope[split]["accuracy"] for split in SPLITS]
         figures += [pope["adversarial"]["yes_ratio"]]
         figures += [chair["chair_s"], chair["chair_i"], chair["recall"]]
-        lines.append([name, *(f"{value:.3f}" for value in figures), f"{chair['length']:.1f}"])
+        lines.append([name, *(f"{value:.3f}" for value in figures)])
+        lines[-1] += [f"{chair['length']:.1f}", f"{result['text']['mean']:.3f}"]
 
     widths = [max(map(len, column)) for column in zip(*lines)]
     texts = []

@@ -9,9 +9,17 @@ CORRECTED = ["--lr", "5e-5"]
 CONSTRUCTED = ("povid.json", "povid_seen.json")
 # The base model's own answers, ranked by the oracle. Nothing is trained on them.
 TEST = ["--test-data", "vlfeedback.jsonl"]
-LONG = ["--steps", "1500"]  # three times the default
 MIX = ["--mix", "0.5"]
 BARE = ["--length-weight", "0"]
+# Two epochs, so that half of the pairs are half of the steps, as in Li et al. 2024.
+EPOCHS = ["--epochs", "2"]
+RATINGS = ["--ratings", "ratings.jsonl"]
+# Plain SFT from the base, with the settings of rejection_sampling.py and steerlm.py.
+SFT = [
+    *("--model", "@base", "--lora-rank", "16", "--lr", "4e-4", "--projector-lr", "0"),
+    *("--steps", "230", "--batch-size", "16", "--grad-accum", "1", "--save-every", "0"),
+]
+OTHER_BASE = ["--model", "@other-base", "--annotator", "oracle", "--max-new-tokens", "96"]
 # As many answers an iteration as PPO.
 RLOO = ["--advantage", "rloo", "--samples", "4", "--minibatches", "1"]
 
@@ -20,7 +28,8 @@ class Row(NamedTuple):
     """One method.
 
     commands: (script, data, further flags), one after the other. data: files of the toy world, or None for the
-    preferences.json of the command before. A flag "@row" is that row's run folder.
+    preferences.json of the command before. Flags: "@row" is that row's run folder, "@base" the base model, "@other-base"
+    that of the next seed, a name that ends in .jsonl a file of the toy world.
     """
 
     family: str
@@ -30,10 +39,11 @@ class Row(NamedTuple):
 
 
 FAMILIES = {
-    "offline": "Offline: DPO, IPO and SLiC on given pairs",
+    "offline": "Offline: DPO, IPO, SLiC, MPO and mDPO on given pairs",
     "bdhs": "BDHS and POVID: the model's own biased completions",
     "online": "Online and mixed DPO: the model's own answers, ordered",
-    "rl": "Reinforcement learning: PPO and RLOO",
+    "rl": "Reinforcement learning: PPO, RLOO and GRPO",
+    "judged": "The same judged answers, used in four ways (Li et al. 2024)",
     "reward": "Reward models",
 }
 ROWS = {
@@ -49,6 +59,8 @@ ROWS = {
         ("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo_sum", "--beta", "0.5", *CORRECTED])]),
     "slic": Row("offline", "SLiC, corrected samples", "SLiC, corrected samples", [
         ("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", "--beta", "0.5", *CORRECTED])]),
+    "mpo": Row("offline", "MPO, corrupted truth", "MPO", [("mpo.py", "povid.json", [])]),
+    "mdpo": Row("offline", "mDPO, corrupted truth", "mDPO", [("mdpo.py", "povid.json", [])]),
     "bdhs": Row("bdhs", "BDHS, offline", "BDHS, offline", [
         ("bdhs.py", "povid.json", []), ("dpo.py", None, BDHS)]),
     "bdhs-online": Row("bdhs", "BDHS, online", "BDHS, online", [
@@ -64,10 +76,6 @@ ROWS = {
     "reward": Row("reward", "reads facts", "", [("reward_model.py", CONSTRUCTED, TEST)]),
     "reward-plain": Row("reward", "plain", "", [
         ("reward_model.py", CONSTRUCTED, ["--no-facts", *TEST])]),
-    "reward-long": Row("reward", "reads facts, 1500 steps", "", [
-        ("reward_model.py", CONSTRUCTED, [*LONG, *TEST])]),
-    "reward-plain-long": Row("reward", "plain, 1500 steps", "", [
-        ("reward_model.py", CONSTRUCTED, ["--no-facts", *LONG, *TEST])]),
     "online": Row("online", "Online DPO, the oracle annotates", "online, oracle", [
         ("online_dpo.py", "rlhf_v.jsonl", [])]),
     "online-povid": Row(
@@ -89,8 +97,30 @@ ROWS = {
         ("ppo.py", "povid.json", ["--reward-model", "oracle", *BARE])]),
     "rloo": Row("rl", "RLOO, factual reward model", "RLOO, factual", [
         ("ppo.py", "povid.json", ["--reward-model", "@reward", *RLOO])]),
+    "grpo": Row("rl", "GRPO, exact answers and the oracle", "GRPO", [
+        ("grpo.py", ("questions.jsonl", "povid.json"), [])]),
+    "judged-sft": Row("judged", "SFT on the data's own answers", "SFT, data's answers", [
+        ("sft.py", "reference.json", SFT)]),
+    "judged-best": Row("judged", "Rejection sampling", "rejection sampling", [
+        ("rejection_sampling.py", "ratings.jsonl", [])]),
+    "judged-steerlm": Row("judged", "SteerLM, asked for the best", "SteerLM", [
+        ("steerlm.py", "ratings.jsonl", [])]),
+    "judged-dpo": Row("judged", "DPO on the judged answers", "DPO", [
+        ("dpo.py", "preferences.json", EPOCHS)]),
+    **{
+        f"judged-share-{share}": Row("judged", f"DPO, {share} % of the prompts", f"{share} % of the prompts", [
+            ("annotate.py", (), [*RATINGS, "--share", str(share / 100)]), ("dpo.py", None, EPOCHS)])
+        for share in (25, 50, 75)
+    },
+    **{
+        f"judged-flip-{flip}": Row("judged", f"DPO, {flip} % of the pairs exchanged", f"{flip} % exchanged", [
+            ("annotate.py", (), [*RATINGS, "--flip", str(flip / 100)]), ("dpo.py", None, EPOCHS)])
+        for flip in (25, 50, 75)
+    },
+    "judged-transfer": Row("judged", "DPO on another seed's base's answers", "another base's answers", [
+        ("annotate.py", "povid.json", OTHER_BASE), ("dpo.py", None, EPOCHS)]),
 }  # fmt: skip
-FIGURES = {  # column: where it is in {"pope":, "chair":}
+FIGURES = {  # column: where it is in {"pope":, "chair":, "text":}
     "POPE random": ("pope", "random", "accuracy"),
     "POPE popular": ("pope", "popular", "accuracy"),
     "POPE adversarial": ("pope", "adversarial", "accuracy"),
@@ -99,14 +129,25 @@ FIGURES = {  # column: where it is in {"pope":, "chair":}
     "CHAIR_i": ("chair", "chair_i"),
     "recall": ("chair", "recall"),
     "words": ("chair", "length"),
+    "text": ("text", "mean"),
 }
 
 
 def figure(result, place):
-    """The number at a place of {"pope", "chair"}."""
+    """The number at a place of {"pope", "chair", "text"}."""
     for key in place:
         result = result[key]
     return result
+
+
+def comparable(cells):
+    """Of the cells {row: {seed: summary}} those on the seeds of the default, in rows that have all."""
+    seeds = cells.get("dpo", {}).keys()
+    return {
+        row: {seed: by_seed[seed] for seed in seeds}
+        for row, by_seed in cells.items()
+        if seeds and seeds <= by_seed.keys()
+    }
 
 
 def policies(cells):

@@ -13,17 +13,24 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import processes
 from common import Parser, file_hash, flag_name, whole_folder
 from formats.files import remember_images
-from lab import drawing, toyworld
+from lab import toyworld
 
 VERSION = 1
+READ = (  # how the LLM learns to read: 3,500 steps of 16 descriptions
+    *("--steps", "3500", "--batch-size", "16", "--grad-accum", "1"),
+    *("--lr", "1.5e-3", "--projector-lr", "0", "--save-every", "0", "--dtype", "float32"),
+)
 HOME = Path(__file__).parents[1]  # the folder of the scripts
 CACHE = Path(".cache")
+PARSING = threading.Lock()  # ast.parse fails where two threads call it (Python 3.11)
 OWN_ANSWERS = ("vlfeedback.jsonl", "rlhf_v.jsonl")  # hold the base model's own answers
+RATED = ("ratings.jsonl", "preferences.json", "reference.json")  # what annotate.py writes of them
 
 
 def fill(args, settings):
@@ -47,7 +54,7 @@ def fill(args, settings):
             if "images" not in args.given:
                 args.images = str(Path(args.toy_world) / "images")
         if "vision" in settings:  # sft.py composes a new model
-            args.vision, args.llm = (str(parts(args.seed) / settings[n]) for n in ("vision", "llm"))
+            args.vision, args.llm = str(parts(args.seed) / "clip"), str(reader(args.seed))
         else:
             args.model = str(base(args.seed))
 
@@ -64,7 +71,8 @@ def made_of(*things):
     parts = [f"version {VERSION}"]
     for thing in things:
         if isinstance(thing, Path):
-            code = ast.parse(thing.read_text(encoding="utf-8"))
+            with PARSING:
+                code = ast.parse(thing.read_text(encoding="utf-8"))
             for node in ast.walk(code):
                 documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
                 if documented and ast.get_docstring(node) is not None:
@@ -81,7 +89,7 @@ def sources(*names):
 
 def world(seed):
     """The folder of the seed's world: images and data files in the public layouts."""
-    made = made_of(Path(toyworld.__file__), Path(drawing.__file__), seed)
+    made = made_of(*sources("lab/toyworld", "lab/drawing", "lab/scenes", "lab/reading"), seed)
     folder = CACHE / f"world-{made}"
     if not folder.exists():
         toyworld.write(folder, seed)
@@ -89,7 +97,7 @@ def world(seed):
 
 
 def parts(seed):
-    """The folder with the toy base model's parts: clip/ and llm/."""
+    """The folder with the toy base model's parts: clip/ and llm/, which has random weights."""
     folder = CACHE / f"parts-{made_of(*sources('lab/parts'), world(seed).name)}"
     if not folder.exists():
         from lab import parts as making
@@ -99,24 +107,43 @@ def parts(seed):
     return folder
 
 
+def reader(seed):
+    """The LLM that has learned to read: shipped for seed 0, built by sft.py for the others."""
+    shipped = Path(__file__).parent / "base" / "llm"
+    if seed == 0 and shipped.is_dir():
+        return shipped
+    code = sources("sft", "model", "attention", "data", "lab/parts")
+    folder = CACHE / f"reader-{made_of(*code, parts(seed).name, *READ)}"
+    if not folder.exists():
+        from lab import parts as making
+
+        print(f"teaching the toy LLM of seed {seed} to read, once", file=sys.stderr)
+        data, made = world(seed) / "text.json", parts(seed)
+        given = "--data", data, "--vision", made / "clip", "--llm", made / "llm", *READ
+        with whole_folder(folder) as aside:
+            script("sft.py", "--seed", seed, "--out", aside / "run", *given)
+            making.take_llm(aside / "run" / "model", aside / "llm")
+    return folder / "llm"
+
+
 def base(seed):
     """The toy base model: shipped for seed 0, built by sft.py's own command line for the others."""
     shipped = Path(__file__).parent / "base"
     if seed == 0 and shipped.is_dir():
         return shipped
     code = sources("sft", "model", "attention", "data", "lab/parts")
-    folder = CACHE / f"base-{made_of(*code, world(seed).name)}"
+    folder = CACHE / f"base-{made_of(*code, world(seed).name, reader(seed).parent.name)}"
     if not folder.exists():
         print(f"building the toy base model of seed {seed}, once", file=sys.stderr)
         with whole_folder(folder) as aside:
-            script("sft.py", "--seed", seed, "--out", aside / "run")
+            script("sft.py", "--seed", seed, "--out", aside / "run", "--dtype", "float32")
             os.replace(aside / "run" / "model", aside / "model")
     return folder / "model"
 
 
 def data_file(seed, name):
-    """A data file of the seed's world. Three of them hold the base model's own answers."""
-    if name == "ratings.jsonl":
+    """A data file of the seed's world. Those of OWN_ANSWERS and RATED are made with the base model."""
+    if name in RATED:
         return annotations(seed) / name
     if name == "questions.jsonl":
         return problems(seed) / name

@@ -13,6 +13,7 @@ import eval_vqa
 from common import BadInput
 from formats import alpaca_eval, llava_bench, mm_vet, mmhal, mt_bench, vqa
 from lab import benchmarks, toyworld
+from lab import scenes as scenes_of
 from lab.oracle import Oracle
 
 
@@ -20,7 +21,8 @@ from lab.oracle import Oracle
 def world(tmp_path_factory):
     """A small world, and its benchmarks -> (world, benchmarks)."""
     folder = tmp_path_factory.mktemp("toy")
-    toyworld.write(folder / "world", 0, 2, 2, 12, size=28)
+    texts = {"text": 2, "text_mix": 2, "text_test": 2}
+    toyworld.write(folder / "world", 0, 2, 2, 12, size=28, texts=texts)
     benchmarks.write(folder / "world", folder / "out", 0, limit=10)
     return folder / "world", folder / "out"
 
@@ -45,7 +47,7 @@ def test_amber_of_the_toy_world(world, tmp_path, monkeypatch):
         rows = []
         for q in questions:
             describes = q["query"] == benchmarks.CAPTION_PROMPTS[0]
-            text = toyworld.caption(scenes[q["image"]], rng, noise=noise) if describes else "No"
+            text = scenes_of.caption(scenes[q["image"]], rng, noise=noise) if describes else "No"
             rows.append({"id": q["id"], "response": text})
         (tmp_path / f"{noise}.json").write_text(json.dumps(rows))
         words = ["--rule", "plain", "--questions", query, "--answers", f"{noise}.json"]
@@ -100,7 +102,7 @@ def test_the_truth_judges_the_truth(bench, world, tmp_path, monkeypatch):
         said = []
         for q in questions:
             scene = oracle.scenes[q.image]
-            ghosts = toyworld.caption(scene, rng, noise=noise)
+            ghosts = scenes_of.caption(scene, rng, noise=noise)
             right = [oracle.question(q.image, turn)[2] for turn in q.turns]
             said.append(tuple(text or ghosts for text in right))
         Path(f"{noise}").mkdir()

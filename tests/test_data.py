@@ -592,8 +592,8 @@ def test_share_prompt_is_exact(images, build):
     ]
     examples = [processor.encode(r) for r in records] + [processor.encode(multi, every_turn=True)]
     shared = dataset.share_prompt(examples)
-    order = [0, 2, 4, 6, 1, 3, 5]  # by picture; rows without one stay alone
-    assert [len(e.answers) for e in shared] == [2 + 1 + 2 + 1, 2, 2, 1]
+    order = [0, 2, 4, 6, 1, 3, 5]  # by picture, and by text where there is none
+    assert [len(e.answers) for e in shared] == [2 + 1 + 2 + 1, 2, 2 + 1]
     assert (shared[0].prompt == processor.image_token_id).sum() == 4
     assert tokenizer.decode(shared[0].prompt).endswith(
         "\nWhat is"
@@ -619,6 +619,26 @@ def test_share_prompt_is_exact(images, build):
         sums = model.answer_log_probs(packed)
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=0)
     torch.testing.assert_close(sums, torch.stack([a.sum() for a in alone]), atol=1e-10, rtol=0)
+
+
+def test_share_prompt_of_texts():
+    """Questions about one passage share it, wherever they stand; other texts stay alone."""
+    processor = processor_of(byte_level())
+    passages = "This is a long text about a lamp.", "Another long text, about two phones."
+    questions = "What is it?", "Is there a lamp?", "How many?"
+    texts = [f"{p}\n{q}" for q in questions for p in passages] + ["Hello.", "How are you?"]
+    records = [Record(f"row {i}", None, (t,), ("Yes.",)) for i, t in enumerate(texts)]
+    examples = [processor.encode(r) for r in records]
+    shared = dataset.share_prompt(examples)
+    # This/What/Is ...: rows 0 2 4 are of the first passage, 1 3 5 of the second
+    assert [[a.tolist()[-5:] for a in e.answers] for e in shared] == [
+        [examples[i].answers[0].tolist()[-5:] for i in group]
+        for group in ([0, 2, 4], [1, 3, 5], [6], [7])
+    ]
+    for example, passage in zip(shared, passages):
+        assert processor.tokenizer.decode(example.prompt).endswith(passage + "\n")
+    tokens = lambda some: sum(len(e.prompt) + sum(map(len, e.answers)) for e in some)
+    assert tokens(shared) < 0.7 * tokens(examples)
 
 
 def test_share_prompt_of_one_changes_nothing():
@@ -846,7 +866,7 @@ def test_every_mode_of_pillow(tmp_path, monkeypatch):
         image = Image.new(mode, (20, 20), colour)
         if mode in ("P", "PA"):
             image.putpalette([v for v in range(256) for _ in "RGB"])
-        monkeypatch.setattr(Image, "open", lambda file: image)
+        monkeypatch.setattr(Image, "open", lambda file, formats=None: image)
         if expected:
             assert list(files.open_image(Path("x")).getpixel((3, 3))) == expected, mode
         else:

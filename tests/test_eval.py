@@ -861,7 +861,8 @@ def test_chair_mistakes(coco, monkeypatch, name):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "world"
-    toyworld.write(folder, 3, instruct_images=30, preference_images=5, test_images=8, size=48)
+    texts = {"text": 4, "text_mix": 9, "text_test": 3}
+    toyworld.write(folder, 3, 30, 5, 8, size=48, texts=texts)
     parts.write(folder / "parts", folder, 3, epochs=0)
     return folder
 

@@ -14,12 +14,13 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "common",
     "processes attention lora noise prefetch token_weights formats.files formats.anyres formats.weights "
     "lab.drawing",
-    "nf4 formats.pictures formats.benchmarks",
+    "nf4 formats.pictures formats.benchmarks lab.scenes",
     "model memory formats.mmhal formats.llava_bench formats.mm_vet formats.mt_bench "
-    "formats.alpaca_eval lab.toyworld",
-    "sharding data formats.adapters",
+    "formats.alpaca_eval lab.reading",
+    "sharding data formats.adapters lab.toyworld",
     "sampling facts formats.layouts formats.llava_original formats.chat",
-    "formats.dataset formats.ratings formats.instruct formats.checkpoints formats.vqa",
+    "formats.dataset formats.ratings formats.instruct formats.checkpoints formats.vqa "
+    "lab.text_score",
     "formats.inspector training corruption lab.oracle",
     "judge comparison lab.parts lab.questions lab.benchmarks",
     "evaluation rewards grouping",

@@ -30,6 +30,7 @@ def asked(monkeypatch, tmp_path):
 
     monkeypatch.setattr(report.eval_pope, "evaluate", evaluation("pope"))
     monkeypatch.setattr(report.eval_chair, "evaluate", evaluation("chair"))
+    monkeypatch.setattr(report.text_score, "evaluate", evaluation("text"))
     return seen
 
 
@@ -48,9 +49,9 @@ def test_no_evaluation(asked, llava):
 def test_the_start_is_evaluated_once(asked, llava):
     """The second run has the same figures and files; another model, world or template has its own."""
     first = report.evaluate_start(*llava, run(), Path("a/before"))
-    assert first == {"pope": {"pope": 1}, "chair": {"chair": 2}}
+    assert first == {"pope": {"pope": 1}, "chair": {"chair": 2}, "text": {"text": 3}}
     assert report.evaluate_start(*llava, run(), Path("b/before")) == first
-    assert asked == ["a/before/pope", "a/before/chair"]
+    assert asked == ["a/before/pope", "a/before/chair", "a/before/text"]
     assert Path("b/before/pope/answers.jsonl").read_text() == "pope"
 
     model, processor = llava
@@ -63,22 +64,22 @@ def test_the_start_is_evaluated_once(asked, llava):
     for name, start in (("f", "Be brief. "), ("g", "Be long. ")):
         processor.own = Template(start, "{}:", "{}")
         report.evaluate_start(model, processor, run(), Path(name))
-    assert asked[2::2] == ["c/pope", "d/pope", "e/pope", "f/pope", "g/pope"]
+    assert asked[3::3] == ["c/pope", "d/pope", "e/pope", "f/pope", "g/pope"]
 
 
 def test_a_resumed_run_keeps_the_start_that_it_has(asked, llava):
     """Although the cache has it too."""
     first = report.evaluate_start(*llava, run(), Path("a/before"))
     assert Path(".cache").is_dir()
-    assert report.evaluate_start(*llava, run(), Path("a/before")) == first and len(asked) == 2
+    assert report.evaluate_start(*llava, run(), Path("a/before")) == first and len(asked) == 3
 
 
 def test_after_training_nothing_comes_from_the_cache(asked, llava):
     """A resumed run alone takes what it had written before."""
     report.evaluate_start(*llava, run(), Path("a/before"))
     after = report.evaluate(*llava, run(), Path("a/after"))
-    assert len(asked) == 4
-    assert report.evaluate(*llava, run(), Path("a/after")) == after and len(asked) == 4
+    assert len(asked) == 6
+    assert report.evaluate(*llava, run(), Path("a/after")) == after and len(asked) == 6
 
 
 def test_what_is_asked(monkeypatch, llava):
@@ -86,12 +87,14 @@ def test_what_is_asked(monkeypatch, llava):
     seen = []
     monkeypatch.setattr(report.eval_pope, "evaluate", lambda *args: seen.append(args))
     monkeypatch.setattr(report.eval_chair, "evaluate", lambda *args: seen.append(args))
+    monkeypatch.setattr(report.text_score, "evaluate", lambda *args: seen.append(args))
     report.evaluate(*llava, run(), Path("out"))
     world = Path("world-1")
     questions = [world / f"pope_{split}.json" for split in ("random", "popular", "adversarial")]
     assert seen[0] == (*llava, questions, world / "images", Path("out/pope"))
     truth = [world / "instances.json"], [world / "captions.json"], world / "synonyms.txt"
     assert seen[1] == (*llava, *truth, world / "images", Path("out/chair"))
+    assert seen[2] == (*llava, world / "text_test.json", Path("out/text"))
 
 
 def test_half_of_an_evaluation_is_none(asked, llava):
@@ -108,21 +111,22 @@ def test_half_of_an_evaluation_is_none(asked, llava):
 
 
 def figures(first):
-    """POPE and CHAIR with figures that all differ: first, first + .01, ..."""
+    """POPE, CHAIR and text score with figures that all differ: first, first + .01, ..."""
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     split = lambda n: {name: first + 0.1 * n + 0.01 * i for i, name in enumerate(names)}
     pope = {name: split(n) for n, name in enumerate((*report.SPLITS, "mean"))}
     names = ("chair_i", "chair_s", "recall", "length")
-    return {"pope": pope, "chair": {name: first + 0.5 + 0.01 * i for i, name in enumerate(names)}}
+    chair = {name: first + 0.5 + 0.01 * i for i, name in enumerate(names)}
+    return {"pope": pope, "chair": chair, "text": {"mean": first + 0.08}}
 
 
 def test_table_by_hand():
     head, before, after = report.table({"before": figures(0.1), "after": figures(0.2)}).split("\n")
-    assert head.split("  ")[-1] == "words" and head.index("CHAIR_s") < head.index("CHAIR_i")
-    # accuracy of the three splits, yes ratio of the last, CHAIR_s, CHAIR_i, recall, words
-    want = ["0.100", "0.200", "0.300", "0.340", "0.610", "0.600", "0.620", "0.6"]
+    assert head.split()[-1] == "text" and head.index("CHAIR_s") < head.index("CHAIR_i")
+    # accuracy of the three splits, yes ratio of the last, CHAIR_s, CHAIR_i, recall, words, text
+    want = ["0.100", "0.200", "0.300", "0.340", "0.610", "0.600", "0.620", "0.6", "0.180"]
     assert before.split() == ["before", *want]
-    want = ["0.200", "0.300", "0.400", "0.440", "0.710", "0.700", "0.720", "0.7"]
+    want = ["0.200", "0.300", "0.400", "0.440", "0.710", "0.700", "0.720", "0.7", "0.280"]
     assert after.split() == ["after", *want]
 
 

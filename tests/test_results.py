@@ -5,25 +5,41 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common import BadInput
 from lab import chart, claims, pages, report, reproduce
-from lab.rows import ROWS
+from lab.rows import ROWS, comparable
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def cells():
-    return json.loads((ROOT / "results" / "results.json").read_text())
+    """Figures of three seeds, measured once; those of later rows are the default's, text scores .7."""
+    cells = json.loads((ROOT / "tests" / "data" / "results.json").read_text())
+    for row in ROWS:
+        cells.setdefault(row, copy.deepcopy(cells["dpo"]))
+        for cell in cells[row].values() if ROWS[row].family != "reward" else ():
+            for side in ("before", "after"):
+                cell[side]["text"] = {"mean": 0.7}
+            cell["llm"] = {"mean": 0.8}
+    return {row: cells[row] for row in ROWS}
+
+
+@pytest.fixture(scope="module")
+def real():
+    """What the pages show: results/results.json."""
+    return comparable(json.loads((ROOT / "results" / "results.json").read_text()))
 
 
 def summary(accuracy, chair_s, recall=0.9, words=30.0):
     split = {"accuracy": accuracy, "yes_ratio": 0.5}
     chair = {"chair_s": chair_s, "chair_i": 0.1, "recall": recall, "length": words}
-    return {"pope": {"random": split, "popular": split, "adversarial": split}, "chair": chair}
+    splits = dict.fromkeys(("random", "popular", "adversarial"), split)
+    return {"pope": splits, "chair": chair, "text": {"mean": 0.7}}
 
 
 def by_seed(before, *after):
@@ -48,7 +64,7 @@ def test_table_by_hand():
     assert lines[2].startswith("| base | 2 | 0.850 ± 0.071 |") and "| 0.600 ± 0.000 |" in lines[2]
     assert lines[3].startswith("| DPO, corrupted truth (default) | 2 | 0.900 ± 0.000 (+0.050) |")
     assert "| 0.300 ± 0.141 (-0.300) |" in lines[3]
-    assert lines[3].endswith("| 30.0 ± 0.0 (+0.0) | 2.0 |")
+    assert lines[3].endswith("| 30.0 ± 0.0 (+0.0) | 0.700 ± 0.000 (+0.000) | 2.0 |")
     assert lines[4].startswith("| RLOO, factual reward model | 2 |") and len(lines) == 5
 
 
@@ -101,13 +117,65 @@ def test_another_rows_folder(tmp_path):
     assert reproduce.written("--mix", 1, tmp_path) == "--mix"
 
 
-def test_no_pages_of_half_the_rows(cells):
-    assert reproduce.incomplete(cells) == ""
-    assert reproduce.incomplete({r: c for r, c in cells.items() if r not in ("ipo", "ppo")}) == (
-        "no cell of ipo, ppo"
-    )
-    half = cells | {"ipo": {"0": cells["ipo"]["0"]}}
-    assert reproduce.incomplete(half) == "rows differ in seeds"
+@pytest.fixture
+def cells_run(tmp_path, monkeypatch):
+    """lab.reproduce with cells that take no time: a function of its arguments -> what ran, in order."""
+    ran = []
+    monkeypatch.setattr(reproduce.toy, "base", lambda seed: ran.append(("base", seed)))
+    monkeypatch.setattr(reproduce, "prepare", lambda seed, what: ran.append((what, seed)))
+
+    def run_cell(row, seed, quick, folder):
+        ran.append((row, seed))
+        if (row, seed) == ("povid", 7):
+            raise BadInput("povid, seed 7, failed")
+        return {"minutes": 1.0}
+
+    monkeypatch.setattr(reproduce, "run_cell", run_cell)
+
+    def start(seeds, only, jobs=3):
+        args = SimpleNamespace(seeds=seeds, only=only, jobs=jobs, quick=False)
+        reproduce.run_all(args, tmp_path, tmp_path / "results.json")
+
+    return start, ran
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_what_a_cell_waits_for_runs_first(cells_run, tmp_path, jobs):
+    """The base, what rows share, another row's run folder; and each of them once."""
+    start, ran = cells_run
+    start([1, 2], ["ppo", "judged-dpo", "reward", "dpo"], jobs)
+    assert len(ran) == len(set(ran)) == 2 + 2 * 3 + 2 * 4
+    place = {what: i for i, what in enumerate(ran)}
+    for seed in (1, 2):
+        assert place["base", seed] < 2
+        assert place["reward", seed] < place["ppo", seed]
+        assert place["ratings.jsonl", seed] < place["judged-dpo", seed]
+        assert place["evaluation", seed] < min(place[row, seed] for row in ("dpo", "ppo"))
+        assert place["vlfeedback.jsonl", seed] < place["reward", seed]
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [*written] == ["dpo", "reward", "ppo", "judged-dpo"]  # as in ROWS
+    assert all([*by_seed] == ["1", "2"] for by_seed in written.values())
+
+
+def test_cells_run_once_and_one_that_fails_stops_no_other(cells_run, tmp_path):
+    start, ran = cells_run
+    start([1], ["dpo"])
+    with pytest.raises(BadInput, match="povid, seed 7, failed"):
+        start([1, 7], ["dpo", "povid", "bdhs"], 1)
+    cells = [one for one in ran if one[0] in ROWS]
+    assert cells == [("dpo", 1), ("bdhs", 1), ("povid", 1), ("dpo", 7), ("bdhs", 7), ("povid", 7)]
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert {row: [*by_seed] for row, by_seed in written.items()} == {
+        "dpo": ["1", "7"],
+        "bdhs": ["1", "7"],
+        "povid": ["1"],
+    }
+
+
+def test_pages_are_of_the_seeds_of_the_default():
+    one, two, three = {"0": 1}, {"0": 1, "1": 2}, {"0": 1, "1": 2, "2": 3}
+    assert comparable({"dpo": two, "ipo": one, "ppo": three}) == {"dpo": two, "ppo": two}
+    assert comparable({"ipo": one}) == comparable({}) == {}
 
 
 def test_report_writes_pages_elsewhere_and_trains_nothing(cells, tmp_path, monkeypatch, capsys):
@@ -119,12 +187,19 @@ def test_report_writes_pages_elsewhere_and_trains_nothing(cells, tmp_path, monke
     reproduce.main()
     names = {"results.json", "README.md", "chart.png", "chart_pope.png"}
     assert {p.name for p in tmp_path.iterdir()} == names
-    page = (ROOT / "results" / "README.md").read_text()
-    assert (tmp_path / "README.md").read_text() == page and pages.table(cells) in page
+    page = (tmp_path / "README.md").read_text()
+    assert pages.table(cells) in page and "**Open.**" not in page
     assert (ROOT / "README.md").read_bytes() == readme
     assert pages.table(cells) in capsys.readouterr().out
-    (tmp_path / "results.json").write_text(json.dumps({"dpo": cells["dpo"]}))
-    with pytest.raises(BadInput, match="the pages need all rows with the same seeds; no cell of"):
+
+    # rows that are not there: their claims are open, and nothing else tells of them
+    few = {row: cells[row] for row in ("dpo", "dpo-corrected", "reward")}
+    (tmp_path / "results.json").write_text(json.dumps(few))
+    reproduce.main()
+    page = (tmp_path / "README.md").read_text()
+    assert "the row 'online-povid' is not measured yet." in page and "**Open.**" in page
+    (tmp_path / "results.json").write_text(json.dumps({"ipo": cells["ipo"]}))
+    with pytest.raises(BadInput, match="the pages need the row dpo"):
         reproduce.main()
 
 
@@ -175,11 +250,11 @@ VERDICTS = {  # read by hand from the seeds' figures
     "Online BDHS": "Does not hold here",
     "A reward model trained": "Does not hold here",
     "IPO and SLiC": "Holds in part",
-    "DPO is better than": "Cannot be tested here",
-    "SFT on a teacher": "Cannot be tested here",
-    "Rejection sampling": "Cannot be tested here",
-    "The gain grows": "Cannot be tested here",
-    "Pairs that a 13B": "Cannot be tested here",
+    "DPO is better than": "Does not hold here",
+    "SFT on a teacher": "Does not hold here",
+    "Rejection sampling": "Does not hold here",
+    "The gain grows": "Does not hold here",
+    "Pairs that another": "Holds here",
     "A reward model that reads": "Does not hold here",
     "Plain PPO": "Holds in part",
     "A larger reward": "Cannot be tested here",
@@ -224,6 +299,30 @@ def changed(cells, row, place, value):
         ("Plain PPO", "ppo-plain", ("chair", "length"), lambda s, v: 50.0, "Holds here"),
         ("A reward model trained", "ppo", ("chair", "chair_s"), lambda s, v: 0.9, "Holds in part"),
         ("Mixing adds", "online", ("chair", "chair_s"), lambda s, v: 0.01, "Holds here"),
+        ("DPO is better", "judged-dpo", ("text", "mean"), lambda s, v: 0.9, "Holds in part"),
+        # above the LLM on two seeds of three is not enough, and above the others it is
+        (
+            "DPO is better",
+            "judged-dpo",
+            ("text", "mean"),
+            lambda s, v: 0.75 if s == "1" else 0.9,
+            "Holds in part",
+        ),
+        ("SFT on a", "judged-sft", ("text", "mean"), lambda s, v: 0.6, "Holds in part"),
+        (
+            "Rejection",
+            "judged-best",
+            ("pope", "adversarial", "accuracy"),
+            lambda s, v: 0.99,
+            "Holds here",
+        ),
+        (
+            "Pairs that another",
+            "judged-transfer",
+            ("chair", "chair_s"),
+            lambda s, v: 0.9,
+            "Holds in part",
+        ),
     ],
 )
 def test_a_verdict_follows_the_figures(cells, begin, row, place, value, verdict):
@@ -234,10 +333,9 @@ def test_a_verdict_follows_the_figures(cells, begin, row, place, value, verdict)
 
 def test_facts_would_make_the_reward_model_more_accurate(cells):
     cells = copy.deepcopy(cells)
-    for row in ("reward", "reward-long"):
-        for cell in cells[row].values():
-            for held in cell["after"]["reward"].values():
-                held["accuracy"] = 0.99
+    for cell in cells["reward"].values():
+        for held in cell["after"]["reward"].values():
+            held["accuracy"] = 0.99
     (claim,) = [c for c in claims.claims(cells) if c.sentence.startswith("A reward model that")]
     assert claim.verdict == "**Holds here.**" and "0.990 against 0.837 (povid.json)" in claim.here
 
@@ -291,39 +389,39 @@ def test_fill_by_hand():
         pages.fill(text, {"z": "3"})
 
 
-def test_pages_are_those_of_the_results(cells):
+def test_pages_are_those_of_the_results(real):
     """`python -m lab.reproduce --report` would change nothing."""
     gpu = json.loads((ROOT / "results" / "gpu.json").read_text())
-    assert (ROOT / "results" / "README.md").read_text() == pages.results_page(cells, gpu)
+    assert (ROOT / "results" / "README.md").read_text() == pages.results_page(real, gpu)
     bench = json.loads((ROOT / "results" / "bench.json").read_text())
     readme = (ROOT / "README.md").read_text()
-    assert pages.fill(readme, pages.blocks(cells, bench, gpu)) == readme
-    first = cells["dpo"]["0"]
+    assert pages.fill(readme, pages.blocks(real, bench, gpu)) == readme
+    first = real["dpo"]["0"]
     assert report.table({"before": first["before"], "after": first["after"]}) in readme
-    for row, seeds in cells.items():
-        assert row in ROWS and sorted(seeds) == ["0", "1", "2"]
+    assert set(real) <= set(ROWS)
 
 
-def test_front_page(cells):
+def test_front_page(real):
     """One page of moderate length whose table, read back, is the results' means; codes of claims stand nowhere."""
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 220
-    assert f"all {sum(row.family != 'reward' for row in ROWS.values())} methods" in readme
-    lines = pages.front_table(cells).splitlines()
-    assert len(lines) == 2 + 8 and pages.front_table(cells) in readme
+    lines = pages.front_table(real).splitlines()
+    assert pages.front_table(real) in readme
     for line in lines[3:]:
-        name, chair_s, recall, hard, _ = [cell.strip() for cell in line.strip("|").split("|")]
+        name, *shown, _ = [cell.strip() for cell in line.strip("|").split("|")]
         (row,) = [r for r in ROWS if ROWS[r].name == name]
-        seeds = cells[row].values()
-        for shown, place in (
-            (chair_s, ("chair", "chair_s")),
-            (recall, ("chair", "recall")),
-            (hard, ("pope", "adversarial", "accuracy")),
-        ):
+        seeds = real[row].values()
+        places = [
+            ("chair", "chair_s"),
+            ("chair", "recall"),
+            ("pope", "adversarial", "accuracy"),
+            ("text", "mean"),
+        ]
+        for cell, place in zip(shown, places, strict=True):
             get = lambda result: pages.figure(result, place)
-            after = sum(get(c["after"]) for c in seeds) / 3
-            change = 100 * sum(get(c["after"]) - get(c["before"]) for c in seeds) / 3
-            assert shown == f"{after:.3f} ({change:+.1f})"
+            after = sum(get(c["after"]) for c in seeds) / len(seeds)
+            change = 100 * sum(get(c["after"]) - get(c["before"]) for c in seeds) / len(seeds)
+            assert cell == f"{after:.3f} ({change:+.1f})"
     for page in (readme, (ROOT / "results" / "README.md").read_text()):
         assert not re.search(r"\b[CDE]\d{1,2}\b", page)
 

@@ -9,7 +9,7 @@ import pytest
 
 from common import run
 from formats.files import image_folders
-from lab import oracle, toy
+from lab import oracle, parts, toy
 
 SOURCES = (
     "sft model attention data lab/parts lab/oracle lab/questions sampling reward_model facts lora"
@@ -41,8 +41,15 @@ def built(monkeypatch, tmp_path):
         return {"pairs": 3}
 
     monkeypatch.setattr(toy, "script", script)
+    monkeypatch.setattr(toy, "parts", lambda seed: Path(f"parts-{seed}"))
+    monkeypatch.setattr(parts, "take_llm", lambda model, folder: calls.append(("llm", model.name)))
     monkeypatch.setattr(oracle, "answers_of", answers_of)
     return calls
+
+
+def of_base(seed):
+    """What a base needs: an LLM that reads, taken out of its run, then visual tuning."""
+    return [("sft.py", "--seed", seed, "--out"), ("llm", "model"), ("sft.py", "--seed", seed, "--out")]
 
 
 def edit(name, text):
@@ -55,7 +62,7 @@ def test_the_base_of_seed_0_is_shipped_and_the_others_are_built_once(built):
     one = toy.base(1)
     assert toy.base(1) == one and one.parts[0] == ".cache" and (one / "model.safetensors").is_file()
     assert toy.base(2) != one
-    assert built == [("sft.py", "--seed", seed, "--out") for seed in (1, 2)]
+    assert built == of_base(1) + of_base(2)
 
 
 @pytest.mark.parametrize("name", ["sft", "model", "attention", "data", "lab/parts"])
@@ -65,7 +72,7 @@ def test_another_code_is_another_base(built, name):
     edit(name, '"""Other words."""\nx = 1  # a comment\n')
     assert toy.base(1) == one
     edit(name, "x = 2\n")
-    assert toy.base(1) != one and len(built) == 2
+    assert toy.base(1) != one and built == 2 * of_base(1)
 
 
 def test_the_base_s_own_answers(built):
@@ -74,14 +81,13 @@ def test_the_base_s_own_answers(built):
     two = [toy.data_file(1, name) for name in toy.OWN_ANSWERS]
     assert [path.name for path in two] == list(toy.OWN_ANSWERS) and two[0].parent == two[1].parent
     assert all(path.is_file() for path in two)
-    base = ("sft.py", "--seed", 1, "--out")
-    assert built == [base, ("answers", str(toy.base(1)), "world-1", 1)]
+    assert built == [*of_base(1), ("answers", str(toy.base(1)), "world-1", 1)]
     for name in ("lab/oracle", "sampling"):
         edit(name, "x = 3\n")
         assert toy.data_file(1, toy.OWN_ANSWERS[0]) not in two
     (toy.base(1) / "model.safetensors").write_text("other weights")
     toy.data_file(1, toy.OWN_ANSWERS[0])
-    assert [call[0] for call in built] == ["sft.py"] + 4 * ["answers"]
+    assert [call[0] for call in built[3:]] == 4 * ["answers"]
 
 
 def test_the_problems_of_a_world(built):
@@ -106,7 +112,7 @@ def test_the_problems_of_a_world(built):
 def test_the_reward_model(built):
     first = toy.reward_model(1)
     assert toy.reward_model(1) == first and first.name == "run"
-    assert built[1:] == [("reward_model.py", "--seed", 1, "--out")]
+    assert built[3:] == [("reward_model.py", "--seed", 1, "--out")]
     seen = {first}
     for name in ("reward_model", "facts", "lora"):
         edit(name, "x = 3\n")
@@ -135,12 +141,12 @@ def flags(**changed):
 
 
 def test_a_new_model_is_made_of_the_world_s_parts(built, monkeypatch):
-    monkeypatch.setattr(toy, "parts", lambda seed: Path(f"parts-{seed}"))
+    monkeypatch.setattr(toy, "reader", lambda seed: Path(f"reader-{seed}/llm"))
     settings = {"data": ["a.json", "b.json"], "vision": "clip", "llm": "llm", "steps": 9}
     args = flags(vision=None, llm=None)
     args.given = set()
     toy.fill(args, settings)
-    assert (args.vision, args.llm) == ("parts-4/clip", "parts-4/llm") and args.model is None
+    assert (args.vision, args.llm) == ("parts-4/clip", "reader-4/llm") and args.model is None
     assert args.data == ["world-4/a.json", "world-4/b.json"] and args.steps == 9
     assert (args.images, args.toy_world, args.lr) == ("world-4/images", "world-4", 1.0)
 

@@ -13,16 +13,22 @@ import pytest
 
 from common import BadInput
 from lab import drawing, parts, toy, toyworld
+from lab import scenes as scenes_of
 from lab.oracle import Oracle, claims, mentions, preference_prompts, preferences_from_answers
-from lab.toyworld import NOISE, SHORT, Scene, Thing
+from lab.drawing import Thing
+from lab.scenes import SHORT, Scene
+from lab.toyworld import NOISE
 
 ROOT = Path(__file__).parents[1]
+TEXTS = {"text": 9, "text_mix": 40, "text_test": 6}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "world"
-    toyworld.write(folder, 5, instruct_images=400, preference_images=150, test_images=140, size=48)
+    toyworld.write(
+        folder, 5, instruct_images=400, preference_images=150, test_images=140, size=48, texts=TEXTS
+    )
     parts.write(folder / "parts", folder, 5, epochs=0)
     return folder
 
@@ -71,7 +77,7 @@ def one(tmp_path):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """(rows with a picture, oracle) of 3000 scenes that are not drawn."""
-    scenes = toyworld.some_scenes(9, {"instruct": 3000})["instruct"]
+    scenes = scenes_of.some_scenes(9, {"instruct": 3000})["instruct"]
     rows = toyworld.instruct_rows(scenes, random.Random(9))
     return [row for row in rows if "image" in row], oracle_of(
         tmp_path_factory.mktemp("many"), scenes
@@ -82,7 +88,7 @@ def many(tmp_path_factory):
 
 
 def test_same_seed_same_bytes_in_another_process(tmp_path):
-    sizes = dict(instruct_images=12, preference_images=6, test_images=5, size=32)
+    sizes = dict(instruct_images=12, preference_images=6, test_images=5, size=32, texts=TEXTS)
     toyworld.write(tmp_path / "a", 3, **sizes)
     code = f"from lab.toyworld import write; write({str(tmp_path / 'b')!r}, 3, **{sizes})"
     env = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
@@ -96,7 +102,7 @@ def test_same_seed_same_bytes_in_another_process(tmp_path):
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    assert toyworld.some_scenes(3, {"test": 5}) != toyworld.some_scenes(4, {"test": 5})
+    assert scenes_of.some_scenes(3, {"test": 5}) != scenes_of.some_scenes(4, {"test": 5})
 
 
 def test_a_world_that_exists_is_refused_and_one_that_fails_is_absent(folder, tmp_path, monkeypatch):
@@ -126,7 +132,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(folder, oracle, tmp_path):
 
 
 def test_no_scene_of_the_default_world_occurs_twice():
-    splits = toyworld.some_scenes(0, {"instruct": 4000, "preference": 1500, "test": 1000})
+    splits = scenes_of.some_scenes(0, {"instruct": 4000, "preference": 1500, "test": 1000})
     assert len({scene for scenes in splits.values() for scene in scenes.values()}) == 6500
 
 
@@ -147,7 +153,7 @@ def test_scenes_are_as_said(folder, oracle):
         assert list(scene.things) == sorted(
             scene.things, key=lambda thing: (thing.column, thing.row)
         )
-        assert sum(name not in toyworld.USUAL[scene.kind] for name in scene.present) <= 1
+        assert sum(name not in scenes_of.USUAL[scene.kind] for name in scene.present) <= 1
         assert all(
             (thing.colour in drawing.CLASSES[thing.name])
             if thing.colour
@@ -199,7 +205,7 @@ def test_pope_is_balanced_and_has_the_official_template(folder, oracle):
 
 def test_pope_negatives_follow_their_rule():
     rng = random.Random(0)
-    scenes = {f"test_{i:05d}.png": toyworld.some_scene(rng) for i in range(300)}
+    scenes = {f"test_{i:05d}.png": scenes_of.some_scene(rng) for i in range(300)}
     image = next(iter(scenes))
     scene = scenes[image]
     lists = toyworld.pope_rows(scenes, [image], rng)
@@ -346,7 +352,8 @@ def test_articles_and_plurals(folder):
         assert "two person" not in text.lower() and "sheeps" not in text and "benchs" not in text
         assert not re.search(r"colour|\bgrey\b|  |\.\.| \.", text), text
     assert (
-        toyworld.plural("couch") == "couches" and toyworld.plural("potted plant") == "potted plants"
+        scenes_of.plural("couch") == "couches"
+        and scenes_of.plural("potted plant") == "potted plants"
     )
 
 
@@ -365,10 +372,12 @@ def test_every_true_caption_is_read_without_error(folder, oracle):
         assert [(c.name, c.colour, c.count, c.column) for c in told] == [
             (thing.name, thing.colour, thing.count, thing.column) for thing in scene.things
         ]
-        found = oracle.judge(image, toyworld.CAPTION_PROMPT, text)
+        found = oracle.judge(image, scenes_of.CAPTION_PROMPT, text)
         assert found["errors"] == found["missed"] == 0 and found["true"] == len(scene.things)
         words.update(claim.word for claim in told)
-    shares = [words[word] / (words[word] + words[name]) for name, word in toyworld.SYNONYMS.items()]
+    shares = [
+        words[word] / (words[word] + words[name]) for name, word in scenes_of.SYNONYMS.items()
+    ]
     assert all(0.08 < share < 0.35 for share in shares), shares
 
 
@@ -427,12 +436,12 @@ CORRECTIONS = {  # what is said -> (false, wrong, unreadable), its correction
 @pytest.mark.parametrize("said", CORRECTIONS)
 def test_captions_are_judged_and_corrected(one, said):
     counts, corrected = CORRECTIONS[said]
-    found = one.judge("some/folder/a.png", toyworld.CAPTION_PROMPT, said)
+    found = one.judge("some/folder/a.png", scenes_of.CAPTION_PROMPT, said)
     assert (found["false"], found["wrong"], found["unreadable"]) == counts and found[
         "errors"
     ] == sum(counts)
     assert found["true"] + found["missed"] == 3 and found["words"] == len(said.split())
-    assert one.correct("a.png", toyworld.CAPTION_PROMPT, said, random.Random(0)) == corrected
+    assert one.correct("a.png", scenes_of.CAPTION_PROMPT, said, random.Random(0)) == corrected
 
 
 def test_where_nothing_is_left_a_true_caption_comes(one):
@@ -505,7 +514,7 @@ def test_any_garbage_is_judged_and_corrected(oracle):
     image = "preference_00000.png"
     for _ in range(300):
         said = " ".join(rng.choices(vocabulary, k=rng.randrange(25)))
-        for prompt in (toyworld.CAPTION_PROMPT, CUP, "What color is the cup?", CHOICE):
+        for prompt in (scenes_of.CAPTION_PROMPT, CUP, "What color is the cup?", CHOICE):
             corrected = oracle.correct(image, prompt, said, rng)
             assert oracle.judge(image, prompt, corrected)["errors"] == 0, (prompt, said, corrected)
 
@@ -517,8 +526,8 @@ def test_an_unknown_picture_is_refused(oracle):
 
 def test_ratings_fall_with_errors_and_rise_with_coverage(one):
     def rate(said):
-        rated = one.rate("a.png", toyworld.CAPTION_PROMPT, said)
-        aspects = one.rate_vlfeedback("a.png", toyworld.CAPTION_PROMPT, said)
+        rated = one.rate("a.png", scenes_of.CAPTION_PROMPT, said)
+        aspects = one.rate_vlfeedback("a.png", scenes_of.CAPTION_PROMPT, said)
         assert (
             all(0 <= value <= 4 for value in rated.values())
             and aspects["Ethical Considerations"] == "5"
@@ -558,8 +567,8 @@ def test_preferences_from_answers(folder, oracle, tmp_path):
     rng, answers = random.Random(0), []
     for image, prompt in prompts:
         kind, name, right = oracle.question(image, prompt)
-        true = right or toyworld.caption(oracle.scene(image), rng)
-        wrong = toyworld.caption(oracle.scene(image), rng, 1.0) if kind == "describe" else "Yes"
+        true = right or scenes_of.caption(oracle.scene(image), rng)
+        wrong = scenes_of.caption(oracle.scene(image), rng, 1.0) if kind == "describe" else "Yes"
         answers.append([true, wrong, wrong, "" if rng.random() < 0.1 else true])
     counts = preferences_from_answers(prompts, answers, oracle, tmp_path / "out", rng)
     ranked = [
