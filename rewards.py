@@ -5,6 +5,9 @@ r"""What an answer is worth: exact answers by rule, the scores of judge.py, and 
                           checkpoint, an endpoint
     --reward mixed        exact where a rule can read the data's answer, else the annotator
 
+With mixed the two keep their own scales: grpo.py's advantages are divided by each group's spread,
+but with --variant dr_grpo the prompts with the larger rewards weigh more.
+
 A checkpoint or an endpoint compares every two of a prompt's G answers in both orders: G (G - 1)
 questions, 56 for 8 answers.
 
