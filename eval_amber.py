@@ -197,7 +197,7 @@ def response(text, annotation):
 
     The answer to a question is "Yes" or "No" if it begins so. Other texts, and descriptions, stay.
     """
-    first = re.match(r"[\W_]*([^\W_]*)", text)[1].capitalize()
+    first = evaluation.first_word(text).capitalize()
     if annotation["type"] != "generative" and first in ("Yes", "No"):
         return first
     return text

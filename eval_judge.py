@@ -393,7 +393,8 @@ def finish(bench, questions, results, said, args):
         print(f"\n{name}: judge {m['judge']}{served}, {m['date'] or 'date unknown'}")
         alone = details[name]["readable"]
         apart = ", ".join(f"{key} {alone[key]:.4g}" for key in bench.MAIN if key in alone)
-        print(f"{name}: {m['unreadable']} of {n} replies unreadable; without them: {apart}")
+        left = f"without them: {apart}" if m["unreadable"] < n else "nothing is left"
+        print(f"{name}: {m['unreadable']} of {n} replies unreadable; {left}")
         if m["characters"] is not None:
             print(f"{name}: {m['characters']:.0f} characters an answer; judges like length")
         if details[name]["runs"]:

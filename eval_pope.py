@@ -248,7 +248,7 @@ def parse_answer(text):
 
 def parse_strictly(text):
     """Text of an answer -> "yes", "no", or None where its first word is neither."""
-    word = re.match(r"[\W_]*([^\W_]*)", text)[1].lower()
+    word = evaluation.first_word(text)
     return word if word in ("yes", "no") else None
 
 

@@ -130,7 +130,7 @@ def plain_words(text):
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def one_line(text):
+def unbroken(text):
     """Without line breaks and tabs."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
@@ -138,7 +138,7 @@ def one_line(text):
 def m4c(text):
     """M4C's EvalAIAnswerProcessor."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return normal(one_line(text.strip()))
+    return normal(unbroken(text.strip()))
 
 
 def leave_one_out(said, answers):
@@ -150,7 +150,7 @@ def leave_one_out(said, answers):
 
 def credit_vqa2(said, answers):
     """vqaEval.py: an answer against those of ten people -> 0 to 1."""
-    said, answers = one_line(said), [one_line(answer) for answer in answers]
+    said, answers = unbroken(said), [unbroken(answer) for answer in answers]
     if len(set(answers)) > 1:
         said, *answers = map(normal, (said, *answers))
     return leave_one_out(said, answers)

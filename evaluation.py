@@ -39,6 +39,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -163,14 +164,9 @@ def check_flags(args, judged=False):
 
 
 def load(args):
-    """--model with --adapter, one of each -> (model, processor).
-
-    Of several processes, each answers a share, and process 0 alone writes: sets args.out.
-    """
+    """--model with --adapter, one of each -> (model, processor)."""
     from formats import adapters, checkpoints  # brings transformers; --help does without
 
-    processes.start(args.device)
-    args.out = args.out if processes.number == 0 else None
     device, dtype = training.device_and_dtype(args)
     given = args.template, args.image_aspect, args.quantize
     template, aspect, quantize = adapters.as_trained(args.adapter, *given)
@@ -180,7 +176,6 @@ def load(args):
     processor.ask = ratings.request(args.attributes) if args.attributes else ""
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
-    training.show_prompt(processor)
     return model, processor
 
 
@@ -212,6 +207,7 @@ class Contestant:
         """(model, processor), loaded at the first call."""
         if self.loaded is None:
             self.loaded = self.load()
+            training.show_prompt(self.loaded[1])
         return self.loaded
 
     def release(self):
@@ -557,6 +553,11 @@ def shared_start(prompts):
     same = torch.stack([p[:shortest] == prompts[0][:shortest] for p in prompts]).all(0)
     n = int(same.long().cumprod(0).sum())
     return prompts[0][:n], [(p[n:], [len(p) - n]) for p in prompts]
+
+
+def first_word(text):
+    """The first word of an answer, in lower case and without punctuation; "" without a word."""
+    return re.match(r"[\W_]*([^\W_]*)", text)[1].lower()
 
 
 def first_token(processor, record, text):

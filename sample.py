@@ -29,10 +29,11 @@ from pathlib import Path
 
 import torch
 
+import evaluation
 import training
 from common import BadInput, Parser, not_negative, positive_int, run, seed
 from data import Record
-from formats import adapters, checkpoints, ratings
+from formats import ratings
 from formats.layouts import take_placeholder
 from lab import toy
 from sampling import generate
@@ -163,14 +164,8 @@ def chat(record, model, processor, args):
 def main():
     """Load, answer without and with the adapter, print."""
     args = parse()
-    device, dtype = training.device_and_dtype(args)
-    name = args.model or str(toy.base(args.seed))
-    given = args.template, args.image_aspect, args.quantize
-    template, aspect, quantize = adapters.as_trained(args.adapter, *given)
-    model, processor = checkpoints.load(name, dtype, device, template, aspect, quantize=quantize)
-    processor.ask = ratings.request(args.attributes) if args.attributes else ""
-    if args.adapter:
-        adapters.load_adapter(model, args.adapter)
+    args.model = args.model or str(toy.base(args.seed))
+    model, processor = evaluation.load(args)
     (prompt,) = take_placeholder((args.prompt,), args.image)  # `<image>` is the picture's place
     training.show_prompt(processor, prompt)
     records = [Record(f"--image {file}", Path(file), (prompt,)) for file in args.image]

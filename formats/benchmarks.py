@@ -13,7 +13,7 @@ reports.
     in_words(grades)                -> the reply of a judge that knows the truth
     values(question, scores)        -> V numbers, of one question, that are summed
     figures(sums, groups)           -> {figure: value}, from sums (..., G, V)
-    read_reviews(path, questions)   -> [scores], from the official judge's own file
+    read_reviews(path, questions)   -> [replies], from the official judge's own file
     write_reviews(folder, questions, replies, name, judge)      in the official layout
 
 The official rule often makes a number of a reply that cannot be read (0 in MMHal-Bench, -1 in

@@ -242,7 +242,7 @@ def _lines(path):
             yield from enumerate(file, 1)
     except FileNotFoundError:
         raise BadInput(
-            f"{path}: no such file; --data takes a JSON, JSON-lines or parquet file."
+            f"{path}: no such file; a JSON, JSON-lines or parquet file is needed."
         ) from None
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise BadInput(

@@ -207,7 +207,7 @@ def figures(sums, groups):
 
 
 def read_reviews(path, questions):
-    """The official judge's file, chat completions in the order of the template -> scores."""
+    """The official judge's file, chat completions in the order of the template -> replies."""
     contents = []
     for where, row in read_rows(path):
         try:

@@ -1,7 +1,7 @@
 """Question and answer files of visual question answering, as downloaded.
 
     name, questions = vqa.read(["TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"])
-    answers = vqa.answers_to(questions, "answers.jsonl")
+    answers = vqa.answers_to(name, questions, "answers.jsonl")
 
     benchmark   files                                                       images
     vqa-v2      v2_OpenEnded_mscoco_val2014_questions.json, with            val2014/

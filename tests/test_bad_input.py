@@ -367,7 +367,7 @@ def test_what_is_no_file(folder, say):
     say(
         dpo.main,
         [*model, folder / "no.json"],
-        "no.json: no such file; --data takes a JSON, JSON-lines or",
+        "no.json: no such file; a JSON, JSON-lines or",
     )
     say(dpo.main, [*model, folder], f"{folder}: a folder with latin.json; a data file is needed")
     say(dpo.main, [*model, folder / "latin.json"], "latin.json: not a text file")

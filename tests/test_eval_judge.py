@@ -847,7 +847,7 @@ def test_half_written_and_strange_files(tmp_path, template):
         llava_bench.read(flags[1])
 
 
-def test_nothing_said_is_judged_too(serve, tmp_path):
+def test_nothing_said_is_judged_too(serve, tmp_path, capsys):
     """An empty first answer is part of the second turn's dialogue; a judge that declines is unreadable."""
     path, references, _ = mt_files(tmp_path, ("stem", "writing"))
     server = serve(lambda body: (200, None, "m"))
@@ -855,6 +855,7 @@ def test_nothing_said_is_judged_too(serve, tmp_path):
     main(*flags, "--out", tmp_path / "out", *judge_flags(server))
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["score"] == 0 and found["unreadable"] == 4 and found["characters"] == 0
+    assert "m: 4 of 4 replies unreadable; nothing is left" in capsys.readouterr().out
 
 
 def test_a_model_that_says_nothing_is_asked_on(tmp_path, llava, monkeypatch):
