@@ -81,6 +81,9 @@ TITLES = {
 }
 
 
+READ_BY = {"context": (llava_bench,), "references": (llava_bench, mt_bench, alpaca_eval)}
+
+
 def benchmark_of(path):
     """The file of questions -> the module of its benchmark."""
     try:
@@ -411,7 +414,7 @@ def finish(bench, questions, results, said, args):
 def changed(bench, questions, replies, said, names, images):
     """Rows of `comparison.sheet`: the pictures about which two contestants get other scores.
 
-    replies, said: of each of the two, in the order of the questions.
+    replies, said: of each of the two, in the order of the questions. Turns are parted by "/".
     """
     rows = []
     for i, of in enumerate(zip(*(scores_of(bench.official, of) for of in replies))):
@@ -422,8 +425,8 @@ def changed(bench, questions, replies, said, names, images):
         for name, scores, total, texts in zip(names, of, sums, said):
             shown = ", ".join("-" if s is None else f"{s[-1]:g}" for s in scores)
             better = total == max(sums) if sums[0] != sums[1] else None
-            answers.append((f"{name} ({shown})", texts[i][-1], better))
-        rows.append((images[i], questions[i].turns[-1], answers))
+            answers.append((f"{name} ({shown})", " / ".join(texts[i]), better))
+        rows.append((images[i], " / ".join(questions[i].turns), answers))
     return rows
 
 
@@ -499,6 +502,9 @@ def main():
     """Answers, reviews, scores."""
     args = parse()
     bench = benchmark_of(args.questions)
+    for name, users in READ_BY.items():
+        if getattr(args, name) and bench not in users:
+            raise BadInput(f"--{name} is for {' and '.join(TITLES[b] for b in users)} alone.")
     questions = bench.read(args.questions, args.context, args.references)
     if args.judge_runs > 1 and bench is not mm_vet:
         raise BadInput(f"--judge-runs is for MM-Vet; the questions are {TITLES[bench]}'s.")

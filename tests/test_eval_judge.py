@@ -986,3 +986,26 @@ def test_the_better_of_two_answers_is_green():
     images = ["0.png", "1.png", None]
     rows = eval_judge.changed(mmhal, questions, replies, said, ("x", "y"), images)
     assert rows == [("1.png", "Q?", [("x (1)", "a", False), ("y (3)", "b", True)])]
+
+
+def test_turns_stand_together_on_the_sheet():
+    """The first may be the one whose score differs."""
+    questions = [Question(0, "", "0.png", ("Q1?", "Q2?"), (), {})]
+    replies = [[[(f"[[{n}]]", ""), ("[[10]]", "")]] for n in (4, 8)]
+    rows = eval_judge.changed(
+        mt_bench, questions, replies, [[("a", "b")], [("c", "d")]], ("x", "y"), ["0.png"]
+    )
+    answers = [("x (4, 10)", "a / b", False), ("y (8, 10)", "c / d", True)]
+    assert rows == [("0.png", "Q1? / Q2?", answers)]
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--context", "--context is for LLaVA-Bench alone"),
+        ("--references", "--references is for LLaVA-Bench and MT-Bench and AlpacaEval alone"),
+    ],
+)
+def test_files_that_the_benchmark_does_not_read(template, filled, tmp_path, flag, message):
+    with pytest.raises(BadInput, match=message):
+        main("--questions", template, "--answers", filled, "--out", tmp_path / "out", flag, "x")
