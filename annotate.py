@@ -39,17 +39,6 @@ Figures (statistics.json): prompts, answers, `unreadable` ratings, mean of each 
 chosen and rejected answers, words of both, pairs and prompts without one.
 """
 
-import json
-import random
-import re
-import statistics
-import sys
-from collections import Counter
-from pathlib import Path
-
-import judge
-import processes
-import training
 from common import (
     BadInput,
     Parser,
@@ -63,6 +52,18 @@ from common import (
     write_json,
     write_text,
 )
+
+import json
+import random
+import re
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+
+import judge
+import processes
+import training
 from formats import checkpoints, dataset, ratings
 from formats.files import remember_images
 from formats.ratings import ATTRIBUTES, Rated, quality

@@ -81,6 +81,8 @@ Metrics: those of dpo.py; `negatives/similarity` to y+, `negatives/tries`, `nega
 given pair aside) and count as 0 in the means of the step.
 """
 
+from common import BadInput, Parser, Progress, fraction, not_negative, positive, positive_int
+
 import json
 import math
 import os
@@ -98,7 +100,6 @@ import torch.nn.functional as F
 import memory
 import processes
 import training
-from common import BadInput, Parser, Progress, fraction, not_negative, positive, positive_int
 from common import ranged, run, write_json, write_text
 from formats import checkpoints, dataset
 from formats.files import remember_images

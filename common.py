@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -56,10 +57,13 @@ def run(main, trains=False):
     """Call main(). An error that the user can mend ends with one sentence, not with a traceback.
 
     trains: does the script train, with checkpoints in its run folder?
+    A script imports this file first, for Ctrl-C during the other imports (`end_imports`).
     Exit status: 2 for BadInput and for files that the system refuses (rights, a full disk), 1 for
     NonFinite and for a lack of memory, 130 after Ctrl-C.
     """
     script, stderr = Path(sys.argv[0]).name, sys.stderr  # of several processes, one alone prints
+    if signal.getsignal(signal.SIGINT) is end_imports:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         return
@@ -506,3 +510,26 @@ class Progress:
         line = f"{self.label} {done}/{self.total}  {values}{rate:.{digits}f}/s  {left}"
         line, end = (f"\r{line:<100}", "\n" if last else "") if live else (line, "\n")
         print(line, end=end, file=sys.stderr, flush=True)
+
+
+# ---- Ctrl-C before `run`
+
+
+def end_imports(*_):
+    """Ctrl-C while a script imports torch, for seconds: status 130 and no traceback.
+
+    An exception could be caught in what is imported; nothing is begun yet that would need it.
+    """
+    if first_to_fail():
+        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def is_script():
+    """Does a script in this folder run? Those import this file first, and call `run`."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    return main is not None and Path(main).resolve().parent == Path(__file__).resolve().parent
+
+
+if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_imports)

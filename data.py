@@ -5,6 +5,8 @@
 The public layouts are read in formats/layouts.py, whole data sets in formats/dataset.py.
 """
 
+from common import BadInput, run
+
 import functools
 import itertools
 import re
@@ -14,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import BadInput, run
 from formats.files import image_size, open_image
 from model import pack
 from prefetch import Prefetch

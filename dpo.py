@@ -45,6 +45,8 @@ positive. `logps/chosen`, `logps/rejected` = log pi; both often fall, because DP
 difference only. `grad_norm` is taken before clipping; `step_seconds` include decoding of images.
 """
 
+from common import BadInput, Parser, Progress, positive, run
+
 import time
 from collections import Counter
 
@@ -54,7 +56,6 @@ import torch.nn.functional as F
 import processes
 import token_weights
 import training
-from common import BadInput, Parser, Progress, positive, run
 from formats import checkpoints, dataset
 from lab import report, toy
 

@@ -48,6 +48,8 @@ Deviations from inference.py: a ratio of nothing is 0, also where a denominator 
 every question needs one answer; questions are asked as they are (--suffix adds to them, papers do).
 """
 
+from common import BadInput, Parser, positive_int, read_json, run, write_json
+
 import re
 from pathlib import Path
 
@@ -56,7 +58,6 @@ import numpy as np
 import comparison
 import evaluation
 import processes
-from common import BadInput, Parser, positive_int, read_json, run, write_json
 from data import Record
 from formats.files import ImageFolder, image_folders, need, rows
 

@@ -47,6 +47,17 @@ than by the original's rule. All of them, with the number of captions (one has b
 one caption of the 20,000, that with the invisible blank.
 """
 
+from common import (
+    BadInput,
+    Parser,
+    file_hash,
+    positive_int,
+    run,
+    whole_folder,
+    write_json,
+    write_text,
+)
+
 import base64
 import json
 import re
@@ -58,16 +69,6 @@ import numpy as np
 import comparison
 import evaluation
 import processes
-from common import (
-    BadInput,
-    Parser,
-    file_hash,
-    positive_int,
-    run,
-    whole_folder,
-    write_json,
-    write_text,
-)
 from data import Record
 from formats.files import ImageFolder, image_folders, need, rows
 

@@ -44,6 +44,8 @@ Deviations:
 4. A ratio of nothing is 0.
 """
 
+from common import BadInput, Parser, Progress, positive_int, run
+
 import functools
 import json
 import statistics
@@ -58,7 +60,6 @@ import evaluation
 import judge
 import processes
 import training
-from common import BadInput, Parser, Progress, positive_int, run
 from data import Record
 from formats import alpaca_eval, benchmarks, llava_bench, mm_vet, mmhal, mt_bench
 from formats.files import ImageFolder, image_folders

@@ -47,6 +47,8 @@ Deviations from the official script:
 4. An answer ends after 16 tokens. This matters only if its "no" comes later.
 """
 
+from common import BadInput, Parser, run, write_json, write_text
+
 import json
 import math
 import re
@@ -58,7 +60,6 @@ import numpy as np
 import comparison
 import evaluation
 import processes
-from common import BadInput, Parser, run, write_json, write_text
 from data import Record
 from formats.files import ImageFolder, image_folders, rows
 from formats.layouts import take_placeholder

@@ -54,6 +54,8 @@ Deviations from the official scripts:
 4. ScienceQA without LLaVA's file is asked as the others are: hint, question, options.
 """
 
+from common import BadInput, Parser, positive_int, run, write_json, write_text
+
 import functools
 import json
 import re
@@ -67,7 +69,6 @@ import comparison
 import evaluation
 import processes
 import rewards
-from common import BadInput, Parser, positive_int, run, write_json, write_text
 from data import Record
 from formats import vqa
 from formats.files import ImageFolder, PackedImage, image_folders

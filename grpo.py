@@ -71,6 +71,8 @@ answers that a rule scored at least .5, or less (absent without any); `reward_un
 a verdict; `groups` that were drawn. `loss`, `grad_norm`, `lr`, `step_seconds` and its parts as in ppo.py.
 """
 
+from common import Parser, not_negative, positive, positive_int, ranged, run
+
 import math
 import statistics
 import sys
@@ -87,7 +89,6 @@ import processes
 import rewards
 import sampling
 import training
-from common import Parser, not_negative, positive, positive_int, ranged, run
 from formats import checkpoints, dataset
 from lab import report, toy
 

@@ -37,6 +37,8 @@ corrupted picture: `rewards/imageless_chosen` = Rc, `rewards/imageless_margins` 
 of pairs in which that is positive, `rewards/imageless_accuracies`, and `logps/imageless_chosen`.
 """
 
+from common import Parser, Progress, positive, run
+
 import time
 from collections import Counter
 
@@ -47,7 +49,6 @@ import corruption
 import memory
 import processes
 import training
-from common import Parser, Progress, positive, run
 from formats import checkpoints, dataset
 from lab import report, toy
 

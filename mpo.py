@@ -39,6 +39,8 @@ Metrics: those of dpo.py. `loss/dpo`, `loss/bco` and `loss/nll` are the terms wi
 `delta` is the shift that the step used.
 """
 
+from common import BadInput, Parser, Progress, not_negative, positive, run
+
 import time
 from collections import Counter
 
@@ -47,7 +49,6 @@ import torch.nn.functional as F
 
 import processes
 import training
-from common import BadInput, Parser, Progress, not_negative, positive, run
 from formats import checkpoints, dataset
 from lab import report, toy
 

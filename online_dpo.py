@@ -50,6 +50,8 @@ compares), `response_length` their tokens. `seconds/sample`, `seconds/score` and
 the parts of `step_seconds`.
 """
 
+from common import Parser, fraction, positive, positive_int, ranged, run
+
 import random
 from collections import Counter
 
@@ -60,7 +62,6 @@ import judge
 import memory
 import sampling
 import training
-from common import Parser, fraction, positive, positive_int, ranged, run
 from formats import checkpoints, dataset
 from lab import report, toy
 

@@ -33,6 +33,8 @@ Choices where the paper is silent, and deviations:
 Metrics: those of dpo.py, of the pair (y+, y-).
 """
 
+from common import Parser, positive, ranged, run
+
 import random
 import time
 from collections import Counter
@@ -43,7 +45,6 @@ import torch.nn.functional as F
 
 import memory
 import training
-from common import Parser, positive, ranged, run
 from formats import checkpoints, dataset
 from lab import report, toy
 from model import fused_log_probs

@@ -93,6 +93,8 @@ token; `grad_norm` before clipping. The metrics of an update are means over the 
 `step_seconds`. `lr` is that of policy and value network.
 """
 
+from common import BadInput, Parser, finite, fraction, not_negative, positive, positive_int, run
+
 import math
 import random
 import re
@@ -109,7 +111,6 @@ import memory
 import processes
 import sampling
 import training
-from common import BadInput, Parser, finite, fraction, not_negative, positive, positive_int, run
 from facts import CHOICE, evaluation_turn, facts_for, longest_facts, with_evaluation
 from formats import adapters, checkpoints, dataset
 from formats.layouts import captions

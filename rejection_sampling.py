@@ -30,12 +30,13 @@ Choices where the paper is silent, and deviations:
 Metrics: those of sft.py.
 """
 
+from common import BadInput, Parser, finite, run
+
 import time
 from collections import Counter
 from dataclasses import replace
 
 import training
-from common import BadInput, Parser, finite, run
 from formats import checkpoints, dataset, ratings
 from lab import report, toy
 

@@ -75,6 +75,8 @@ probability between the bounds of a bin, how many they are, their mean probabili
 which the favourite is the preferred answer (equal in a calibrated model).
 """
 
+from common import BadInput, Parser, Progress, not_negative, positive_int, run, write_json
+
 import random
 import shutil
 import sys
@@ -87,7 +89,6 @@ import torch.nn.functional as F
 
 import processes
 import training
-from common import BadInput, Parser, Progress, not_negative, positive_int, run, write_json
 from facts import evaluation_turn, facts_for, facts_of, longest_facts, with_evaluation
 from formats import adapters, checkpoints, dataset
 from formats.layouts import captions

@@ -18,6 +18,8 @@ that the adapter removes shows as such a word at the place where the two part.
 adapter both answer every turn; the dialogue goes on with the answer of the adapter.
 """
 
+from common import BadInput, Parser, not_negative, positive_int, run, seed
+
 import re
 import shutil
 import sys
@@ -31,7 +33,6 @@ import torch
 
 import evaluation
 import training
-from common import BadInput, Parser, not_negative, positive_int, run, seed
 from data import Record
 from formats import ratings
 from formats.layouts import take_placeholder

@@ -40,11 +40,12 @@ Metrics: `loss` as above; `tokens` scored in the batch; `grad_norm` before clipp
 the LLM; `step_seconds` is the whole step, decoding of images included.
 """
 
+from common import BadInput, Parser, not_negative, run
+
 import time
 from collections import Counter
 
 import training
-from common import BadInput, Parser, not_negative, run
 from formats import checkpoints, dataset
 from lab import report, toy
 

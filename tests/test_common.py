@@ -1,7 +1,10 @@
 """The command line's numbers and which flags were given, files, and how an error ends a script."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,6 +243,34 @@ def test_trainers_alone_say_that_they_train():
     scripts = [path for path in ROOT.glob("*.py") if "\n    run(main" in path.read_text()]
     trains = {path.stem for path in scripts if "run(main, trains=True)" in path.read_text()}
     assert trains == set(SCRIPTS) and len(scripts) > len(trains)
+
+
+IMPORTED = """
+import pathlib, time
+pathlib.Path({there!r}).touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in ROOT.glob("*.py") if "\n    run(main" in p.read_text()]
+)
+def test_an_interrupt_during_imports(tmp_path, path):
+    """In each script, at the first import that takes long."""
+    there = tmp_path / "there"
+    for name in ("torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text(IMPORTED.format(there=str(there)))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, path], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    begin = time.monotonic()
+    while not there.exists():
+        assert time.monotonic() - begin < 60 and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, f"\n{path.name}: interrupted\n")
 
 
 # ---- what a file is not
