@@ -45,6 +45,12 @@ tokens a sentence; seconds for an answer and try. Decoding is greedy, so that bo
 same.
     one-prefill           as bdhs.py
     prefill-a-sentence    a prompt with its image for each sentence
+
+`pope`: greedy answers of two tokens, as "Yes" and its end are, to six questions about each of five
+pictures; seconds a question. The answers must be equal token for token, and the logits of six words
+where they begin to .001.
+    pope-ours         as the evaluations ask: an image encoded once for its questions
+    pope-generate     one by one with transformers' LLaVA and its `generate`
 """
 
 import argparse
@@ -65,11 +71,13 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import dpo
+import eval_pope
+import evaluation
 import grouping
 import grpo
 import training
 from common import write_json
-from data import TEMPLATES
+from data import TEMPLATES, Record
 from formats import checkpoints, layouts
 from lora import LORA_TARGETS, LoRALinear
 from model import fused_log_probs
@@ -578,6 +586,81 @@ def negatives(name, folder):
     return {"seconds": seconds, "peak_mib": high_water() - base, "log_probs": [[mean.item()]]}
 
 
+# ---- POPE
+# Each way -> seconds a question, peak_mib, answers: ids of their tokens; log_probs: logits of some
+# words where the answers begin, (questions, words)
+
+OBJECTS = "dog cup table bowl man tree".split()
+ANSWER = 2  # tokens of an answer
+
+
+def pope_records(folder):
+    """Questions about six pictures, those about one beside each other; the first six warm up."""
+    ask = [f"Is there a {name} in the image?{eval_pope.SUFFIX}" for name in OBJECTS]
+    return [
+        Record("", image, (text,))
+        for image in (folder / f"{i}.png" for i in range(6))
+        for text in ask
+    ]
+
+
+def pope_ours(folder):
+    """The calls of eval_pope.py."""
+    model, processor, _ = load(folder)
+    processor.text = lambda ids: " ".join(map(str, ids.tolist()))  # most ids have no word here
+    base = high_water(model)
+    records, n = pope_records(folder), len(OBJECTS)
+    contestant = evaluation.in_memory(model, processor)
+    ask = lambda some: evaluation.replies(contestant, some, ANSWER, watch=OBJECTS)
+
+    ask(records[:n])
+    begin = time.process_time()
+    rows = ask(records[n:])
+    seconds = time.process_time() - begin
+    return {
+        "seconds": seconds / len(rows),
+        "peak_mib": high_water() - base,
+        "answers": [[int(i) for i in row["answer"].split()] for row in rows],
+        "log_probs": [row["first"] for row in rows],
+    }
+
+
+@torch.no_grad()
+def pope_generate(folder):
+    """What most scripts do."""
+    import transformers
+
+    _, processor, _ = load(folder)  # the same tokens and pixels as ours
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder / "model", dtype=torch.float32
+    ).eval()
+    base = high_water(model)
+    records, n = pope_records(folder), len(OBJECTS)
+    watch = [evaluation.first_token(processor, records[0], text) for text in OBJECTS]
+
+    ends, answers, first = [], [], []
+    for record in records:
+        ids = processor.encode(record).prompt[None]
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=processor.pixels(record.image)[None],
+            max_new_tokens=ANSWER,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        answers.append(out.sequences[0, ids.shape[1] :].tolist())
+        first.append(out.logits[0][0, watch].tolist())
+        ends.append(time.process_time())
+    return {
+        "seconds": (ends[-1] - ends[n - 1]) / (len(ends) - n),
+        "peak_mib": high_water() - base,
+        "answers": answers[n:],
+        "log_probs": first[n:],
+    }
+
+
 # ---- run all ways, compare, print
 
 
@@ -603,6 +686,7 @@ SECTIONS = {  # section -> {name of a way: function of the workload's folder}
         "one-prefill": functools.partial(negatives, "one-prefill"),
         "prefill-a-sentence": functools.partial(negatives, "prefill-a-sentence"),
     },
+    "pope": {"pope-ours": pope_ours, "pope-generate": pope_generate},
 }
 
 
@@ -634,7 +718,7 @@ def measure(folder, names, repeat):
     measured = {name: repeats for name, repeats in results.items() if repeats}
     for name, repeats in measured.items():
         first = next(iter(measured.values()))
-        kinds = [kind for kind in repeats[0] if kind not in ("losses", "log_probs")]
+        kinds = [kind for kind in repeats[0] if kind not in ("losses", "log_probs", "answers")]
         values = {kind: [result[kind] for result in repeats] for kind in kinds}
         for kind in kinds:
             values[f"{kind}_ratio"] = [r[kind] / f[kind] for r, f in zip(repeats, first)]
@@ -654,7 +738,7 @@ def run_child(name, folder):
 
 
 def check_same(name, result, first):
-    """RuntimeError unless a result has loss ln 2 at step 0 and the log-probs of the first way."""
+    """RuntimeError unless a result has loss ln 2 at step 0 and the first way's log-probs, answers."""
     ours = torch.tensor(first["log_probs"])
     other = torch.tensor(result["log_probs"])
     if len(other) == 1:  # TRL has only the batch's mean
@@ -662,7 +746,8 @@ def check_same(name, result, first):
     apart = (ours - other).abs().max()
     loss = result.get("losses", [math.log(2)])[0]
     limit = APART_BFLOAT16 if name.endswith("bfloat16") else 1e-3
-    if not apart <= limit or not abs(loss - math.log(2)) <= 1e-4:
+    answers = result.get("answers") == first.get("answers")
+    if not apart <= limit or not abs(loss - math.log(2)) <= 1e-4 or not answers:
         raise RuntimeError(f"{name} computed something else, log-probs {apart:.4f} apart: {result}")
 
 

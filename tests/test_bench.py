@@ -118,6 +118,20 @@ def test_both_ways_to_negatives_draw_the_same(tmp_path):
     assert one["log_probs"][0] == pytest.approx(apart["log_probs"][0], abs=1e-3)
 
 
+def test_both_ways_to_pope_answer_the_same(tmp_path):
+    """Thirty answers of two tokens, not all alike; one other token is refused."""
+    bench.build(tmp_path, TINY)
+    ours, theirs = bench.pope_ours(tmp_path), bench.pope_generate(tmp_path)
+    bench.check_same("pope-generate", theirs, ours)
+    assert [len(answer) for answer in ours["answers"]] == [2] * 30
+    assert len(set(map(tuple, ours["answers"]))) > 1
+    assert torch.tensor(ours["log_probs"]).shape == (30, 6)
+    assert torch.tensor(ours["log_probs"]).std(0).min() > 1e-3, "picture and question say nothing"
+    theirs["answers"][29][1] += 1
+    with pytest.raises(RuntimeError, match="pope-generate computed something else"):
+        bench.check_same("pope-generate", theirs, ours)
+
+
 # ---- the real shapes on a GPU; here a tiny one on the CPU
 
 

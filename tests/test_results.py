@@ -510,3 +510,11 @@ def test_readme_shows_the_benchmark():
             *ratios,
         ):
             assert f"| {cell} |" in readme, f"{name}: {cell}"
+
+
+def test_the_page_tells_the_speed_of_pope():
+    pope = json.loads((ROOT / "results" / "bench.json").read_text())["pope"]
+    ours, ratio = pope["pope-ours"]["seconds"], pope["pope-generate"]["seconds_ratio"]
+    told = " ".join(claims.REST.split())
+    assert f"took {ours['median']:.3f} CPU s".replace("0.", ".") in told
+    assert "{median:.1f} ({min:.1f} - {max:.1f}) times as long".format(**ratio) in told
