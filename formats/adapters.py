@@ -197,7 +197,8 @@ def load_adapter(model, folder, adapter="policy"):
     Accepted: LoRA of one rank on linear layers of the LLM, and a projector in `modules_to_save`, in
     any naming of transformers. Other fields of the config are not read: what matters in them would
     show in the tensors. A tensor without a place is an error, and so is a place without its tensor.
-    One that our alignment.json ties to another base is refused; another dtype is told.
+    One that our alignment.json ties to another base is refused; another dtype is told, and that the
+    base of an adapter without that file is not known.
     """
     # 1. check the config, and the base
     folder = adapter_folder(folder)
@@ -212,6 +213,12 @@ def load_adapter(model, folder, adapter="policy"):
         )
     path = folder / "adapter_config.json"
     config = read_json(path)
+    if "base" not in conditions:
+        print(
+            f"{folder}: no alignment.json, so whether this is its base cannot be checked; "
+            f"adapter_config.json names {config.get('base_model_name_or_path')!r:.80}",
+            file=sys.stderr,
+        )
     kind = config.get("peft_type")
     rank = config.get("r")
     alpha = config.get("lora_alpha")

@@ -178,10 +178,16 @@ def test_an_adapter_on_another_base_is_refused(trained, checkpoint, tmp_path):
         load_adapter(checkpoints.load(other)[0], adapter)
 
 
-def test_an_adapter_of_peft_says_nothing(trained, checkpoint):
-    (trained[0] / "alignment.json").unlink()
-    assert as_trained(trained[0], "mistral", None) == ("mistral", None, None)
-    load_adapter(checkpoints.load(checkpoint)[0], trained[0])
+def test_an_adapter_of_peft_says_nothing(trained, checkpoint, capsys):
+    """Taken on any base, and told: nobody can know whether it is its own."""
+    adapter, model = trained
+    load_adapter(checkpoints.load(checkpoint)[0], adapter)
+    assert "alignment.json" not in capsys.readouterr().err
+    (adapter / "alignment.json").unlink()
+    assert as_trained(adapter, "mistral", None) == ("mistral", None, None)
+    load_adapter(checkpoints.load(model)[0], adapter)
+    told = f"whether this is its base cannot be checked; adapter_config.json names {str(checkpoint)!r:.80}"
+    assert told in capsys.readouterr().err
 
 
 # ---- values that cannot be right
