@@ -19,8 +19,9 @@ One step:
 4. step    clip the gradient, update
 5. log
 
-Expect in the toy world (seed 0, one run): CHAIR_s falls from .64 to .06, recall from .96 to .95;
-its judge is the truth, and half of the prompts are requests for a caption.
+Expect in the toy world (seed 0): CHAIR_s falls from .63 to .05, recall from .96 to .95, and
+adversarial POPE accuracy rises from .76 to .80; its judge is the truth, and half of the prompts are
+requests for a caption.
 
 Choices where the paper is silent, and deviations:
 1. The threshold is inferred from the name of its data file, "perfectscored": 12, the most.

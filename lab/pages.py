@@ -20,6 +20,8 @@ LOGGED = {  # what a run that samples logs: column
     "objective/entropy": "entropy",
     "response_length": "tokens",
 }
+# what other runs log and lab/claims.py tells of
+ALSO_LOGGED = ("logps/chosen", "frac_reward_zero_std", "completions/mean_length")
 REWARD = {  # what reward_model.py measures on held-out pairs: column
     "accuracy": "accuracy",
     "length_correlation": "correlation of score and tokens",

@@ -125,13 +125,13 @@ def written(flag, seed, folder):
 
 
 def log_of(out):
-    """A run's metrics.jsonl -> {name of pages.LOGGED: [mean of the first fifth of its steps, of the last fifth]}."""
+    """A run's metrics.jsonl -> {name of pages.LOGGED or ALSO_LOGGED: [mean of the first fifth of its steps, of the last fifth]}."""
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     fifth = max(1, len(lines) // 5)
     mean = lambda name, part: round(statistics.fmean(line[name] for line in part), 4)
     return {
         name: [mean(name, lines[:fifth]), mean(name, lines[-fifth:])]
-        for name in pages.LOGGED
+        for name in (*pages.LOGGED, *pages.ALSO_LOGGED)
         if name in lines[0]
     }
 

@@ -57,6 +57,8 @@ ROWS = {
         ("dpo.py", "vlfeedback.jsonl", CORRECTED)]),
     "ipo": Row("offline", "IPO with sums, corrected samples", "IPO with sums", [
         ("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo_sum", "--beta", "0.5", *CORRECTED])]),
+    "ipo-mean": Row("offline", "IPO, corrected samples", "IPO", [
+        ("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo", "--beta", "0.5", *CORRECTED])]),
     "slic": Row("offline", "SLiC, corrected samples", "SLiC, corrected samples", [
         ("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", "--beta", "0.5", *CORRECTED])]),
     "mpo": Row("offline", "MPO, corrupted truth", "MPO", [("mpo.py", "povid.json", [])]),

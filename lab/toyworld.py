@@ -1,10 +1,10 @@
 """A world whose truth is known: draws scenes and writes them in the public layouts.
 
-The fault that a model learns here is bias, not blindness. Supervised captions and yes/no answers mention a ghost (lab/scenes.py), an
-object that one expects there and that is absent, with probability NOISE, drawn anew for every
-statement. All else in the data is true. So a model that sees well still
-says too much. The truth is on disk (scenes.json), so every hallucination can be counted instead of
-judged.
+The fault that a model learns here is bias, not blindness. Supervised captions and yes/no answers
+mention a ghost (lab/scenes.py), an object that one expects there and that is absent, with
+probability NOISE and ANSWER_NOISE, drawn anew for every statement. All else in the data is true. So
+a model that sees well still says too much. The truth is on disk (scenes.json), so every
+hallucination can be counted instead of judged.
 
     python -m lab.toyworld --seed 0 --out DIR
         a world: images, questions, preferences
@@ -40,7 +40,10 @@ from lab.scenes import (
     yes_no,
 )
 
-NOISE = 0.8
+NOISE = 0.8  # of captions
+# Of yes/no answers. At .8 hardly any answer about a signature object depends on the image, so that
+# the model does not learn to look, and DPO finds nothing to turn: adversarial POPE rose by .012.
+ANSWER_NOISE = 0.65
 
 
 def instruct_rows(scenes, rng):
@@ -54,7 +57,7 @@ def instruct_rows(scenes, rng):
         asked = []
         rounds = [(rng.choice(CAPTION_PROMPTS), caption(scene, rng, NOISE))]
         for _ in range(5):
-            name, prompt, answer = some_yes_no(scene, rng, NOISE, asked)
+            name, prompt, answer = some_yes_no(scene, rng, ANSWER_NOISE, asked)
             asked.append(name)
             rounds.append((prompt, answer))
         if rng.random() < 0.75:

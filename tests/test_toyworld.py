@@ -17,7 +17,7 @@ from lab import scenes as scenes_of
 from lab.oracle import Oracle, claims, mentions, preference_prompts, preferences_from_answers
 from lab.drawing import Thing
 from lab.scenes import SHORT, Scene
-from lab.toyworld import NOISE
+from lab.toyworld import ANSWER_NOISE, NOISE
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {"text": 9, "text_mix": 40, "text_test": 6}
@@ -288,7 +288,7 @@ def test_ghosts_have_their_share_and_all_else_is_true(many):
         else:
             assert answer == right
     assert binomial(captions[True], captions.total(), NOISE) and captions.total() > 2000
-    assert binomial(answers[True], answers.total(), NOISE) and answers.total() > 1000
+    assert binomial(answers[True], answers.total(), ANSWER_NOISE) and answers.total() > 1000
 
 
 def test_yes_no_questions_are_mixed_as_said(many):
