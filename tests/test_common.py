@@ -262,7 +262,12 @@ def test_an_interrupt_during_imports(tmp_path, path):
         (tmp_path / f"{name}.py").write_text(IMPORTED.format(there=str(there)))
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, path], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, path],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts background jobs with Ctrl-C ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     begin = time.monotonic()
     while not there.exists():
