@@ -21,10 +21,10 @@ One step:
 4. step    clip the gradient, update
 5. log
 
-It does not work in the toy world (seed 0, one run): behind a request the small LLM answers yes/no
-questions at chance, also those it was trained on. Adversarial POPE is .49 with a request for all 4
-and for complexity=0,verbosity=0, and .85 without a request (the base: .84); CHAIR_s hardly moves
-(.64 to .62). Presumably 230 steps do not teach it to look past the request to the question.
+It does not work in the toy world (seed 0): behind a request for all 4, adversarial POPE is .57 (the
+base: .76), CHAIR_s .58 (.63), and the text score .06 (.67), as the LLM never read such a request in
+training on text. Presumably 230 steps do not teach so small an LLM to look past the request to the
+question; the packing of the rows is exact by a test.
 
 Choices where the paper is silent, and deviations:
 1. It does not say which request gave its row: all five at 4, complexity and verbosity at 2, or
