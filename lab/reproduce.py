@@ -90,7 +90,7 @@ def run_cell(row, seed, quick, folder):
         summary["llm"] = text_score.evaluate(model, processor, toy.world(seed) / "text_test.json")
     return summary | {
         "minutes": round((time.time() - begin) / 60, 2),
-        "commands": commands,
+        "commands": [[part.replace(f"{ROOT}/", "") for part in line] for line in commands],
         "log": log_of(out),
     }
 

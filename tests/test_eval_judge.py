@@ -21,7 +21,7 @@ from common import BadInput
 from formats import alpaca_eval, llava_bench, mm_vet, mmhal, mt_bench
 from formats.benchmarks import Question, in_groups
 
-OFFICIAL = Path("/work/shared/data/benchmarks")
+OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "benchmarks"
 
 
 def write(path, rows):
