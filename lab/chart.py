@@ -157,7 +157,7 @@ def draw(cells, path, column, label):
     )
     sheet.text(
         (14, 40),
-        f"Large dot: mean of {seeds} seeds. Thin bars: lowest to highest seed. Black diamond: the model before training. "
+        f"Large dot: mean over seeds ({seeds}). Thin bars: lowest to highest seed. Black diamond: the model before training. "
         "Small grey dots: the other families.",
         GRAY,
     )
