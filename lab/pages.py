@@ -29,7 +29,7 @@ REWARD = {  # what reward_model.py measures on held-out pairs: column
     "longer_favoured": "longer answer gets the higher score",
 }
 FRONT = (
-    "dpo", "dpo-corrected", "bdhs", "guidance-only", "online", "ppo", "grpo", "judged-best", "judged-dpo"
+    "dpo", "mpo", "dpo-corrected", "bdhs", "guidance-only", "online", "ppo", "grpo", "judged-best", "judged-dpo"
 )  # fmt: skip
 BENCH = {
     "ours": "`dpo.py`'s loop",
