@@ -934,9 +934,8 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
 
 
 def test_the_model_that_is_evaluated(tmp_path, monkeypatch):
-    """All flags about it reach it: template and aspect of the image too. Its prompt is shown."""
-    loaded, adapted, shown, processor = [], [], [], SimpleNamespace()
-    monkeypatch.setattr(training, "show_prompt", shown.append)
+    """All flags about it reach it: template and aspect of the image too."""
+    loaded, adapted, processor = [], [], SimpleNamespace()
     load = lambda *args, quantize: loaded.append((*args, quantize)) or ("model", processor)
     monkeypatch.setattr(checkpoints, "load", load)
     monkeypatch.setattr(adapters, "load_adapter", lambda *args: adapted.append(args))
@@ -948,4 +947,4 @@ def test_the_model_that_is_evaluated(tmp_path, monkeypatch):
     evaluation.load(SimpleNamespace(**given | {"adapter": "run/adapter"}))
     want = ("m", torch.bfloat16, torch.device("cpu"), "plain", "checkpoint", "nf4")
     assert loaded == [want, want] and adapted == [("model", "run/adapter")]
-    assert shown == [processor, processor] and processor.ask == ""
+    assert processor.ask == ""

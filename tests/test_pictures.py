@@ -150,7 +150,7 @@ def test_every_trainer_looks_at_its_images(name):
     ]
     text = ast.unparse(loop)
     drawn = ("processor.collate(", "collate(", "hallucinate(", "random.Random(", "draw_rollout(")
-    drawn += (" draw(", "(draw(")
+    drawn += (" draw(", "(draw(", "grouping.draw(")
     looked = {"ppo": "prompts_of(", "grpo": "training.readable("}.get(name, "training.batches(")
     assert 0 < text.index(looked) < min(text.find(c) for c in drawn if c in text)
 
