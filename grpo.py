@@ -22,6 +22,10 @@ Watch
                             data is too easy, too hard, or no answer is in the form that the rule
                             reads (rewards.py): --ask
 
+Expect in the toy world (seed 0): CHAIR_s falls from .63 to .04, recall from .96 to .94; groups
+without spread grow from .35 to .51. Short answers pay: POPE falls on random questions from .94 to
+.87, because the model says "No" too often, and stays at .76 on adversarial ones.
+
 One step is an iteration over batch-size x grad-accum x minibatches prompts (x processes):
 1. sample       G answers to each prompt, at temperature 1: one encoding of the image, one prefill
 2. score        rewards.py: exact answers by rule, a judge, the format
@@ -68,7 +72,8 @@ those with an end token), `completions/clipped_ratio` share that was cut off, `k
 `entropy` of the next token, `clip_ratio/low_mean`, `high_mean`, `region_mean`: of what trains,
 means over the iteration's updates. Ours: `completions/right_length`, `wrong_length` tokens of
 answers that a rule scored at least .5, or less (absent without any); `reward_unread` share without
-a verdict; `groups` that were drawn. `loss`, `grad_norm`, `lr`, `step_seconds` and its parts as in ppo.py.
+a verdict; `groups` that were drawn. `loss`, `grad_norm`, `lr`, `step_seconds` and
+its parts as in ppo.py.
 """
 
 from common import Parser, not_negative, positive, positive_int, ranged, run

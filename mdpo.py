@@ -23,6 +23,8 @@ One step:
 5. log
 
 At step 0 all rewards are 0 and the loss is 3 ln 2 = 2.0794 (in bfloat16 near it, as dpo.py says).
+Expect in the toy world (seed 0): CHAIR_s falls from .63 to .05, recall from .96 to .95, and
+adversarial POPE accuracy rises from .76 to .81 (dpo.py: .79), in nearly twice dpo.py's time.
 
 Choices where paper and code disagree, and deviations:
 1. Policy and reference see the same crop, drawn once for each row from the seed. The paper's code

@@ -20,7 +20,8 @@ One step:
 5. log     and the rewards into delta
 
 At step 0 all rewards are 0 and the loss is .8 ln 2 + .2 (2 ln 2) + NLL = .8318 + NLL (in bfloat16
-near it, as dpo.py says).
+near it, as dpo.py says). Expect in the toy world (seed 0): CHAIR_s falls from .63 to .05, recall
+from .96 to .95, and adversarial POPE accuracy rises from .76 to .81 (dpo.py: .79).
 
 Choices where the paper is silent or the codes disagree, and deviations:
 1. delta: the paper says "moving average of previous rewards". InternVL, LLaMA-Factory, ms-swift and

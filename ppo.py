@@ -43,10 +43,9 @@ chosen one) counts as right. The kind of question is the `caption_type` of LLaVA
 there is none, it is read from the question: lettered options, or a verb such as "Is" at its
 beginning.
 
-In the toy world, over three seeds, CHAIR_s goes from .64 to .06 and recall loses .016; RLOO does
-the same. The result depends on the reward model, and rounding alone changes it: one such run, with
-another number of threads, ended at .28. With a plain reward model and no length term PPO learns to
-say less: recall loses .087, and a quarter of the words go.
+In the toy world the result depends on the reward model, and rounding alone changes it: on an
+earlier base CHAIR_s went from .64 to .06, in a run with another number of threads to .28. With a
+plain reward model and no length term PPO learned to say less: a quarter of the words went.
 
 Corrected from the code of Sun et al.:
 1. The final reward stands at the last real token; theirs stands at the last padded slot. Padding

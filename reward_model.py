@@ -33,8 +33,8 @@ One step:
 Step 0 must print a loss near ln 2 = 0.69 and an accuracy near .5.
 
 The toy data are the truth against a corrupted truth (povid.json, povid_seen.json), and one caption
-is read at a time. Held-out accuracy over three seeds (the last column are ranked samples of the
-base, which the reward model never saw):
+is read at a time. Held-out accuracy over three seeds of an earlier base, whose LLM could not read
+(the last column are ranked samples of the base, which the reward model never saw):
 
                                         povid.json   povid_seen.json   ranked samples
     500 steps, the default                 .81             .78              .71
