@@ -28,9 +28,7 @@ REWARD = {  # what reward_model.py measures on held-out pairs: column
     "longer_preferred": "longer answer is the chosen one",
     "longer_favoured": "longer answer gets the higher score",
 }
-FRONT = (
-    "dpo", "mpo", "dpo-corrected", "bdhs", "guidance-only", "online", "ppo", "grpo", "judged-best", "judged-dpo"
-)  # fmt: skip
+FRONT = ("dpo", "mpo", "bdhs", "online", "ppo", "grpo", "judged-best")
 BENCH = {
     "ours": "`dpo.py`'s loop",
     "naive": "the plain way: padded batch, all logits",
