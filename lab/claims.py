@@ -461,7 +461,7 @@ def claims(cells):
             "SFT on a teacher's answers hurts.",
             "LLaVA-1.5-13B → standard SFT: MT-Bench 5.99 → 5.01, LLaVA-Bench 73.1 → 63.7, POPE .859 → .850.",
             lambda: (
-                f"here the data's own answers are the truth, in the base's own style: text score {f.change('judged-sft', 'text')} points, adversarial accuracy {f.hard('judged-sft')}, {f.both('judged-sft')}."
+                f"the data's own answers are the truth, in the base's own style: text score {f.change('judged-sft', 'text')} points, adversarial accuracy {f.hard('judged-sft')}, {f.both('judged-sft')}."
             ),
             lambda: verdict(
                 all(c < 0 for c in changes(cells, "judged-sft", "text")),
