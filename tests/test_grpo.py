@@ -896,11 +896,15 @@ def test_a_round_of_broken_pictures(run, monkeypatch):
     assert lines[0]["groups"] == 1 and "never varied" in err
 
 
-def test_bfloat16_with_several_minibatches(run):
-    """Where the weights stay the same the ratio is 1: the answers were scored again."""
+def test_bfloat16_with_several_minibatches(run, monkeypatch):
+    """The groups that train are scored again, once an iteration; that the ratio is then 1 is not held
+    here, as bfloat16 on a CPU does not promise it."""
+    again, score_again = [], grouping.scored_again
+    count = lambda *args: again.append(len(args[2])) or score_again(*args)
+    monkeypatch.setattr(grouping, "scored_again", count)
     flags = ("--dtype", "bfloat16", "--minibatches", 2, "--steps", 1, "--lr", 0.0)
     lines, _ = run("a", *flags, "--projector-lr", 1e-30, "--variant", "gspo", score=evenly)
-    assert lines[0]["clip_ratio/region_mean"] < 1e-3
+    assert again == [lines[0]["groups"]] and lines[0]["frac_reward_zero_std"] == 0
     lines, _ = run("b", *flags, "--projector-lr", 1e-9, score=lambda text: 1)  # no group has spread
     assert lines[0]["frac_reward_zero_std"] == 1 and lines[0]["grad_norm"] == 0
 
