@@ -2,7 +2,9 @@
 
 A real LLaVA is composed of a CLIP that was pretrained on images and an LLM that reads; so is ours.
 The LLM is made here with random weights and learns to read by sft.py's own command line (lab/toy.py
-and lab/reading.py). The tower trains here for half a minute. From the feature of every patch it learns to name what stands in that
+and lab/reading.py). The tower trains here for half a minute.
+
+From the feature of every patch the tower learns to name what stands in that
 sixth of the image (class, colour, count: all of it true) and which sixth it is. The features are
 those that LLaVA takes: of the last layer but one. A tower that trains from scratch through the LLM
 would spend most of the training time just learning to see.

@@ -10,7 +10,7 @@ A description is a caption, or two captions as facts. Behind it stands one of tw
 Everything is true. The answer to every question stands in the description, so the text score (exact
 match) measures reading, and nothing else. `verify` compares with a retelling that is true or, in
 half of the rows, corrupted as in povid.json. In a third of its rows the description comes last, as
-the facts do in what a reward model reads. One row in five is a dialogue of two questions.
+the facts do in what a reward model reads. One row in nine is a dialogue of two questions.
 
     text.json        what the LLM is trained on before visual tuning
     text_mix.json    what is mixed into visual tuning; its size is the dial of how much stays
@@ -164,7 +164,7 @@ def train_rows(scenes, rng):
     rows = []
     for name, scene in scenes.items():
         description, tasks = questions(scene, rng, QUESTIONS)
-        two = rng.random() < 0.6  # of six questions two are one dialogue: one row in five
+        two = rng.random() < 0.6  # of six questions two are one dialogue: one row in nine
         for i, (task, question, answer) in enumerate(tasks):
             if task == "verify" and rng.random() < 1 / 3:
                 dialogue = turns(f"{question}\n{description}", answer)

@@ -97,7 +97,7 @@ def test_verify_is_yes_if_nothing_differs(folder):
 
 
 def test_layout_and_splits(folder):
-    """LLaVA-Instruct without images; no description is in two files; one row in five has two questions."""
+    """LLaVA-Instruct without images; no description is in two files; one row in nine has two questions."""
     seen = {}
     for name in ("text.json", "text_mix.json", "text_test.json"):
         found = rows(folder, name)
