@@ -554,7 +554,10 @@ def problems(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys, problems, checkpoint, tmp_path):
-    """A function that runs grpo.py -> (metrics, stderr). score: of an answer's text, in place of the rule."""
+    """A function that runs grpo.py -> (metrics, stderr).
+
+    score: of (an answer's number in its group, its text), in place of the rule.
+    """
 
     def call(out, *flags, score=None, status=0, data="p.jsonl"):
         monkeypatch.chdir(tmp_path)
@@ -572,7 +575,7 @@ def run(monkeypatch, capsys, problems, checkpoint, tmp_path):
                 "scorer",
                 lambda *_: (
                     lambda records, texts: [
-                        {"exact": [float(score(t)) for t in row]} for row in texts
+                        {"exact": [float(score(i, t)) for i, t in enumerate(row)]} for row in texts
                     ]
                 ),
             )
@@ -589,9 +592,9 @@ def run(monkeypatch, capsys, problems, checkpoint, tmp_path):
     return call
 
 
-def evenly(text):
-    """A reward that varies: the number of its letters, odd or even."""
-    return len(text) % 2
+def evenly(i, text):
+    """A reward that varies in every group, whatever was drawn: the draws differ between CPUs."""
+    return i % 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -646,18 +649,18 @@ def test_resume_is_bit_exact(run, tmp_path, monkeypatch, variant):
 def test_resume_where_nothing_was_learned(run, tmp_path):
     """Steps without any spread leave a checkpoint to go on from, and the weights where they were."""
     flags = ("--steps", 2, "--save-every", 1)
-    lines, _ = run("a", *flags, score=lambda text: 1)
+    lines, _ = run("a", *flags, score=lambda i, text: 1)
     assert [m["grad_norm"] for m in lines] == [0, 0]
     weights = load_file(tmp_path / "a" / ADAPTER)
     assert all(not w.any() for n, w in weights.items() if "lora_B" in n)
     (tmp_path / "a/checkpoints/latest").write_text("step-000001")
-    again, _ = run("a", *flags, "--resume", score=lambda text: 1)
+    again, _ = run("a", *flags, "--resume", score=lambda i, text: 1)
     assert [m["step"] for m in again] == [0, 1]
 
 
 def test_the_reward_is_learned(run):
     """Answers with a letter e: their share grows."""
-    lines, _ = run("a", "--steps", 40, "--lr", 0.02, score=lambda text: "e" in text)
+    lines, _ = run("a", "--steps", 40, "--lr", 0.02, score=lambda i, text: "e" in text)
     share = [m["reward"] for m in lines]
     assert sum(share[-10:]) > sum(share[:10]) + 2
 
@@ -798,13 +801,13 @@ def test_answers_that_no_rule_can_read(run, tmp_path):
 
 def test_what_a_run_that_cannot_learn_is_told(run):
     """After three iterations, once; not where something can be learned."""
-    _, err = run("a", "--steps", 5, score=lambda text: 0.25)
+    _, err = run("a", "--steps", 5, score=lambda i, text: 0.25)
     (line,) = [x for x in err.splitlines() if "never varied" in x]
     assert "in 3 iterations (its mean is 0.250)" in line and "--ask" in line
     assert "the data has ('<answer>" in line
     _, err = run("b", "--steps", 5, score=evenly)
     assert "never varied" not in err
-    _, err = run("c", "--steps", 2, score=lambda text: 0.25)
+    _, err = run("c", "--steps", 2, score=lambda i, text: 0.25)
     assert "never varied" not in err
 
 
@@ -887,12 +890,12 @@ def test_a_round_of_broken_pictures(run, monkeypatch):
 
     monkeypatch.setattr(Processor, "decode", broken)
     flags = ("--check-images", "header", "--variant", "dapo", "--batch-size", 1, "--skip-bad-rows")
-    lines, _ = run("a", *flags, "--steps", 1, score=lambda text: 0)
+    lines, _ = run("a", *flags, "--steps", 1, score=lambda i, text: 0)
     assert lines[0]["groups"] == grpo.ROUNDS - 1
     # the last round of an iteration, at which a run that cannot learn is told so
     monkeypatch.setattr(grpo, "ROUNDS", 2)
     monkeypatch.setattr(grouping, "FIRST", 1)
-    lines, err = run("b", *flags, "--steps", 1, score=lambda text: 0)
+    lines, err = run("b", *flags, "--steps", 1, score=lambda i, text: 0)
     assert lines[0]["groups"] == 1 and "never varied" in err
 
 
@@ -900,12 +903,25 @@ def test_bfloat16_with_several_minibatches(run, monkeypatch):
     """The groups that train are scored again, once an iteration; that the ratio is then 1 is not held
     here, as bfloat16 on a CPU does not promise it."""
     again, score_again = [], grouping.scored_again
-    count = lambda *args: again.append(len(args[2])) or score_again(*args)
+    count = lambda *args: again.append([g.place for g in args[2]]) or score_again(*args)
     monkeypatch.setattr(grouping, "scored_again", count)
     flags = ("--dtype", "bfloat16", "--minibatches", 2, "--steps", 1, "--lr", 0.0)
-    lines, _ = run("a", *flags, "--projector-lr", 1e-30, "--variant", "gspo", score=evenly)
-    assert again == [lines[0]["groups"]] and lines[0]["frac_reward_zero_std"] == 0
-    lines, _ = run("b", *flags, "--projector-lr", 1e-9, score=lambda text: 1)  # no group has spread
+    places = training.shuffled(0, 4, 7, 0)
+    alike = f"Question {places[1]}?"  # its group has no spread
+    monkeypatch.setattr(
+        rewards,
+        "scorer",
+        lambda *_: (
+            lambda records, texts: [
+                {"exact": [float(record.turns != (alike,)), 0.0, 0.0]} for record in records
+            ]
+        ),
+    )
+    lines, _ = run("a", *flags, "--projector-lr", 1e-30, "--variant", "gspo")
+    assert again == [[places[0], *places[2:]]] and lines[0]["frac_reward_zero_std"] == 0.25
+    lines, _ = run(
+        "b", *flags, "--projector-lr", 1e-9, score=lambda i, text: 1
+    )  # no group has spread
     assert lines[0]["frac_reward_zero_std"] == 1 and lines[0]["grad_norm"] == 0
 
 
