@@ -266,20 +266,31 @@ def _tsv_rows(path):
     for number, line in _lines(path):
         fields = line.rstrip("\r\n").split("\t")
         if len(fields) != len(MUFFIN):
-            raise BadInput(
-                f"{path}, line {number}: {len(fields)} fields; "
-                f"the seven of RLHF-V are needed: {', '.join(MUFFIN)}."
+            yield (
+                number - 1,
+                BadInput(
+                    f"line {number}: {len(fields)} fields; "
+                    f"the seven of RLHF-V are needed: {', '.join(MUFFIN)}."
+                ),
             )
+            continue
         image = PackedImage(str(path), number - 1) if fields[1] else None
         yield number - 1, dict(zip(MUFFIN, fields)) | {"image": image}
 
 
-def rows(path):
+def rows(path, keep_bad=False):
     """(row number from 0, row) of a parquet file, JSON array, JSON lines, or RLHF-V's tsv.
 
-    A row is whatever JSON holds there, a dict in a file that can be used; BadInput for a row of
-    parquet that cannot be read.
+    A row is whatever JSON holds there, a dict in a file that can be used. keep_bad: in the place of
+    a row of parquet or of a line that cannot be read stands a BadInput; without it, it is raised.
     """
+    for number, row in _rows(path):
+        if isinstance(row, BadInput) and not keep_bad:
+            raise BadInput(f"{path}, row {number}: {row}")
+        yield number, row
+
+
+def _rows(path):
     refuse_lfs_pointer(path)
     if path.is_dir():
         raise BadInput(f"{path}: {_what_folder(path)}; a data file is needed.")
@@ -305,8 +316,8 @@ def rows(path):
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 if not row_number:
-                    _refuse_one_object(path, line + "".join(rest for _, rest in lines))
-                raise BadInput(f"{path}, line {number}: not valid JSON: {error}.") from None
+                    _refuse_one_object(path)
+                row = BadInput(f"line {number}: not valid JSON: {error}.")
             yield row_number, row
             row_number += 1
 
@@ -333,10 +344,10 @@ def number_or_text(row, key, where):
     return value
 
 
-def _refuse_one_object(path, text):
+def _refuse_one_object(path):
     """Refuse a file that is one object over several lines: settings, or rows under a key."""
     try:
-        keys = list(json.loads(text))
+        keys = list(json.loads("".join(line for _, line in _lines(path))))
     except (ValueError, RecursionError):
         return
     raise BadInput(

@@ -710,7 +710,7 @@ def read(path, images=None):
     total = with_picture = 0
     records, refused, notes = [], [], Counter()
     folder = ImageFolder(images or image_folders(path), notes)
-    for i, row in rows(path):
+    for i, row in rows(path, keep_bad=True):
         total += 1
 
         # the first row chooses the layout

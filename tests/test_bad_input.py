@@ -20,7 +20,7 @@ import dpo
 import evaluation
 from common import BadInput
 from data import Record
-from formats import checkpoints, files, inspector, layouts
+from formats import checkpoints, dataset, files, inspector, layouts
 
 ROOT = Path(__file__).parents[1]
 
@@ -329,15 +329,22 @@ FILES = {  # name: (content, what the message holds)
     ),
     "broken line": (
         json.dumps(povid()) + '\n{"conversations": [\n',
-        "bad.json, line 2: not valid JSON",
+        ["bad.json, row 1: line 2: not valid JSON", "1 of 2 rows are refused"],
     ),
     "broken line after empty ones": (
         json.dumps(povid()) + '\n\n\n{"a"}\n',
-        "bad.json, line 4: not valid JSON",
+        ["bad.json, row 1: line 4: not valid JSON", "1 of 2 rows are refused"],
     ),
     "broken array": ('[\n {"a": 1},\n {"a": ]\n', ["bad.json: not valid JSON", "line 3 column 8"]),
     "deep array": ("[" * 100_000, "bad.json: not valid JSON"),
-    "no JSON": ("question,answer\nWhat?,A.\n", "bad.json, line 1: not valid JSON"),
+    "no JSON": (
+        "question,answer\nWhat?,A.\n",
+        ["bad.json, row 0: line 1: not valid JSON", "2 of 2 rows are refused"],
+    ),
+    "first line broken": (
+        "{\n" + json.dumps(povid()) + "\n",
+        ["bad.json, row 0: line 1: not valid JSON", "1 of 2 rows are refused"],
+    ),
     "empty": ("", "bad.json: the file holds no row"),
     "empty array": ("[]", "bad.json: the file holds no row"),
     "array of numbers": ("[1, 2]", ["bad.json, row 0: the row is int", "2 of 2 rows are refused"]),
@@ -655,9 +662,27 @@ def test_data_lists_what_it_refuses(folder):
 
 
 def test_data_refuses_a_broken_file(folder):
-    (folder / "rows.jsonl").write_text(json.dumps(povid()) + "\n{\n")
-    status, out, err = command("data.py", "rows.jsonl", "--images", "images", "--json", cwd=folder)
-    assert sentence(status, err, "rows.jsonl, line 2: not valid JSON") == err.strip() and out == ""
+    (folder / "rows.json").write_text(json.dumps([povid()])[:-1])
+    status, out, err = command("data.py", "rows.json", "--images", "images", "--json", cwd=folder)
+    assert sentence(status, err, "rows.json: not valid JSON") == err.strip() and out == ""
+
+
+def test_a_line_that_is_no_json_is_a_bad_row(folder):
+    """Counted, named by its line, and with skip_bad_rows left out, wherever it stands; a reader of scores raises it."""
+    lines = [json.dumps(povid()), '{"a', "", "{" * 99_999, json.dumps(povid())]
+    for order in (lines, lines[1:] + lines[:1], lines[3:] + lines[:3]):
+        (folder / "rows.jsonl").write_text("\n".join(order))
+        found = dataset.read([folder / "rows.jsonl"], folder / "images", skip_bad_rows=True)
+        rows = [n for n, line in enumerate(filter(None, order)) if not line.endswith("}")]
+        numbers = [n for n, line in enumerate(order, 1) if line and not line.endswith("}")]
+        assert len(found.records) == 2 and [s["row"] for s in found.skipped] == rows
+        for n, skipped in zip(numbers, found.skipped):
+            assert skipped["why"].startswith(f"line {n}: not valid JSON: ")
+        assert [type(row) for _, row in files.rows(folder / "rows.jsonl", keep_bad=True)].count(
+            BadInput
+        ) == 2
+        with pytest.raises(BadInput, match=f"rows.jsonl, row {rows[0]}: line {numbers[0]}: not "):
+            list(files.rows(folder / "rows.jsonl"))
 
 
 def test_skip_bad_rows(folder, checkpoint):

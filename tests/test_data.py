@@ -1322,7 +1322,7 @@ def test_numbers_of_rows_and_lines(tmp_path):
     path.write_bytes(b'\n{"a": 1,\r"b": 2}\n\n \r\n{"a": 3}\r\n{"a": 4}')
     assert list(files.rows(path)) == [(0, {"a": 1, "b": 2}), (1, {"a": 3}), (2, {"a": 4})]
     path.write_bytes(b'{"a": 1}\n\n{"a": }\n')
-    with pytest.raises(BadInput, match="a.jsonl, line 3: not valid JSON"):
+    with pytest.raises(BadInput, match="a.jsonl, row 1: line 3: not valid JSON"):
         list(files.rows(path))
 
 

@@ -826,7 +826,7 @@ def test_half_written_and_strange_files(tmp_path, template):
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"question_id": i, "text": f"a {i}"}) for i in range(6)]
     path.write_text("\n".join(lines)[:-9])
-    with pytest.raises(BadInput, match="a.jsonl, line 6: not valid JSON"):
+    with pytest.raises(BadInput, match="a.jsonl, row 5: line 6: not valid JSON"):
         llava_bench.read_answers(path, questions)
     path.write_text("\n".join(lines[:5]))
     with pytest.raises(BadInput, match="5 answers to 6 questions, .*: 5 has none"):

@@ -344,9 +344,11 @@ def test_muffin_tsv(tmp_path, monkeypatch):
     assert [[*r.turns, *r.answers] for r in file.records] == texts
     shown = [files.open_image(r.image).getpixel((2, 2)) for r in file.records]
     assert shown == [(255, 0, 0), (0, 0, 255)]
-    path.write_text("\t".join(lines[0][:6]) + "\n")
-    with pytest.raises(BadInput, match="demo-2.tsv, line 1: 6 fields; the seven of RLHF-V"):
-        layouts.read(path)
+    path.write_text("\t".join(lines[0][:6]) + "\n" + "\t".join(lines[1]) + "\n")
+    with pytest.raises(BadInput, match="demo-2.tsv, row 0: line 1: 6 fields; the seven of RLHF-V"):
+        dataset.read([path])
+    (record,) = dataset.read([path], skip_bad_rows=True).records  # its picture is that of row 1
+    assert files.open_image(record.image).getpixel((2, 2)) == (0, 0, 255)
 
 
 def write_parquet(path, columns, group):
