@@ -9,7 +9,18 @@ import statistics
 from pathlib import Path
 
 from lab import claims, fits, report
-from lab.rows import FAMILIES, FIGURES, ROWS, after, bases, changes, figure, mean, policies
+from lab.rows import (
+    EQUAL,
+    FAMILIES,
+    FIGURES,
+    ROWS,
+    after,
+    bases,
+    changes,
+    figure,
+    mean,
+    policies,
+)
 
 LOGGED = {  # what a run that samples logs: column
     "annotator/pairs": "prompts that gave a pair",
@@ -21,7 +32,10 @@ LOGGED = {  # what a run that samples logs: column
     "response_length": "tokens",
 }
 # what other runs log and lab/claims.py tells of
-ALSO_LOGGED = ("logps/chosen", "frac_reward_zero_std", "completions/mean_length")
+ALSO_LOGGED = (
+    *("logps/chosen", "frac_reward_zero_std", "completions/mean_length"),
+    *("completions/wrong_length", "rewards/exact/mean"),
+)
 REWARD = {  # what reward_model.py measures on held-out pairs: column
     "accuracy": "accuracy",
     "length_correlation": "correlation of score and tokens",
@@ -118,6 +132,19 @@ def log_table(cells):
             ]
             lines.append([ROWS[row].name, *shown])
     return markdown(["method", *LOGGED.values()], lines)
+
+
+def equal_table(cells):
+    """The rows of EQUAL: what they cost and what became of the base."""
+    digits = {"CHAIR_s": 3, "recall": 3, "POPE adversarial": 3, "text": 3, "words": 1}
+    lines = []
+    for row, (signal, answers) in EQUAL.items():
+        if row in cells:
+            cpu = [c["cpu_seconds"] for c in cells[row].values() if "cpu_seconds" in c]
+            shown = [spread(after(cells, row, column), n) for column, n in digits.items()]
+            spent = f"{mean(cpu):.0f}" if cpu else ""
+            lines.append([ROWS[row].name, signal, f"{answers:,}", spent, *shown])
+    return markdown(["method", "who judges", "answers", "CPU s", *digits], lines)
 
 
 def front_table(cells):
@@ -248,6 +275,7 @@ def results_page(cells, gpu):
     parts += ["## Reward models", claims.REWARD_MODELS, reward_table(cells)]
     parts.append("\n".join(f"- {text}" for text in claims.reward_observations(cells)))
     parts += ["## What was sampled during training", claims.SAMPLED, log_table(cells)]
+    parts += ["## Equal numbers of answers, equal seconds", claims.EQUAL, equal_table(cells)]
     parts += ["## What fits where, and how long it takes", claims.FITS]
     parts += [markdown(fits.HEAD, fits.lines(gpu)), claims.REST]
     return "\n\n".join(parts) + "\n"

@@ -13,6 +13,7 @@ and the marked parts of README.md: of the seeds that the default, row `dpo`, has
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -51,8 +52,11 @@ def prepare(seed, what):
 
 
 def run_cell(row, seed, quick, folder):
-    """Run a row's command lines to their end -> summary.json's and "minutes", "commands", "log"."""
-    commands, begin, out = [], time.time(), None
+    """Run a row's command lines to their end -> summary.json's and "minutes", "cpu_seconds", "commands", "log".
+
+    "cpu_seconds": of the row's own commands, without the setup and the evaluations of the last.
+    """
+    commands, begin, out, cpu = [], time.time(), None, []
     for i, (script, file, flags) in enumerate(ROWS[row].commands, 1):
         last = i == len(ROWS[row].commands)
         files = (file,) if isinstance(file, str) else file
@@ -71,15 +75,18 @@ def run_cell(row, seed, quick, folder):
         commands.append([script, *flags, "--out", str(out)])
         shutil.rmtree(out, ignore_errors=True)
         with open(folder / f"{out.name}.log", "w") as log:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, str(ROOT / script), *commands[-1][1:]],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        if done.returncode:
+            _, status, used = os.wait4(process.pid, 0)  # of this process: others run beside it
+        process.returncode = os.waitstatus_to_exitcode(status)
+        cpu.append(used.ru_utime + used.ru_stime)
+        if process.returncode:
             command = f"python {' '.join(commands[-1])}"
             raise BadInput(
-                f"{command} ended with status {done.returncode}: see {log.name}; call again to "
+                f"{command} ended with status {process.returncode}: see {log.name}; call again to "
                 "go on from here."
             )
     summary = json.loads((out / "summary.json").read_text())
@@ -88,8 +95,11 @@ def run_cell(row, seed, quick, folder):
     if row == "judged-dpo":  # what the paper compares with: the LLM that saw no picture yet
         model, processor = checkpoints.compose(toy.parts(seed) / "clip", toy.reader(seed))
         summary["llm"] = text_score.evaluate(model, processor, toy.world(seed) / "text_test.json")
+    parts = summary["seconds"]
+    share = 1 - (parts["setup"] + parts["eval"]) / max(sum(parts.values()), 0.1)
     return summary | {
         "minutes": round((time.time() - begin) / 60, 2),
+        "cpu_seconds": round(sum(cpu[:-1]) + cpu[-1] * share, 1),
         "commands": [[part.replace(f"{ROOT}/", "") for part in line] for line in commands],
         "log": log_of(out),
     }
@@ -128,12 +138,13 @@ def log_of(out):
     """A run's metrics.jsonl -> {name of pages.LOGGED or ALSO_LOGGED: [mean of the first fifth of its steps, of the last fifth]}."""
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     fifth = max(1, len(lines) // 5)
-    mean = lambda name, part: round(statistics.fmean(line[name] for line in part), 4)
-    return {
-        name: [mean(name, lines[:fifth]), mean(name, lines[-fifth:])]
-        for name in (*pages.LOGGED, *pages.ALSO_LOGGED)
-        if name in lines[0]
-    }
+    found = {}
+    for name in (*pages.LOGGED, *pages.ALSO_LOGGED):
+        ends = lines[:fifth], lines[-fifth:]
+        ends = [[line[name] for line in part if name in line] for part in ends]
+        if all(ends):
+            found[name] = [round(statistics.fmean(values), 4) for values in ends]
+    return found
 
 
 def run_all(args, runs, path):

@@ -22,6 +22,10 @@ SFT = [
 OTHER_BASE = ["--model", "@other-base", "--annotator", "oracle", "--max-new-tokens", "96"]
 # As many answers an iteration as PPO.
 RLOO = ["--advantage", "rloo", "--samples", "4", "--minibatches", "1"]
+# 2,560 answers of the policy, as in PPO and RLOO: 640 prompts x 4, 80 x 16 x 2, 40 x 8 x 8.
+FEW_DPO = ["--share", "0.2134"]
+FEW_ONLINE = ["--steps", "80"]
+FEW_GRPO = ["--steps", "40", "--batch-size", "8", "--reward", "annotator"]
 
 
 class Row(NamedTuple):
@@ -61,6 +65,8 @@ ROWS = {
         ("dpo.py", "rlhf_v.jsonl", ["--loss", "ipo", "--beta", "0.5", *CORRECTED])]),
     "slic": Row("offline", "SLiC, corrected samples", "SLiC, corrected samples", [
         ("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", "--beta", "0.5", *CORRECTED])]),
+    "dpo-imageless": Row("offline", "DPO, corrupted truth, without the images", "without images", [
+        ("dpo.py", "povid_imageless.json", [])]),
     "mpo": Row("offline", "MPO, corrupted truth", "MPO", [("mpo.py", "povid.json", [])]),
     "mdpo": Row("offline", "mDPO, corrupted truth", "mDPO", [("mdpo.py", "povid.json", [])]),
     "bdhs": Row("bdhs", "BDHS, offline", "BDHS, offline", [
@@ -83,6 +89,8 @@ ROWS = {
     "online-povid": Row(
         "online", "Online DPO, the oracle annotates, prompts of corrupted truth",
         "online, oracle, other prompts", [("online_dpo.py", "povid.json", [])]),
+    "online-few": Row("online", "Online DPO, the oracle annotates, 2,560 answers", "online, 2,560 answers", [
+        ("online_dpo.py", "povid.json", FEW_ONLINE)]),
     "mixed": Row("online", "Mixed-DPO, with corrupted truth", "mixed, corrupted truth", [
         ("online_dpo.py", "povid.json", MIX)]),
     "mixed-corrected": Row("online", "Mixed-DPO, with corrected samples", "mixed, corrected samples", [
@@ -101,6 +109,10 @@ ROWS = {
         ("ppo.py", "povid.json", ["--reward-model", "@reward", *RLOO])]),
     "grpo": Row("rl", "GRPO, exact answers and the oracle", "GRPO", [
         ("grpo.py", ("questions.jsonl", "povid.json"), [])]),
+    "grpo-dr": Row("rl", "Dr. GRPO, exact answers and the oracle", "Dr. GRPO", [
+        ("grpo.py", ("questions.jsonl", "povid.json"), ["--variant", "dr_grpo"])]),
+    "grpo-few": Row("rl", "GRPO, the oracle rewards, 2,560 answers", "GRPO, 2,560 answers", [
+        ("grpo.py", "povid.json", FEW_GRPO)]),
     "judged-sft": Row("judged", "SFT on the data's own answers", "SFT, data's answers", [
         ("sft.py", "reference.json", SFT)]),
     "judged-best": Row("judged", "Rejection sampling", "rejection sampling", [
@@ -109,6 +121,8 @@ ROWS = {
         ("steerlm.py", "ratings.jsonl", [])]),
     "judged-dpo": Row("judged", "DPO on the judged answers", "DPO", [
         ("dpo.py", "preferences.json", EPOCHS)]),
+    "judged-few": Row("judged", "DPO on 2,560 judged answers", "DPO, 2,560 answers", [
+        ("annotate.py", (), [*RATINGS, *FEW_DPO]), ("dpo.py", None, [])]),
     **{
         f"judged-share-{share}": Row("judged", f"DPO, {share} % of the prompts", f"{share} % of the prompts", [
             ("annotate.py", (), [*RATINGS, "--share", str(share / 100)]), ("dpo.py", None, EPOCHS)])
@@ -122,6 +136,19 @@ ROWS = {
     "judged-transfer": Row("judged", "DPO on another seed's base's answers", "another base's answers", [
         ("annotate.py", "povid.json", OTHER_BASE), ("dpo.py", None, EPOCHS)]),
 }  # fmt: skip
+# Beside each other at equal numbers of answers and of seconds: row -> who says what is better, and how many answers the
+# policy draws (`judged-few`: drew before training).
+EQUAL = {
+    "dpo": ("the data", 0),
+    "judged-few": ("oracle", 2_560),
+    "online-few": ("oracle", 2_560),
+    "ppo-oracle": ("oracle", 2_560),
+    "grpo-few": ("oracle", 2_560),
+    "ppo": ("reward model, length", 2_560),
+    "rloo": ("reward model, length", 2_560),
+    "online-povid": ("oracle", 7_360),
+    "grpo": ("exact answers, oracle", 19_200),
+}
 FIGURES = {  # column: where it is in {"pope":, "chair":, "text":}
     "POPE random": ("pope", "random", "accuracy"),
     "POPE popular": ("pope", "popular", "accuracy"),

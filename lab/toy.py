@@ -10,6 +10,7 @@ sets are not part of the hash. If a change there changes a result, raise VERSION
 
 import ast
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import processes
 from common import Parser, file_hash, flag_name, whole_folder
 from formats.files import remember_images
 from lab import toyworld
+from lab.reading import write_rows
 
 VERSION = 1
 READ = (  # how the LLM learns to read: 3,500 steps of 16 descriptions
@@ -147,6 +149,8 @@ def data_file(seed, name):
         return annotations(seed) / name
     if name == "questions.jsonl":
         return problems(seed) / name
+    if name == "povid_imageless.json":
+        return imageless(seed) / name
     if name not in OWN_ANSWERS:
         return world(seed) / name
     made = made_of(*sources("lab/oracle", "sampling"), world(seed).name, weights(seed))
@@ -171,6 +175,20 @@ def problems(seed):
         with whole_folder(folder) as aside:
             questions.write(world(seed), seed, aside / "questions.jsonl")
             remember_images(aside, world(seed) / "images")
+    return folder
+
+
+def imageless(seed):
+    """povid.json without its images: what mDPO's paper compares with, "DPO (No Image)"."""
+    folder = CACHE / f"imageless-{world(seed).name}"
+    if not folder.exists():
+        rows = json.loads((world(seed) / "povid.json").read_text(encoding="utf-8"))
+        for row in rows:
+            del row["image"]
+            for turns in (row["conversations"], row["rejected_conversations"]):
+                turns[0]["value"] = turns[0]["value"].removeprefix("<image>\n")
+        with whole_folder(folder) as aside:
+            write_rows(aside / "povid_imageless.json", rows)
     return folder
 
 

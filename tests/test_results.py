@@ -9,9 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
+import annotate
+import dpo
+import grpo
+import online_dpo
+import ppo
 from common import BadInput
 from lab import chart, claims, pages, report, reproduce
-from lab.rows import ROWS, comparable
+from lab.rows import EQUAL, ROWS, comparable
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +31,25 @@ def cells():
             for side in ("before", "after"):
                 cell[side]["text"] = {"mean": 0.7}
             cell["llm"] = {"mean": 0.8}
+    logs = {  # of each seed: first and last fifth of the steps
+        "dpo": {"logps/chosen": ((-20, -25), (-20, -21), (-22, -30))},
+        "mpo": {"logps/chosen": ((-20, -9), (-20, -20), (-22, -8))},
+        "grpo": {
+            "frac_reward_zero_std": ((0.3, 0.5), (0.3, 0.4), (0.2, 0.6)),
+            "completions/mean_length": ((15, 12), (15, 12), (15, 12)),
+            "completions/wrong_length": ((4, 4), (4, 5), (4, 6)),
+            "rewards/exact/mean": ((0.6, 0.8), (0.6, 0.7), (0.6, 0.7)),
+        },
+        "grpo-dr": {
+            "frac_reward_zero_std": ((0.3, 0.5), (0.3, 0.25), (0.2, 0.6)),
+            "completions/wrong_length": ((4, 3), (4, 4), (4, 5)),
+            "rewards/exact/mean": ((0.6, 0.8), (0.6, 0.9), (0.6, 0.6)),
+        },
+    }
+    for row, names in logs.items():
+        for name, values in names.items():
+            for cell, ends in zip(cells[row].values(), values, strict=True):
+                cell.setdefault("log", {})[name] = list(ends)
     return {row: cells[row] for row in ROWS}
 
 
@@ -115,6 +139,87 @@ def test_another_rows_folder(tmp_path):
     (tmp_path / "reward-1" / "summary.json").write_text("{}")
     assert reproduce.written("@reward", 1, tmp_path) == str(tmp_path / "reward-1")
     assert reproduce.written("--mix", 1, tmp_path) == "--mix"
+
+
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
+while time.process_time() < 1:
+    pass
+(out / "metrics.jsonl").write_text(json.dumps({"response_length": 2}) + "\\n")
+seconds = {"setup": 2.0, "reference": 0.0, "train": 1.0, "sample": 2.0, "eval": 3.0}
+(out / "summary.json").write_text(json.dumps({"before": {}, "after": {}, "seconds": seconds}))
+(out / "preferences.json").write_text("[]")
+"""
+
+
+def test_a_cell_counts_its_cpu_seconds(tmp_path, monkeypatch):
+    """1 s of making data, and of the last command's 1 s the three eighths that are neither setup nor evaluation."""
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce.toy, "world", lambda seed: tmp_path)
+    monkeypatch.setattr(reproduce.toy, "data_file", lambda seed, name: tmp_path / name)
+    (tmp_path / "x.py").write_text(SCRIPT)
+    row = ROWS["bdhs"]._replace(commands=[("x.py", "povid.json", []), ("x.py", None, [])])
+    monkeypatch.setitem(ROWS, "bdhs", row)
+    cell = reproduce.run_cell("bdhs", 1, False, tmp_path)
+    assert cell["cpu_seconds"] == pytest.approx(1.375, abs=0.3)
+    assert cell["log"] == {"response_length": [2, 2]}
+    (tmp_path / "x.py").write_text("raise SystemExit(3)")
+    with pytest.raises(BadInput, match="ended with status 3: see .*bdhs-1-data.log"):
+        reproduce.run_cell("bdhs", 1, False, tmp_path)
+
+
+def test_a_metric_that_some_steps_lack(tmp_path):
+    """The mean over the steps that have it; left out if a fifth has none."""
+    steps = [{"frac_reward_zero_std": 0.5, "rewards/exact/mean": 0.5} for _ in range(10)]
+    steps[0] |= {"completions/wrong_length": 4}
+    steps[8] |= {"completions/wrong_length": 3}
+    del steps[8]["rewards/exact/mean"], steps[9]["rewards/exact/mean"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
+    found = {"frac_reward_zero_std": [0.5, 0.5], "completions/wrong_length": [4, 3]}
+    assert reproduce.log_of(tmp_path) == found
+
+
+def test_equal_numbers_of_answers():
+    """What the table says is what the rows' flags make of the scripts' toy settings."""
+    for row, (_, answers) in EQUAL.items():
+        script, data, flags = ROWS[row].commands[0]
+        given = dict(itertools.pairwise(flags))
+        toy = {"annotate.py": annotate, "dpo.py": dpo, "online_dpo.py": online_dpo}
+        toy = (toy | {"ppo.py": ppo, "grpo.py": grpo})[script].TOY
+        number = lambda name, default: float(given.get(name, default))
+        prompts = number("--steps", toy.get("steps", 0)) * number("--batch-size", toy["batch_size"])
+        if script == "annotate.py":  # of 3,000 prompts
+            assert round(number("--share", 1) * 3000) * 4 == answers
+        elif script == "online_dpo.py":
+            assert prompts * 2 == answers
+        elif script == "ppo.py":
+            kind = given.get("--advantage", "gae")
+            each = number("--samples", ppo.TOY_SAMPLES[kind])
+            assert prompts * number("--minibatches", toy["minibatches"]) * each == answers
+        elif script == "grpo.py":
+            assert prompts * 8 == answers
+        else:
+            assert answers == 0
+
+
+def test_the_table_of_equal_answers_by_hand():
+    """CPU seconds of the seeds that have them; nothing where none has."""
+    row = by_seed(summary(0.8, 0.6), summary(0.9, 0.2), summary(0.9, 0.4))
+    timed = copy.deepcopy(row)
+    timed["1"]["cpu_seconds"] = 31.4
+    lines = pages.equal_table({"rloo": row, "dpo": timed, "ipo": row}).splitlines()
+    assert lines[0].startswith("| method | who judges | answers | CPU s | CHAIR_s | recall |")
+    assert lines[2].startswith(
+        "| DPO, corrupted truth (default) | the data | 0 | 31 | 0.300 ± 0.141 |"
+    )
+    assert lines[3].startswith(
+        "| RLOO, factual reward model | reward model, length | 2,560 |  | 0.3"
+    )
+    assert lines[3].endswith("| 0.900 ± 0.000 | 0.900 ± 0.000 | 0.700 ± 0.000 | 30.0 ± 0.0 |")
+    assert len(lines) == 4
 
 
 @pytest.fixture
@@ -260,6 +365,11 @@ VERDICTS = {  # read by hand from the seeds' figures
     "A larger reward": "Cannot be tested here",
     "Human-made": "Cannot be tested here",
     "Alignment costs": "Cannot be tested here",
+    "DPO without the images": "Holds here",  # the same figures
+    "mDPO hallucinates": "Does not hold here",
+    "With MPO": "Holds here",
+    "More and more": "Holds in part",
+    "Dr. GRPO's wrong": "Holds here",
 }
 
 
@@ -323,11 +433,39 @@ def changed(cells, row, place, value):
             lambda s, v: 0.9,
             "Holds in part",
         ),
+        (
+            "DPO without",
+            "dpo-imageless",
+            ("chair", "chair_s"),
+            lambda s, v: v + 0.1,
+            "Holds in part",
+        ),
+        ("mDPO", "mdpo", ("chair", "chair_s"), lambda s, v: 0.01, "Holds in part"),
+        ("mDPO", "mdpo", ("chair", "recall"), lambda s, v: 0.5, "Holds in part"),
     ],
 )
 def test_a_verdict_follows_the_figures(cells, begin, row, place, value, verdict):
     found = claims.claims(changed(cells, row, place, value))
     (claim,) = [c for c in found if c.sentence.startswith(begin)]
+    assert claim.verdict == f"**{verdict}.**"
+
+
+@pytest.mark.parametrize(
+    "begin, row, name, ends, verdict",
+    [
+        ("With MPO", "dpo", "logps/chosen", [-20, -20], "Holds in part"),
+        ("With MPO", "mpo", "logps/chosen", [-20, -21], "Holds in part"),
+        ("More and more", "grpo-dr", "frac_reward_zero_std", [0.2, 0.3], "Holds here"),
+        ("Dr. GRPO", "grpo-dr", "completions/wrong_length", [9, 5], "Holds in part"),
+        ("Dr. GRPO", "grpo-dr", "rewards/exact/mean", [0.9, 0.6], "Holds in part"),
+    ],
+)
+def test_a_verdict_follows_the_logs(cells, begin, row, name, ends, verdict):
+    """Another first and last fifth on each seed of a row."""
+    cells = copy.deepcopy(cells)
+    for cell in cells[row].values():
+        cell["log"][name] = ends
+    (claim,) = [c for c in claims.claims(cells) if c.sentence.startswith(begin)]
     assert claim.verdict == f"**{verdict}.**"
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from common import run
+from formats import dataset
 from formats.files import image_folders
 from lab import oracle, parts, toy
 
@@ -49,7 +50,11 @@ def built(monkeypatch, tmp_path):
 
 def of_base(seed):
     """What a base needs: an LLM that reads, taken out of its run, then visual tuning."""
-    return [("sft.py", "--seed", seed, "--out"), ("llm", "model"), ("sft.py", "--seed", seed, "--out")]
+    return [
+        ("sft.py", "--seed", seed, "--out"),
+        ("llm", "model"),
+        ("sft.py", "--seed", seed, "--out"),
+    ]
 
 
 def edit(name, text):
@@ -107,6 +112,25 @@ def test_the_problems_of_a_world(built):
         edit(name, "x = 3\n")
         assert toy.data_file(1, "questions.jsonl") != path
     assert not built
+
+
+def test_pairs_without_their_images(built):
+    """povid.json's rows and nothing of a picture, read by dpo.py's reader as text alone."""
+    turns = lambda answer: [
+        {"from": "human", "value": "<image>\nWhat is shown?"},
+        {"from": "gpt", "value": answer},
+    ]
+    row = {"id": "1", "image": "preference_00000.png"}
+    row |= {"conversations": turns("A cup."), "rejected_conversations": turns("A cat.")}
+    Path("world-1").mkdir()
+    Path("world-1/povid.json").write_text(json.dumps([row]))
+    path = toy.data_file(1, "povid_imageless.json")
+    assert "image" not in path.read_text().replace("imageless", "")
+    (record,) = dataset.read([str(path)], None, answers=2).records
+    assert record.image is None and record.turns == ("What is shown?",)
+    assert record.answers == ("A cup.", "A cat.")
+    path.write_text("[]")
+    assert toy.data_file(1, "povid_imageless.json") == path and path.read_text() == "[]"
 
 
 def test_the_reward_model(built):
