@@ -26,7 +26,8 @@
     helpsteer2      prompt + response_1 + response_2  the first > the second where the strength is
                     + preference_strength             negative, else the second > the first
     trl             chosen + rejected (+ prompt)      chosen > rejected: strings, or lists of
-                                                      {role, content}
+                                                      {role, content}; mDPO's data, whose prompt
+                                                      is Vicuna's template with the question
     problem         problem + solution or answer      none: problems with their right answer, for
                                                       grpo.py (R1-V's CLEVR and GEOQA, geometry3k,
                                                       multimodal-open-r1, VLM-R1's RefCOCO)
@@ -580,10 +581,21 @@ def _messages(cell, key, role):
     return turns, named
 
 
+def _question_of(prompt):
+    """The question in Vicuna's whole template, as mDPO's prompts are; any other prompt as it is."""
+    whole = "A chat between a curious ", "ASSISTANT:"
+    if not isinstance(prompt, str) or not re.fullmatch(".*".join(whole), prompt.strip(), re.DOTALL):
+        return prompt
+    _, *turns, _ = re.split(r"\s(?:USER|ASSISTANT):", prompt.strip())
+    if len(turns) != 1:
+        raise BadInput(f"`prompt` is Vicuna's template with {len(turns)} turns; one is accepted.")
+    return turns[0]
+
+
 def _trl(row, where, images, notes):
     prompt, named = [], []
     if row.get("prompt"):
-        prompt, named = _messages(row["prompt"], "prompt", "user")
+        prompt, named = _messages(_question_of(row["prompt"]), "prompt", "user")
 
     dialogues = []
     for key in ("chosen", "rejected"):

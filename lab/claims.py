@@ -123,7 +123,7 @@ log-probs, equal to transformers'). None of the large public files was at hand.
 | RLHF-V, VLFeedback | by hand, made, photographs |
 | POVID, LLaVA-RLHF | by hand, photographs |
 | RLAIF-V, HelpSteer, HelpSteer2, TRL | by hand, made |
-| LLaVA-Instruct, mllm-dpo, MMPR, SeVa, HA-DPO | by hand |
+| LLaVA-Instruct, mllm-dpo, MMPR, SeVa, HA-DPO, mDPO | by hand |
 
 On tiny random weights, logits are within 1e-5 of transformers' own classes for Llama, Mistral, Qwen2 and Qwen3 (LLaVA-NeXT with
 nine image shapes). Greedy answers equal theirs token for token. Adapters load in PEFT, merged checkpoints with `AutoProcessor`:

@@ -141,6 +141,25 @@ FILES = {  # name: (layout, records as (row, image, turns, answers), refused row
         },
         {},
     ),
+    "mdpo.json": (
+        "trl",
+        [
+            (0, "lamp.jpg", ("What might it be?\nSay why.",), ("A lamp.", "A bowl.")),
+            (1, "desk.png", ("What is it?",), ("A desk.", "A bed.")),
+            # no template: a prompt that begins as its system text does
+            (
+                2,
+                "desk.png",
+                ("A chat between a curious boy and a girl: what is it?",),
+                ("A desk.", "A bed."),
+            ),
+        ],
+        {
+            3: "`prompt` is Vicuna's template with 2 turns; one is accepted.",
+            4: "`prompt` is Vicuna's template with 3 turns; one is accepted.",
+        },
+        {dropped("images"): 3},
+    ),
     "refcoco.json": (
         "problem",
         [
