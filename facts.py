@@ -3,7 +3,8 @@
     prompt with image | answer | USER: Rate this answer. ... The picture shows: - ... ASSISTANT:
 
 Facts are captions of the image written by people (Sun et al. 2023). They make up for a reward model
-that sees no better than the policy it judges. The policy never reads them.
+that sees no better than the policy it judges. The policy never reads them. They stand in the
+evaluation turn, or before the question that was answered.
 """
 
 import re
@@ -61,15 +62,34 @@ def facts_for(records, known, missing):
 # ---- what a reward model reads
 
 
-def evaluation_turn(question, intro, facts, rng, most=None):
-    """The text of an evaluation turn: in `question`, `{facts}` becomes the facts, a bullet a line.
+def drawn_facts(intro, facts, rng, most=None):
+    """The facts as text, a bullet a line, behind their introduction; "" without facts.
 
-    intro: introduces them; without facts, nothing replaces `{facts}`. The order is random.
-    most: how many are drawn, if not all.
+    The order is random. most: how many are drawn, if not all.
     """
     drawn = rng.sample(facts, min(len(facts), most or len(facts)))
-    bullets = "".join(f"\n- {text}" for text in drawn)
-    return question.replace("{facts}", intro + bullets if facts else "")
+    return intro + "".join(f"\n- {text}" for text in drawn) if facts else ""
+
+
+def evaluation_turn(question, intro, facts, rng, most=None):
+    """The text of an evaluation turn: in `question`, `{facts}` becomes `drawn_facts`."""
+    return question.replace("{facts}", drawn_facts(intro, facts, rng, most))
+
+
+def facts_first(record, facts):
+    """The record with a text of facts on lines before its last question; unchanged without facts."""
+    if not facts:
+        return record
+    *dialogue, question = record.turns
+    return replace(record, turns=(*dialogue, f"{facts.strip()}\n{question}"))
+
+
+def with_facts_first(processor, example, facts):
+    """The example, its answers as they are, behind the prompt of `facts_first`."""
+    if not facts:
+        return example
+    asked = replace(facts_first(example.record, facts), answers=())
+    return replace(example, prompt=processor.encode(asked).prompt)
 
 
 def longest_facts(processor, facts, most=None):

@@ -53,7 +53,7 @@ import torch
 import training
 from common import MOST, BadInput, flag_name, positive_int, printable
 from data import Record
-from facts import evaluation_turn, facts_for, with_evaluation
+from facts import drawn_facts, evaluation_turn, facts_first, facts_for, with_evaluation
 from formats import adapters, checkpoints
 from formats.files import open_image
 from formats.layouts import captions
@@ -326,9 +326,11 @@ def score_by_reward_model(folder, facts, device="cpu", dtype=torch.float32):
         for record, texts in zip(records, answers, strict=True):
             rng = random.Random(f"{Path(str(record.image)).name} {record.turns[-1]}")
             known = facts.get(record.prompt_key, [])
-            turn = evaluation_turn(
-                settings["question"], settings["facts"], known, rng, settings["max_facts"]
-            )
+            most = settings["max_facts"]
+            if settings.get("facts_first"):
+                record = facts_first(record, drawn_facts(settings["facts"], known, rng, most))
+                known = []
+            turn = evaluation_turn(settings["question"], settings["facts"], known, rng, most)
             tokens = {text: read(record, text, turn) for text in texts}
             fitting = [text for text, ids in tokens.items() if ids is not None]
             readable.append(fitting)

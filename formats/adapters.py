@@ -353,6 +353,8 @@ def reward_settings(folder):
     most, held_out = settings["max_facts"], settings["held_out"]
     if most is not None and (type(most) is not int or not 1 <= most <= MOST):
         raise BadInput(f"{path}: max_facts is {most!r:.80}; a whole number from 1, or null.")
+    if type(settings.get("facts_first", False)) is not bool:
+        raise BadInput(f"{path}: facts_first is {settings['facts_first']!r:.80}; true or false.")
     for figure in held_out.values() if isinstance(held_out, dict) else [held_out]:
         numbers = [figure.get(k) for k in ("n", "mean", "std")] if isinstance(figure, dict) else []
         good = len(numbers) == 3 and all(type(x) in (int, float) for x in numbers)

@@ -1025,6 +1025,21 @@ def test_facts_in_an_evaluation_turn():
     assert facts.evaluation_turn(turn, " Seen:", [], random.Random(0)) == "Good? End."
 
 
+def test_facts_before_the_last_question():
+    """Worked by hand: lines before the last user turn; dialogue, answers and record stay."""
+    processor = processor_of(byte_level(), "plain")
+    record = Record("row 0", None, ("Hi.", "Hello.", "What is it?"), ("A lamp.", "No"))
+    text = facts.drawn_facts(" Seen:", ["a cat"], random.Random(0))
+    turns = ("Hi.", "Hello.", "Seen:\n- a cat\nWhat is it?")
+    assert facts.facts_first(record, text).turns == turns
+    assert facts.facts_first(record, "") is record
+    example = processor.encode(record)
+    read = facts.with_facts_first(processor, example, text)
+    assert read.prompt.tolist() == processor.encode(replace(record, turns=turns)).prompt.tolist()
+    assert read.answers is example.answers and read.record is record
+    assert facts.with_facts_first(processor, example, "") is example
+
+
 def test_room_for_an_answer():
     processor = processor_of(byte_level(merged=False), "plain")
     short, long = (

@@ -30,7 +30,7 @@ FLOORS = [  # from the ground up; within a floor nobody imports anybody
     "steerlm sample",
     "lab.rows lab.similarity",
     "lab.claims lab.chart lab.fits",
-    "lab.pages lab.recipes",
+    "lab.pages lab.recipes lab.sight",
     "lab.reproduce lab.bench_attention lab.bench_trl",
     "lab.bench_gpu",
     "lab.bench",

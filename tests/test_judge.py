@@ -347,6 +347,21 @@ def test_a_reward_model_reads_what_it_was_trained_on(
     assert turns[2] != turns[0], "another prompt draws its own"
 
 
+def test_a_reward_model_whose_facts_come_first(record, checkpoint, tmp_path):
+    """Its score is that of the answer behind facts and question, by its own adapter and head."""
+    run = reward_run(tmp_path / "run", checkpoint, facts_first=True)
+    (tmp_path / "facts.json").write_text(json.dumps({"0.png": ["a dog"]}))
+    given = flags(annotator=run, facts=str(tmp_path / "facts.json"))
+    ((found,),) = judge.make(given, records=[record])([record], [["a cat"]])
+    base, processor = checkpoints.load(checkpoint)
+    adapters.load_reward(base, run)
+    turns = (f"Seen:\n- a dog\n{record.turns[0]}",)
+    example = processor.encode(replace(record, turns=turns, answers=("a cat",)))
+    batch = processor.collate([facts.with_evaluation(processor, example, "Good?")])
+    with torch.no_grad(), base.use("reward"):
+        assert abs(base.values(batch, batch.last, "reward").item() - found) < 1e-5
+
+
 def test_whose_facts(record, checkpoint, tmp_path, monkeypatch):
     """Those of --facts; without it, in the toy world, the world's."""
     run = reward_run(tmp_path / "run", checkpoint)

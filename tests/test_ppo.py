@@ -24,6 +24,7 @@ import sampling
 import training
 from common import BadInput
 from data import Record
+from facts import with_evaluation
 from formats import adapters, checkpoints
 from lora import add_adapter
 from model import pack
@@ -970,6 +971,21 @@ def test_captions_are_drawn_anew_each_step(llava):
     assert score([one] * 12, 0)[::2] == many
     reward.args.seed = 1
     assert score([one] * 12, 0)[::2] != many
+
+
+def test_facts_first_are_read_before_the_question(llava):
+    """As reward_model.py reads them: in the prompt, and not behind the answer."""
+    captions = ["A dog.", "A red cup."]
+    reward, examples = rater(llava, captions, max_facts=1)
+    reward.settings["facts_first"] = True
+    for draw in range(4):
+        read = reward.with_turn(examples[0], captions, random.Random(draw))
+        drawn = random.Random(draw).sample(captions, 1)[0]
+        turns = (f"See:\n- {drawn}\nWhat is it? 0",)
+        asked = replace(examples[0].record, turns=turns)
+        assert torch.equal(read.prompt, reward.processor.encode(asked).prompt)
+        plain = with_evaluation(reward.processor, examples[0], "Rate.")
+        assert all(torch.equal(a, b) for a, b in zip(read.answers, plain.answers))
 
 
 def test_scores_are_in_units_of_all_held_out_pairs(llava):

@@ -33,6 +33,7 @@ from lora import LoRALinear, add_adapter
 from model import MLLM, pack
 
 CAPTIONS = ["A red cup is on the table.", "Two bananas are in a bowl.", "There is no dog."]
+AFTER = SimpleNamespace(max_facts=None, facts_first=False)
 CHOICE = "Which object is in the image?\nA. cup\nB. dog\nAnswer with the option's letter."
 
 
@@ -64,7 +65,9 @@ def scores(model, processor, examples, facts=None, seed=0):
     facts = facts or no_facts(examples)
     return reward_model.score(
         model,
-        processor.collate(reward_model.with_turns(processor, examples, facts, random.Random(seed))),
+        processor.collate(
+            reward_model.with_turns(processor, examples, facts, random.Random(seed), AFTER)
+        ),
     )
 
 
@@ -187,6 +190,26 @@ def test_facts_stand_behind_the_answer_and_in_no_prompt(llava, tmp_path):
     assert len(orders) == 6, "captions are not shuffled"
     plain = evaluation_turn(reward_model.QUESTION, reward_model.FACTS, [], random.Random(0))
     assert "{facts}" not in plain and "-" not in plain and reward_model.FACTS not in plain
+
+
+def test_facts_first_stand_in_the_prompt_and_behind_no_answer(llava, tmp_path):
+    _, processor = llava
+    record = pairs(tmp_path, 2)[0]
+    example = processor.encode(record)
+    first = SimpleNamespace(max_facts=None, facts_first=True)
+    read = reward_model.as_read(processor, example, CAPTIONS[:1], random.Random(0), first)
+    question = f"The picture shows:\n- {CAPTIONS[0]}\n{record.turns[0]}"
+    assert torch.equal(read.prompt, processor.encode(replace(record, turns=(question,))).prompt)
+    plain = reward_model.as_read(processor, example, [], random.Random(0), AFTER)
+    assert all(torch.equal(a, b) for a, b in zip(read.answers, plain.answers))
+    assert read.record is example.record, "its image and its place in messages"
+    one = SimpleNamespace(max_facts=1, facts_first=True)
+    some = [
+        reward_model.as_read(processor, example, CAPTIONS, random.Random(i), one) for i in range(30)
+    ]
+    assert len({tuple(e.prompt.tolist()) for e in some}) == len(CAPTIONS)
+    bare = reward_model.as_read(processor, example, [], random.Random(0), first)
+    assert torch.equal(bare.prompt, example.prompt)
 
 
 def test_cut_off_answer_is_closed_once(llava, tmp_path):
@@ -381,7 +404,7 @@ def test_evaluation_in_batches_is_that_of_single_pairs(llava, tmp_path):
     examples = [processor.encode(r) for r in records]
     facts = {e.record.prompt_key: CAPTIONS[:1] for e in examples}
     held = {"a": [examples[i] for i in (5, 0, 3, 2, 6)], "b": [examples[i] for i in (1, 4)]}
-    args = SimpleNamespace(seed=0, batch_size=2, max_facts=None)
+    args = SimpleNamespace(seed=0, batch_size=2, max_facts=None, facts_first=False)
     found = reward_model.evaluate(model, processor, held, facts, args, "label")
     assert list(found) == ["a", "b"]
     for path, some in held.items():
@@ -550,6 +573,8 @@ def test_learns_resumes_and_reports(command, checkpoint, monkeypatch, capsys):
     assert list(json.loads((other / "reward.json").read_text())["held_out"]) == ["povid.json"]
     with pytest.raises(BadInput, match="--max-facts: '0' was given; a whole number, 1 or more"):
         command("c", "--facts", "facts.json", "--max-facts", "0")
+    with pytest.raises(BadInput, match="--facts-first and --no-facts exclude each other"):
+        command("e", "--no-facts", "--facts-first")
     with pytest.raises(BadInput, match="--facts FILE .* or --no-facts is needed"):
         command("c", "--steps", "1")
     with pytest.raises(BadInput, match="--test-data povid.json is --data too"):

@@ -489,7 +489,7 @@ def test_the_conditions_of_an_adapter_are_texts(adapter_folder, checkpoint, key,
 
 REWARD = [("base", 1), ("base_name", ["x"]), ("question", {}), ("question", {"a": 1}), ("facts", 5),
           ("max_facts", "1"), ("max_facts", 10**30), ("max_facts", True), ("template", [1]),
-          ("image_aspect", 3), ("held_out", {"a": 1}), ("held_out", "x"),
+          ("image_aspect", 3), ("facts_first", 1), ("held_out", {"a": 1}), ("held_out", "x"),
           ("held_out", {"a": {"n": 0, "mean": 0, "std": 1}}),
           ("held_out", {"a": {"n": 1, "mean": None, "std": 1}}),
           ("held_out", {"a": {"n": 1, "mean": float("nan"), "std": 1}})]  # fmt: skip

@@ -1,0 +1,286 @@
+"""Two experiments of Sun et al. 2023: facts and sight of a reward model; data of visual tuning.
+
+    python -m lab.sight                  # three seeds; a finished cell is not run again
+    python -m lab.sight --report         # run nothing: print the table, draw the picture
+
+**Do facts help a reward model, and most where it sees badly?** Sight is the size of the pictures that the base gets: SIDES pixels wide, enlarged again; 0 is one
+grey. The base is the same, and with it how well it reads. On the grey pictures the plain reward
+model shows what can be told without seeing and without reading, the factual one what it reads.
+
+A cell is a run of reward_model.py's own command line on pairs of captions, true against corrupted,
+with a file for each kind of error:
+
+    attributes.json    colour, number or place is wrong; both captions have the same clauses
+    objects.json       an object is mentioned that is absent, so that the worse caption is longer
+
+    kinds of reward model     plain           no facts
+                              facts           in the evaluation turn, behind the answer
+                              facts first     before the question
+
+results/sight.json holds the held-out accuracies and, as a measure of sight, the base's POPE random
+accuracy on such pictures; results/sight.png shows both.
+
+**Do questions with short answers help visual tuning?** Their SFT+ adds yes/no questions and
+multiple choice to LLaVA's conversations and descriptions. Here that is the toy base, and "plain" a
+model tuned on as many pictures without these rows, by sft.py's own command line: captions, open
+questions, texts. Both are asked POPE's questions and 300 multiple-choice questions of test scenes.
+"""
+
+import json
+import random
+import statistics
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+import eval_chair
+import eval_pope
+from common import Parser, Progress, run, whole_folder, write_json
+from data import Record
+from formats import checkpoints
+from formats.files import remember_images
+from lab import toy
+from lab.benchmarks import problems, test_scenes
+from lab.chart import GRAY, Sheet
+from lab.oracle import Oracle
+from lab.reading import write_rows
+from sampling import generate
+
+ROOT = Path(__file__).parents[1]
+SIDES = (144, 24, 12, 0)  # 144: the pictures as they are
+KINDS = {"plain": ["--no-facts"], "facts": [], "facts first": ["--facts-first"]}
+FILES = ("attributes.json", "objects.json")
+# as reward_model.py's TOY, in half-size batches, without yes/no pairs
+SETTINGS = [
+    *("--steps", "300", "--batch-size", "8", "--grad-accum", "1", "--lr", "1e-3"),
+    *("--lora-rank", "16", "--held-out", "200", "--save-every", "0"),
+]
+COLOURS = {"plain": "#6b6b6b", "facts": "#8a2f9a", "facts first": "#1c8048"}
+
+
+def pairs(seed, folder):
+    """Write FILES: the pairs of captions of povid.json and povid_seen.json, by their errors."""
+    oracle, found = Oracle(toy.world(seed)), {name: [] for name in FILES}
+    for name in ("povid.json", "povid_seen.json"):
+        for row in json.loads((toy.world(seed) / name).read_text()):
+            prompt, worse = (
+                row["conversations"][0]["value"],
+                row["rejected_conversations"][1]["value"],
+            )
+            if oracle.question(row["image"], prompt)[0] == "describe":
+                absent = oracle.judge(row["image"], prompt, worse)["false"]
+                found["objects.json" if absent else "attributes.json"].append(row)
+    for name, rows in found.items():
+        write_rows(folder / name, rows)
+
+
+def seen(seed, side):
+    """The folder of the world's pictures as a base of this sight gets them."""
+    world = toy.world(seed)
+    if side == SIDES[0]:
+        return world / "images"
+    folder = toy.CACHE / f"sight-{side}-{world.name}"
+    if not folder.exists():
+        with whole_folder(folder) as aside:
+            for path in sorted((world / "images").iterdir()):
+                picture = Image.open(path).convert("RGB")
+                if side:
+                    small = picture.resize((side, side), Image.Resampling.BOX)
+                    worse = small.resize(picture.size, Image.Resampling.BICUBIC)
+                else:
+                    worse = Image.new("RGB", picture.size, (128, 128, 128))
+                worse.save(aside / path.name, compress_level=1)
+        remember_images(folder, folder)
+    return folder
+
+
+def sight(seed, side):
+    """The base's POPE random accuracy on such pictures."""
+    model, processor = checkpoints.load(toy.base(seed))
+    questions = [toy.world(seed) / "pope_random.json"]
+    return eval_pope.evaluate(model, processor, questions, seen(seed, side))["random"]["accuracy"]
+
+
+def accuracies(seed, side, kind):
+    """{file: held-out accuracy} of a reward model."""
+    with tempfile.TemporaryDirectory() as aside:
+        pairs(seed, Path(aside))
+        flags = ["--model", toy.base(seed), "--images", seen(seed, side), "--seed", seed]
+        for name in FILES:
+            flags += ["--data", Path(aside) / name]
+        if kind != "plain":
+            known = toy.world(seed) / "image_to_caption.json"
+            flags += ["--facts", known, "--max-facts", "1"]
+        out = Path(aside) / "run"
+        toy.script("reward_model.py", *flags, *KINDS[kind], *SETTINGS, "--out", out)
+        figures = json.loads((out / "metrics.json").read_text())
+    return {Path(path).name: held["accuracy"] for path, held in figures.items()}
+
+
+# ---- the data of visual tuning
+
+
+def plain_base(seed, folder):
+    """Tune a base without yes/no and multiple-choice rows -> its folder."""
+    world = toy.world(seed)
+    rows = json.loads((world / "instruct.json").read_text())
+    short = lambda text: "\nA. " in text or text.removeprefix("<image>\n").startswith("Is there ")
+    kept = [row for row in rows if not short(row["conversations"][0]["value"])]
+    write_rows(folder / "conversation.json", kept)
+    toy.script(
+        *("sft.py", "--seed", seed, "--no-eval", "--dtype", "float32", "--out", folder / "run"),
+        *("--data", folder / "conversation.json", "--data", world / "text_mix.json"),
+        *("--images", world / "images"),
+    )
+    return folder / "run" / "model"
+
+
+def abilities(seed, base):
+    """{"plus" or "plain" was tuned so: {"pope":, "choice": accuracies, "chair_s":, "recall":}}."""
+    world = toy.world(seed)
+    with tempfile.TemporaryDirectory() as aside:
+        folder = toy.base(seed) if base == "plus" else plain_base(seed, Path(aside))
+        model, processor = checkpoints.load(folder)
+    questions = [world / f"pope_{split}.json" for split in ("random", "popular", "adversarial")]
+    pope = eval_pope.evaluate(model, processor, questions, world / "images")
+    truth = [world / "instances.json"], [world / "captions.json"], world / "synonyms.txt"
+    chair = eval_chair.evaluate(model, processor, *truth, world / "images", None)
+    asked = problems(test_scenes(world, 300), random.Random(f"{seed}/vqa"))[1::3]  # the choices
+    records = [
+        Record(row["image"], world / "images" / row["image"], (row["problem"],)) for row in asked
+    ]
+    said = [text.strip()[:1] for (text,) in generate(model, processor, records, 8)]
+    right = [letter == row["solution"] for letter, row in zip(said, asked, strict=True)]
+    return {
+        "pope": {split: pope[split]["accuracy"] for split in ("random", "adversarial")},
+        "choice": statistics.fmean(right),
+        "chair_s": chair["chair_s"],
+        "recall": chair["recall"],
+    }
+
+
+# ---- cells, table, picture
+
+
+def cells(seeds):
+    """All cells, seed by seed: {"what/seed/...": the call that measures it}."""
+    found = {}
+    for seed in seeds:
+        for side in SIDES:
+            found[f"sight/{seed}/{side}"] = lambda seed=seed, side=side: sight(seed, side)
+            for kind in KINDS:
+                found[f"accuracy/{seed}/{side}/{kind}"] = lambda seed=seed, side=side, kind=kind: (
+                    accuracies(seed, side, kind)
+                )
+        for base in ("plus", "plain"):
+            found[f"tuning/{seed}/{base}"] = lambda seed=seed, base=base: abilities(seed, base)
+    return found
+
+
+def read(path):
+    """The measured cells {name: figures}."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def over_seeds(found, name):
+    """The figures of a cell, {} being the seed's place in its name, of the seeds that have it."""
+    what, rest = name.split("{}")
+    matching = (key for key in found if key.startswith(what) and key.endswith(rest))
+    return [found[key] for key in matching if key.count("/") == name.count("/")]
+
+
+def spread(values):
+    """Mean and standard deviation over seeds as text."""
+    if not values:
+        return "-"
+    shown = f"{statistics.fmean(values):.3f}"
+    return f"{shown} ± {statistics.stdev(values):.3f}" if len(values) > 1 else shown
+
+
+def table(found):
+    """What was measured, as text."""
+    lines = []
+    for name in FILES:
+        lines += ["", f"{name:22}{'POPE random':18}" + "".join(f"{kind:18}" for kind in KINDS)]
+        for side in SIDES:
+            shown = [spread(over_seeds(found, f"sight/{{}}/{side}"))]
+            for kind in KINDS:
+                held = over_seeds(found, f"accuracy/{{}}/{side}/{kind}")
+                shown.append(spread([figures[name] for figures in held]))
+            lines.append(f"{f'{side} pixels':22}" + "".join(f"{text:18}" for text in shown))
+    lines += [
+        "",
+        f"{'visual tuning':22}{'POPE random':18}{'adversarial':18}{'choice':18}{'CHAIR_s':18}",
+    ]
+    for base in ("plain", "plus"):
+        figures = over_seeds(found, f"tuning/{{}}/{base}")
+        shown = [spread([f["pope"][split] for f in figures]) for split in ("random", "adversarial")]
+        shown += [spread([f[name] for f in figures]) for name in ("choice", "chair_s")]
+        lines.append(f"{base:22}" + "".join(f"{text:18}" for text in shown))
+    return "\n".join(lines[1:])
+
+
+def draw(found, path):
+    """Held-out accuracy of each kind of reward model against sight, a panel for each file."""
+    width, height, left, top = 520, 400, 60, 78
+    sheet = Sheet(2 * width, height + 60)
+    sheet.text(
+        (14, 12), "Held-out accuracy of reward models against how well the base sees", "black", 18
+    )
+    about = "Lines: means over seeds. Dots: seeds. Sight: the base's accuracy on POPE random with such pictures."
+    sheet.text((14, 40), about, GRAY)
+    for number, name in enumerate(FILES):
+        x0, x1 = number * width + left, (number + 1) * width - 20
+        y0, y1 = top + 20, height
+        at = lambda x, y, box=(x0, x1, y0, y1): (
+            box[0] + (x - 0.45) / 0.55 * (box[1] - box[0]),
+            box[3] - (y - 0.45) / 0.55 * (box[3] - box[2]),
+        )
+        sheet.text((x0, top - 6), f"pairs of {name}", "black", 15)
+        for tick in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+            sheet.line([at(0.45, tick), at(1.0, tick)], "#ececec")
+            sheet.text((x0 - 6, at(0, tick)[1]), f"{tick:.1f}", GRAY, 12, "rm")
+            sheet.text((at(tick, 0)[0], y1 + 6), f"{tick:.1f}", GRAY, 12, "ma")
+        sheet.line([(x0, y0), (x0, y1), (x1, y1)], GRAY)
+        sheet.text(((x0 + x1) / 2, y1 + 24), "POPE random accuracy of the base", "black", 13, "ma")
+        for row, (kind, colour) in enumerate(COLOURS.items()):
+            points = []
+            for side in SIDES:
+                seen_at = over_seeds(found, f"sight/{{}}/{side}")
+                held = [f[name] for f in over_seeds(found, f"accuracy/{{}}/{side}/{kind}")]
+                if not seen_at or not held:
+                    continue
+                x = statistics.fmean(seen_at)
+                points.append(at(x, statistics.fmean(held)))
+                for value in held:
+                    sheet.dot(at(x, value), 3, colour, colour)
+            sheet.line(points, colour, 2)
+            sheet.text((x1 - 6, y1 - 60 + 18 * row), kind, colour, 13, "ra")
+    sheet.image.save(path, optimize=True)
+
+
+def main():
+    """Measure what is missing, print the table, draw the picture."""
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default 0 1 2)"
+    )
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR")
+    args = parser.parse_args()
+    path = args.out / "sight.json"
+    missing = {} if args.report else cells(args.seeds)
+    missing = {name: measure for name, measure in missing.items() if name not in read(path)}
+    progress = Progress("cells", len(missing))
+    for done, (name, measure) in enumerate(missing.items(), 1):
+        figures = measure()
+        write_json(path, dict(sorted((read(path) | {name: figures}).items())))
+        progress(done, f"{name}  ")
+    found = read(path)
+    print(table(found))
+    draw(found, args.out / "sight.png")
+
+
+if __name__ == "__main__":
+    run(main)

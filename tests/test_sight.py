@@ -1,0 +1,109 @@
+"""lab/sight.py: pairs by their errors, pictures of less sight, rows left out, what is told of the cells."""
+
+import json
+
+import pytest
+from PIL import Image, ImageChops, ImageStat
+
+from lab import sight, toyworld
+from lab.oracle import Oracle, mentions
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world of 30 preference pictures and 12 seen ones."""
+    folder = tmp_path_factory.mktemp("sight") / "world"
+    texts = {"text": 1, "text_mix": 1, "text_test": 1}
+    toyworld.write(folder, 7, 30, 30, 4, size=48, texts=texts)
+    return folder
+
+
+@pytest.fixture
+def toy(world, tmp_path, monkeypatch):
+    """lab.toy with this world and an empty cache."""
+    monkeypatch.setattr(sight.toy, "world", lambda seed: world)
+    monkeypatch.setattr(sight.toy, "CACHE", tmp_path / "cache")
+    return sight.toy
+
+
+def test_every_caption_pair_is_in_the_file_of_its_error(world, toy, tmp_path):
+    sight.pairs(7, tmp_path)
+    scenes = Oracle(world).scenes
+    found = {name: json.loads((tmp_path / name).read_text()) for name in sight.FILES}
+    assert sum(map(len, found.values())) == 2 * 30, "a caption a picture, povid and povid_seen"
+    assert all(found.values())
+    for name, rows in found.items():
+        for row in rows:
+            better, worse = (
+                row[key][1]["value"] for key in ("conversations", "rejected_conversations")
+            )
+            absent = set(mentions(worse)) - scenes[row["image"]].present.keys()
+            assert bool(absent) == (name == "objects.json"), (better, worse)
+            longer = len(worse.split()) > len(better.split()) + 3
+            assert longer == (name == "objects.json")
+
+
+def test_less_sight_is_fewer_pixels(world, toy):
+    whole = sight.seen(7, sight.SIDES[0])
+    assert whole == world / "images"
+    names = sorted(path.name for path in whole.iterdir())
+    lost = []
+    for side in (24, 12, 0):
+        folder = sight.seen(7, side)
+        assert sorted(path.name for path in folder.iterdir() if path.suffix == ".png") == names
+        picture, before = Image.open(folder / names[0]), Image.open(whole / names[0])
+        lost.append(sum(ImageStat.Stat(ImageChops.difference(before, picture)).mean))
+    assert 0 < lost[0] < lost[1] < lost[2] and len(picture.getcolors()) == 1
+    assert sight.seen(7, 0) == folder, "made once"
+
+
+def test_the_plain_mix_has_no_short_questions(world, toy, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(toy, "script", lambda *arguments: calls.append(arguments))
+    assert sight.plain_base(7, tmp_path) == tmp_path / "run" / "model"
+    asked = [
+        row["conversations"][0]["value"]
+        for row in json.loads((tmp_path / "conversation.json").read_text())
+    ]
+    every = [
+        row["conversations"][0]["value"]
+        for row in json.loads((world / "instruct.json").read_text())
+    ]
+    short = [text for text in every if "in the image?" in text]  # yes/no and multiple choice
+    assert len(short) >= 5 * 30 and sorted(asked + short) == sorted(every)
+    assert any("Where" in text for text in asked) and any("plural" in text for text in asked)
+    assert calls[0][0] == "sft.py" and tmp_path / "conversation.json" in calls[0]
+
+
+def test_cells_are_resumed_and_told(toy, tmp_path, monkeypatch, capsys):
+    """Two seeds, one of them with a cell less; a second call measures only that."""
+    measured = []
+    for what in ("sight", "accuracies", "abilities"):
+        monkeypatch.setattr(sight, what, lambda *of, what=what: measured.append(of) or made(what))
+
+    def made(what):
+        if what == "sight":
+            return 0.5 + len(measured) / 1000
+        if what == "accuracies":
+            return {"attributes.json": 0.75, "objects.json": 1.0}
+        return {"pope": {"random": 0.9, "adversarial": 0.8}, "choice": 0.25, "chair_s": 0.6}
+
+    run = lambda: monkeypatch.setattr(
+        "sys.argv", ["x", "--seeds", "0", "1", "--out", str(tmp_path)]
+    )
+    run()
+    sight.main()
+    count = len(sight.SIDES) * (1 + len(sight.KINDS)) + 2
+    assert len(measured) == 2 * count
+    path = tmp_path / "sight.json"
+    cells = json.loads(path.read_text())
+    del cells["accuracy/1/12/facts"]
+    cells["accuracy/0/12/facts"]["attributes.json"] = 0.25
+    write_json = json.dumps(cells)
+    path.write_text(write_json)
+    capsys.readouterr()
+    sight.main()
+    assert measured[2 * count :] == [(1, 12, "facts")]
+    shown = capsys.readouterr().out
+    assert "0.500 ± 0.354" in shown, "mean and deviation of .25 and .75"
+    assert "0.900 ± 0.000" in shown and Image.open(tmp_path / "sight.png").size[0] > 500
