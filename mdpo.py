@@ -89,16 +89,14 @@ def parse():
     return training.parse(parser)
 
 
-def mdpo_loss(
-    logp_chosen, logp_rejected, logp_imageless, ref_chosen, ref_rejected, ref_imageless, beta
-):
+def mdpo_loss(chosen, rejected, imageless, ref_chosen, ref_rejected, ref_imageless, beta):
     """The loss of each pair from six summed log-probs, all (B,); imageless: y+, picture corrupted.
 
     -> losses (B,), rewards of the chosen, the rejected and the imageless answers (B,).
     """
-    reward_chosen = beta * (logp_chosen - ref_chosen)
-    reward_rejected = beta * (logp_rejected - ref_rejected)
-    reward_imageless = beta * (logp_imageless - ref_imageless)
+    reward_chosen = beta * (chosen - ref_chosen)
+    reward_rejected = beta * (rejected - ref_rejected)
+    reward_imageless = beta * (imageless - ref_imageless)
     losses = -F.logsigmoid(reward_chosen - reward_rejected)  # preference
     losses = losses - F.logsigmoid(reward_chosen - reward_imageless)  # condition
     losses = losses - F.logsigmoid(reward_chosen)  # anchor

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.rows import FIGURES, after, bases, changes, figure, mean
+from lab.rows import DEFAULT, FIGURES, after, bases, changes, figure, mean
 
 AMIRLOO = "Amirloo et al. 2024: data, online DPO, BDHS, RL"
 LI = "Li, Lin, Pei 2024: preferences against the loss of text abilities"
@@ -33,8 +33,8 @@ For one seed the 95 % half-width is .03 for CHAIR_s (1000 captions) and for POPE
 
 | data or method | learning rate |
 |---|---|
-| corrupted truth (the default) | 2e-4 |
-| "samples": the base model's own answers, corrected or ranked by the oracle | 5e-5 |
+| "samples": the base model's own answers, corrected (the default) or ranked by the oracle | 5e-5 |
+| corrupted truth, and the judged answers | 2e-4 |
 | the BDHS family and POVID | 3e-4 |
 | online and mixed DPO | 1e-4 |
 | PPO and RLOO: 40 iterations of 64 answers | 3e-4 |
@@ -294,7 +294,7 @@ class Figures:
 
 def claims(cells):
     """All testable claims of the papers, in the papers' order."""
-    f, n = Figures(cells), len(cells["dpo"])
+    f, n = Figures(cells), len(cells[DEFAULT])
     of = lambda a, b, column: f"{f.count(a, b, column)} of {n} seeds"
     falling = lambda values: all(a > b for a, b in zip(values, values[1:]))
     higher = lambda values, others: all(a > b for a, b in zip(values, others))
@@ -663,18 +663,18 @@ def findings(cells):
     return told(
         [
             lambda: (
-                f"**Most hallucinations go, and the model still sees.** The default takes {f.cut('dpo')} off CHAIR_s. It costs {f.loss('dpo')} points of recall. "
-                f"Answers have {f.cut('dpo', 'words')} fewer words; most of the missing ones were about absent objects. Adversarial accuracy changes by {f.hard('dpo')} points, "
-                f"random accuracy by {f.change('dpo', 'POPE random')}."
+                f"**Most hallucinations go, and the model still sees.** The default takes {f.cut(DEFAULT)} off CHAIR_s. It costs {f.loss(DEFAULT)} points of recall. "
+                f"Answers have {f.cut(DEFAULT, 'words')} fewer words; most of the missing ones were about absent objects. Adversarial accuracy changes by {f.hard(DEFAULT)} points, "
+                f"random accuracy by {f.change(DEFAULT, 'POPE random')}."
             ),
             lambda: (
-                f"**BDHS needs no annotator, and here it needs no mask.** As published it gets {f.part('bdhs', 'dpo', 'CHAIR_s')} of the default's reduction of CHAIR_s for {f.loss('bdhs')} points of recall. "
+                f"**BDHS needs no annotator, and here it needs no mask.** As published it gets {f.part('bdhs', 'dpo', 'CHAIR_s')} of the reduction of CHAIR_s that the data's own pairs bring, for {f.loss('bdhs')} points of recall. "
                 f"With guidance alone (sentences of y+ are completed with the whole image in view) it gets {f.part('guidance-only', 'dpo', 'CHAIR_s')} of that reduction for {f.loss('guidance-only')} points. This base hallucinates with full sight; "
                 "hiding the image adds mistakes that it would not make."
             ),
             lambda: (
                 f"**A signal that punishes only what is wrong teaches the model to say less.** Recall falls by {f.loss('dpo-corrected')} points with DPO on corrected samples and by {f.loss('ppo-plain')} with PPO on a plain reward model. "
-                f"Online DPO with the oracle, which prefers the fuller of two equally true answers, lowers CHAIR_s as far as the default and loses {f.loss('online')} points. Fact-RLHF loses {f.loss('ppo')}."
+                f"Online DPO with the oracle, which prefers the fuller of two equally true answers, ends at CHAIR_s {f.chair('online')} and loses {f.loss('online')} points. Fact-RLHF loses {f.loss('ppo')}."
             ),
         ]
     )
@@ -682,33 +682,33 @@ def findings(cells):
 
 def observations(cells):
     """What no paper claims, of policies."""
-    f, n = Figures(cells), len(cells["dpo"])
+    f, n = Figures(cells), len(cells[DEFAULT])
     gains = lambda row: [100 * c for c in changes(cells, row, "POPE adversarial")]
     rl = ("ppo", "ppo-plain", "ppo-plain-length", "ppo-oracle", "rloo")
     return told(
         [
             lambda: (
-                f"**Seeds differ.** With the default adversarial accuracy changes by {f.seeds('dpo', 'POPE adversarial')} points."
+                f"**Seeds differ.** With the default adversarial accuracy changes by {f.seeds(DEFAULT, 'POPE adversarial')} points."
             ),
             lambda: (
-                f"**Corrections of the model's own samples teach it to say less.** A correction only removes text. Recall falls by {f.loss('dpo-corrected')} points at a quarter of the default's learning rate. "
+                f"**Corrections of the model's own samples teach it to say less.** A correction only removes text. Recall falls by {f.loss('dpo-corrected')} points at a quarter of the learning rate of corrupted truth. "
                 f"Ranked samples keep recall ({f.recall('dpo-ranked')} points) and lower CHAIR_s less ({f.chair('dpo-ranked')})."
             ),
             lambda: (
-                f"**BDHS gets most of the default's gain without annotator**: {f.part('bdhs', 'dpo', 'CHAIR_s')} of its reduction of CHAIR_s and {f.part('bdhs', 'dpo', 'POPE adversarial')} of its gain in adversarial accuracy, for {f.loss('bdhs')} points of recall."
+                f"**BDHS gets most of what corrupted truth gains, without annotator**: {f.part('bdhs', 'dpo', 'CHAIR_s')} of its reduction of CHAIR_s and {f.part('bdhs', 'dpo', 'POPE adversarial')} of its gain in adversarial accuracy, for {f.loss('bdhs')} points of recall."
             ),
             lambda: (
                 f"**The mask is not needed here.** Guidance with the whole image in view: {f.both('guidance-only')}. With the mask: {f.both('bdhs')}. This base hallucinates with full sight, so its own completions are bias enough. Hiding the image adds errors that it would not make."
             ),
             lambda: (
                 f"**Online DPO keeps what offline DPO loses.** CHAIR_s falls as far ({f.chair('online')} against {f.chair('dpo')}) for {f.loss('online')} points of recall instead of {f.loss('dpo')}. "
-                f"On the prompts of the default: {f.both('online-povid')}, with a lower CHAIR_s than the default on {f.count('dpo', 'online-povid', 'CHAIR_s')} of {n} seeds and a smaller gain in adversarial accuracy ({f.hard('online-povid')} against {f.hard('dpo')})."
+                f"On the prompts of corrupted truth: {f.both('online-povid')}, with a lower CHAIR_s than those pairs bring on {f.count('dpo', 'online-povid', 'CHAIR_s')} of {n} seeds; adversarial accuracy {f.hard('online-povid')} against {f.hard('dpo')}."
             ),
             lambda: (
                 f"**Fact-RLHF** (PPO, factual reward model, length term) takes {f.cut('ppo')} off CHAIR_s for {f.loss('ppo')} points of recall. RLOO, without a value network, does the same: {f.both('rloo')}."
             ),
             lambda: (
-                f"**MPO and mDPO on the default's pairs.** DPO: {f.both('dpo')}, adversarial accuracy {f.hard('dpo')}, text {f.change('dpo', 'text')}. MPO: {f.both('mpo')}, {f.hard('mpo')}, {f.change('mpo', 'text')}. "
+                f"**MPO and mDPO on corrupted truth.** DPO: {f.both('dpo')}, adversarial accuracy {f.hard('dpo')}, text {f.change('dpo', 'text')}. MPO: {f.both('mpo')}, {f.hard('mpo')}, {f.change('mpo', 'text')}. "
                 f"mDPO: {f.both('mdpo')}, {f.hard('mdpo')}, {f.change('mdpo', 'text')}. The chosen answers' log-probs, first and last fifth of the steps: {f.logged('dpo', 'logps/chosen')} with DPO, {f.logged('mpo', 'logps/chosen')} with MPO."
             ),
             lambda: (

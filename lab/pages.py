@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lab import claims, fits, report
 from lab.rows import (
+    DEFAULT,
     EQUAL,
     FAMILIES,
     FIGURES,
@@ -42,7 +43,7 @@ REWARD = {  # what reward_model.py measures on held-out pairs: column
     "longer_preferred": "longer answer is the chosen one",
     "longer_favoured": "longer answer gets the higher score",
 }
-FRONT = ("dpo", "mpo", "bdhs", "online", "ppo", "grpo", "judged-best")
+FRONT = (DEFAULT, "dpo", "mpo", "bdhs", "online", "ppo", "grpo", "judged-best")
 BENCH = {
     "ours": "`dpo.py`'s loop",
     "naive": "the plain way: padded batch, all logits",
@@ -236,7 +237,7 @@ def gpu_table(gpu):
 
 def blocks(cells, bench, gpu):
     """The parts of README.md that are computed."""
-    first = cells["dpo"]["0"]
+    first = cells[DEFAULT]["0"]
     shown = report.table({"before": first["before"], "after": first["after"]})
     findings = "\n".join(f"{i}. {text}" for i, text in enumerate(claims.findings(cells), 1))
     return {

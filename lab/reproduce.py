@@ -9,7 +9,7 @@ Each cell is one command line (or two: make data, train) and one run folder belo
 an unfinished one is begun anew. Each writes a log beside its folder. All methods of a seed start from the same base.
 
 results/results.json holds what the cells wrote. From it come results/README.md (all tables, all claims of the papers), the charts,
-and the marked parts of README.md: of the seeds that the default, row `dpo`, has, and the rows that have all of them.
+and the marked parts of README.md: of the seeds that the default, row `dpo-corrected`, has, and the rows that have all of them.
 """
 
 import json
@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from common import BadInput, Parser, Progress, positive_int, run, write_json
 from formats import adapters, checkpoints
 from lab import chart, pages, report, text_score, toy
-from lab.rows import ROWS, comparable
+from lab.rows import DEFAULT, ROWS, comparable
 
 ROOT = Path(__file__).parents[1]
 
@@ -244,7 +244,9 @@ def main():
     print("\n\n".join(part for part in parts if part))
     cells = comparable(cells)
     if args.report and not cells:
-        raise BadInput(f"{path}: the pages need the row dpo, with which the others are compared.")
+        raise BadInput(
+            f"{path}: the pages need the row {DEFAULT}, with which the others are compared."
+        )
     if not args.quick and cells:
         write_pages(cells, folder)
 

@@ -4,15 +4,17 @@ import statistics
 from typing import NamedTuple
 
 BDHS = ["--lr", "3e-4"]  # as bdhs.py --online
-# An annotator's corrections only remove text: at the default rate the model would learn to say less.
+DEFAULT = "dpo-corrected"  # `python dpo.py`
+# An annotator's corrections only remove text: at a higher rate the model would learn to say less.
 CORRECTED = ["--lr", "5e-5"]
+FAST = ["--lr", "2e-4"]  # where the chosen answers are no shorter than the truth
 CONSTRUCTED = ("povid.json", "povid_seen.json")
 # The base model's own answers, ranked by the oracle. Nothing is trained on them.
 TEST = ["--test-data", "vlfeedback.jsonl"]
 MIX = ["--mix", "0.5"]
 BARE = ["--length-weight", "0"]
 # Two epochs, so that half of the pairs are half of the steps, as in Li et al. 2024.
-EPOCHS = ["--epochs", "2"]
+EPOCHS = ["--epochs", "2", *FAST]
 RATINGS = ["--ratings", "ratings.jsonl"]
 # Plain SFT from the base, with the settings of rejection_sampling.py and steerlm.py.
 SFT = [
@@ -51,12 +53,12 @@ FAMILIES = {
     "reward": "Reward models",
 }
 ROWS = {
-    "dpo": Row("offline", "DPO, corrupted truth (default)", "corrupted truth (default)", [
-        ("dpo.py", "povid.json", [])]),
+    "dpo": Row("offline", "DPO, corrupted truth", "corrupted truth", [
+        ("dpo.py", "povid.json", FAST)]),
     "dpo-seen": Row("offline", "DPO, corrupted truth, images seen in SFT", "images seen in SFT", [
-        ("dpo.py", "povid_seen.json", [])]),
-    "dpo-corrected": Row("offline", "DPO, corrected samples", "corrected samples", [
-        ("dpo.py", "rlhf_v.jsonl", CORRECTED)]),
+        ("dpo.py", "povid_seen.json", FAST)]),
+    "dpo-corrected": Row("offline", "DPO, corrected samples (default)", "corrected samples (default)", [
+        ("dpo.py", "rlhf_v.jsonl", [])]),
     "dpo-ranked": Row("offline", "DPO, ranked samples", "ranked samples", [
         ("dpo.py", "vlfeedback.jsonl", CORRECTED)]),
     "ipo": Row("offline", "IPO with sums, corrected samples", "IPO with sums", [
@@ -66,7 +68,7 @@ ROWS = {
     "slic": Row("offline", "SLiC, corrected samples", "SLiC, corrected samples", [
         ("dpo.py", "rlhf_v.jsonl", ["--loss", "slic", "--beta", "0.5", *CORRECTED])]),
     "dpo-imageless": Row("offline", "DPO, corrupted truth, without the images", "without images", [
-        ("dpo.py", "povid_imageless.json", [])]),
+        ("dpo.py", "povid_imageless.json", FAST)]),
     "mpo": Row("offline", "MPO, corrupted truth", "MPO", [("mpo.py", "povid.json", [])]),
     "mdpo": Row("offline", "mDPO, corrupted truth", "mDPO", [("mdpo.py", "povid.json", [])]),
     "bdhs": Row("bdhs", "BDHS, offline", "BDHS, offline", [
@@ -122,7 +124,7 @@ ROWS = {
     "judged-dpo": Row("judged", "DPO on the judged answers", "DPO", [
         ("dpo.py", "preferences.json", EPOCHS)]),
     "judged-few": Row("judged", "DPO on 2,560 judged answers", "DPO, 2,560 answers", [
-        ("annotate.py", (), [*RATINGS, *FEW_DPO]), ("dpo.py", None, [])]),
+        ("annotate.py", (), [*RATINGS, *FEW_DPO]), ("dpo.py", None, FAST)]),
     **{
         f"judged-share-{share}": Row("judged", f"DPO, {share} % of the prompts", f"{share} % of the prompts", [
             ("annotate.py", (), [*RATINGS, "--share", str(share / 100)]), ("dpo.py", None, EPOCHS)])
@@ -171,7 +173,7 @@ def figure(result, place):
 
 def comparable(cells):
     """Of the cells {row: {seed: summary}} those on the seeds of the default, in rows that have all."""
-    seeds = cells.get("dpo", {}).keys()
+    seeds = cells.get(DEFAULT, {}).keys()
     return {
         row: {seed: by_seed[seed] for seed in seeds}
         for row, by_seed in cells.items()

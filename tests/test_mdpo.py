@@ -32,6 +32,7 @@ from noise import diffuse
 
 
 SIX = FIXED | {"logp_imageless": double(-12, -22), "ref_imageless": double(-11.5, -23)}
+SIX = {name.removeprefix("logp_"): values for name, values in SIX.items()}
 
 
 def test_loss_by_hand():
@@ -51,21 +52,21 @@ def as_trl(values, beta):
 
     -> two pairs of the mean loss and its gradients (3, B) for y+, y- and y+ behind the crop.
     """
-    leaves = {n: x.clone().requires_grad_(n.startswith("logp")) for n, x in values.items()}
+    leaves = {n: x.clone().requires_grad_(not n.startswith("ref")) for n, x in values.items()}
     ours = mdpo_loss(**leaves, beta=beta)[0].mean()
     ours.backward()
-    names = ["logp_chosen", "logp_rejected", "logp_imageless"]
+    names = ["chosen", "rejected", "imageless"]
     gradient = torch.stack([leaves[name].grad for name in names])
 
-    B, total, theirs = len(values["logp_chosen"]), 0.0, torch.zeros(3, len(values["logp_chosen"]))
+    B, total, theirs = len(values["chosen"]), 0.0, torch.zeros(3, len(values["chosen"]))
     lengths = torch.randint(1, 9, (2 * B,))
     against = (  # log pi and log pi_ref of what TRL takes for the rejected answer
-        (values["logp_rejected"], values["ref_rejected"]),
-        (values["logp_imageless"], values["ref_imageless"]),
+        (values["rejected"], values["ref_rejected"]),
+        (values["imageless"], values["ref_imageless"]),
         (values["ref_chosen"], values["ref_chosen"]),
     )
     for k, (policy, reference) in enumerate(against):
-        sums = torch.cat([values["logp_chosen"], policy])
+        sums = torch.cat([values["chosen"], policy])
         rows = tokens_of(sums, lengths, 9).requires_grad_()
         references = torch.cat([values["ref_chosen"], reference])
         loss, _ = trl_loss(["sigmoid"], [1.0], beta, rows, lengths, references)

@@ -17,7 +17,7 @@ import online_dpo
 import ppo
 from common import BadInput
 from lab import chart, claims, pages, report, reproduce
-from lab.rows import EQUAL, ROWS, comparable
+from lab.rows import DEFAULT, EQUAL, ROWS, comparable
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +87,7 @@ def test_table_by_hand():
     }
     lines = pages.table({"rloo": row, "dpo": row}).splitlines()
     assert lines[2].startswith("| base | 2 | 0.850 ± 0.071 |") and "| 0.600 ± 0.000 |" in lines[2]
-    assert lines[3].startswith("| DPO, corrupted truth (default) | 2 | 0.900 ± 0.000 (+0.050) |")
+    assert lines[3].startswith("| DPO, corrupted truth | 2 | 0.900 ± 0.000 (+0.050) |")
     assert "| 0.300 ± 0.141 (-0.300) |" in lines[3]
     assert lines[3].endswith("| 30.0 ± 0.0 (+0.0) | 0.700 ± 0.000 (+0.000) | 2.0 |")
     assert lines[4].startswith("| RLOO, factual reward model | 2 |") and len(lines) == 5
@@ -213,9 +213,7 @@ def test_the_table_of_equal_answers_by_hand():
     timed["1"]["cpu_seconds"] = 31.4
     lines = pages.equal_table({"rloo": row, "dpo": timed, "ipo": row}).splitlines()
     assert lines[0].startswith("| method | who judges | answers | CPU s | CHAIR_s | recall |")
-    assert lines[2].startswith(
-        "| DPO, corrupted truth (default) | the data | 0 | 31 | 0.300 ± 0.141 |"
-    )
+    assert lines[2].startswith("| DPO, corrupted truth | the data | 0 | 31 | 0.300 ± 0.141 |")
     assert lines[3].startswith(
         "| RLOO, factual reward model | reward model, length | 2,560 |  | 0.3"
     )
@@ -280,7 +278,7 @@ def test_cells_run_once_and_one_that_fails_stops_no_other(cells_run, tmp_path):
 
 def test_pages_are_of_the_seeds_of_the_default():
     one, two, three = {"0": 1}, {"0": 1, "1": 2}, {"0": 1, "1": 2, "2": 3}
-    assert comparable({"dpo": two, "ipo": one, "ppo": three}) == {"dpo": two, "ppo": two}
+    assert comparable({DEFAULT: two, "ipo": one, "ppo": three}) == {DEFAULT: two, "ppo": two}
     assert comparable({"ipo": one}) == comparable({}) == {}
 
 
@@ -305,7 +303,7 @@ def test_report_writes_pages_elsewhere_and_trains_nothing(cells, tmp_path, monke
     page = (tmp_path / "README.md").read_text()
     assert "the row 'online-povid' is not measured yet." in page and "**Open.**" in page
     (tmp_path / "results.json").write_text(json.dumps({"ipo": cells["ipo"]}))
-    with pytest.raises(BadInput, match="the pages need the row dpo"):
+    with pytest.raises(BadInput, match="the pages need the row dpo-corrected,"):
         reproduce.main()
 
 
@@ -535,7 +533,7 @@ def test_pages_are_those_of_the_results(real):
     bench = json.loads((ROOT / "results" / "bench.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert pages.fill(readme, pages.blocks(real, bench, gpu)) == readme
-    first = real["dpo"]["0"]
+    first = real[DEFAULT]["0"]
     assert report.table({"before": first["before"], "after": first["after"]}) in readme
     assert set(real) <= set(ROWS)
 
@@ -568,8 +566,8 @@ def test_front_page(real):
 def test_first_findings_by_hand(cells):
     """The numbers of the front page's findings, worked out by hand from the seeds' figures."""
     first, second, third = claims.findings(cells)
-    assert "takes 88 % off CHAIR_s" in first and "costs 2.5 points" in first  # .5580 / .6377
-    assert "19 % fewer words" in first and "by +4.1 points" in first  # 7.0 / 36.0
+    assert "takes 86 % off CHAIR_s" in first and "costs 5.2 points" in first  # .5463 / .6377
+    assert "20 % fewer words" in first and "by +3.1 points" in first  # 7.31 / 36.04
     assert "gets 82 %" in second  # .4597 / .5580
     assert "103 % of that reduction for 0.7" in second  # .5747 / .5580
     assert "by 5.2 points" in third and "by 8.7 with PPO" in third  # (2.6 + 9.4 + 3.6) / 3

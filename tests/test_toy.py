@@ -1,5 +1,6 @@
 """lab/toy.py: which flags a toy run gets, and what is built, cached, and built anew when something that made it changes."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -195,3 +196,15 @@ def test_what_is_given_stays(built):
     args = flags(data=["mine.json"])
     toy.fill(args, settings)
     assert (args.data, args.images, args.toy_world) == (["mine.json"], None, "world-4")
+
+
+def test_the_corrected_answers_of_seed_0_are_shipped(built):
+    """Of the shipped base, so that `python dpo.py` begins at once; another seed's are built."""
+    path = toy.data_file(0, "rlhf_v.jsonl")
+    assert path == Path(toy.__file__).parent / "base" / "rlhf_v.jsonl.gz" and not built
+    rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
+    assert len(rows) == 3762 and {row["origin_dataset"] for row in rows} == {"toyworld"}
+    texts = [json.loads(row["text"]) for row in rows]
+    assert all(text["chosen"] != text["rejected"] for text in texts)
+    assert toy.data_file(0, "vlfeedback.jsonl").parent.name.startswith("answers-")
+    assert toy.data_file(1, "rlhf_v.jsonl").parent.name.startswith("answers-")
