@@ -30,6 +30,7 @@ import json
 import random
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -48,12 +49,13 @@ from lab.reading import write_rows
 from sampling import generate
 
 ROOT = Path(__file__).parents[1]
-SIDES = (144, 24, 12, 0)  # 144: the pictures as they are
+PAIRS = ("povid.json", "povid_seen.json")
+SIDES = (144, 12, 0)  # 144: the pictures as they are
 KINDS = {"plain": ["--no-facts"], "facts": [], "facts first": ["--facts-first"]}
 FILES = ("attributes.json", "objects.json")
 # as reward_model.py's TOY, in half-size batches, without yes/no pairs
 SETTINGS = [
-    *("--steps", "300", "--batch-size", "8", "--grad-accum", "1", "--lr", "1e-3"),
+    *("--steps", "200", "--batch-size", "8", "--grad-accum", "1", "--lr", "1e-3"),
     *("--lora-rank", "16", "--held-out", "200", "--save-every", "0"),
 ]
 COLOURS = {"plain": "#6b6b6b", "facts": "#8a2f9a", "facts first": "#1c8048"}
@@ -62,7 +64,7 @@ COLOURS = {"plain": "#6b6b6b", "facts": "#8a2f9a", "facts first": "#1c8048"}
 def pairs(seed, folder):
     """Write FILES: the pairs of captions of povid.json and povid_seen.json, by their errors."""
     oracle, found = Oracle(toy.world(seed)), {name: [] for name in FILES}
-    for name in ("povid.json", "povid_seen.json"):
+    for name in PAIRS:
         for row in json.loads((toy.world(seed) / name).read_text()):
             prompt, worse = (
                 row["conversations"][0]["value"],
@@ -76,21 +78,23 @@ def pairs(seed, folder):
 
 
 def seen(seed, side):
-    """The folder of the world's pictures as a base of this sight gets them."""
+    """The folder of the pictures that are asked about, as a base of this sight gets them."""
     world = toy.world(seed)
     if side == SIDES[0]:
         return world / "images"
     folder = toy.CACHE / f"sight-{side}-{world.name}"
     if not folder.exists():
+        rows = [row for name in PAIRS for row in json.loads((world / name).read_text())]
+        rows += [json.loads(line) for line in open(world / "pope_random.json")]
         with whole_folder(folder) as aside:
-            for path in sorted((world / "images").iterdir()):
-                picture = Image.open(path).convert("RGB")
+            for name in sorted({row["image"] for row in rows}):
+                picture = Image.open(world / "images" / name).convert("RGB")
                 if side:
                     small = picture.resize((side, side), Image.Resampling.BOX)
                     worse = small.resize(picture.size, Image.Resampling.BICUBIC)
                 else:
                     worse = Image.new("RGB", picture.size, (128, 128, 128))
-                worse.save(aside / path.name, compress_level=1)
+                worse.save(aside / name, compress_level=1)
         remember_images(folder, folder)
     return folder
 
@@ -164,18 +168,16 @@ def abilities(seed, base):
 
 
 def cells(seeds):
-    """All cells, seed by seed: {"what/seed/...": the call that measures it}."""
+    """All cells {"what/seed/...": the call that measures it}; --facts-first comes last."""
     found = {}
     for seed in seeds:
         for side in SIDES:
-            found[f"sight/{seed}/{side}"] = lambda seed=seed, side=side: sight(seed, side)
+            found[f"sight/{seed}/{side}"] = partial(sight, seed, side)
             for kind in KINDS:
-                found[f"accuracy/{seed}/{side}/{kind}"] = lambda seed=seed, side=side, kind=kind: (
-                    accuracies(seed, side, kind)
-                )
+                found[f"accuracy/{seed}/{side}/{kind}"] = partial(accuracies, seed, side, kind)
         for base in ("plus", "plain"):
-            found[f"tuning/{seed}/{base}"] = lambda seed=seed, base=base: abilities(seed, base)
-    return found
+            found[f"tuning/{seed}/{base}"] = partial(abilities, seed, base)
+    return dict(sorted(found.items(), key=lambda cell: cell[0].endswith("facts first")))
 
 
 def read(path):
@@ -266,12 +268,18 @@ def main():
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default 0 1 2)"
     )
+    parser.add_argument(
+        "--only", nargs="+", metavar="CELL", help="beginnings of cells' names, such as accuracy/0"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "sight.json"
     missing = {} if args.report else cells(args.seeds)
     missing = {name: measure for name, measure in missing.items() if name not in read(path)}
+    if args.only:
+        missing = {n: m for n, m in missing.items() if n.startswith(tuple(args.only))}
     progress = Progress("cells", len(missing))
     for done, (name, measure) in enumerate(missing.items(), 1):
         figures = measure()

