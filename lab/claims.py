@@ -4,6 +4,7 @@ Every number of the toy world below is computed from results.json, and so is eve
 the seeds' figures. The papers' numbers are typed from their tables. The texts are Markdown, for `lab.pages`.
 """
 
+import json
 import re
 import statistics
 from pathlib import Path
@@ -14,6 +15,8 @@ from lab.rows import DEFAULT, FIGURES, after, bases, changes, figure, mean
 AMIRLOO = "Amirloo et al. 2024: data, online DPO, BDHS, RL"
 LI = "Li, Lin, Pei 2024: preferences against the loss of text abilities"
 SUN = "Sun et al. 2023: Fact-RLHF"
+SIGHT = Path(__file__).parents[1] / "results" / "sight.json"
+SIDES = (144, 12, 0)  # pixels of the pictures of lab.sight
 MDPO = "F. Wang et al. 2024: mDPO"
 MPO = "W. Wang et al. 2024: MPO"
 GROUPS = "Yu et al. 2025, Liu et al. 2025: DAPO and Dr. GRPO"
@@ -173,6 +176,70 @@ def verdict(*conditions):
     if all(conditions):
         return "**Holds here.**"
     return "**Holds in part.**" if any(conditions) else "**Does not hold here.**"
+
+
+def sight():
+    """What `python -m lab.sight` measured: {cell: figures}; KeyError without it."""
+    if not SIGHT.exists():
+        raise KeyError("lab.sight")
+    return json.loads(SIGHT.read_text())
+
+
+def by_seed(found, name):
+    """The figures of a cell of lab.sight, {} being the seed in its name, one a seed.
+
+    Of the seeds that have all cells that a claim compares; KeyError without any.
+    """
+    sights = [f"accuracy/{{}}/{side}/{kind}" for side in SIDES for kind in ("facts", "plain")]
+    together = ["tuning/{}/plus", "tuning/{}/plain"] if name.startswith("tuning") else sights
+    whole = [n for n in range(10) if all(cell.format(n) in found for cell in together)]
+    if not whole:
+        raise KeyError(f"{name.format('N')} of lab.sight")
+    return [found[name.format(n)] for n in whole]
+
+
+def gains_of_facts(found, side, file="attributes.json"):
+    """Accuracy with facts less that without, one a seed, on pictures of this many pixels."""
+    facts, plain = (by_seed(found, f"accuracy/{{}}/{side}/{kind}") for kind in ("facts", "plain"))
+    return [a[file] - b[file] for a, b in zip(facts, plain)]
+
+
+def told_of_sight(found):
+    """The base's sight and both accuracies, from the best sight to none."""
+    texts = []
+    for side in SIDES:
+        facts, plain = (
+            [f["attributes.json"] for f in by_seed(found, f"accuracy/{{}}/{side}/{kind}")]
+            for kind in ("facts", "plain")
+        )
+        gains = ", ".join(signed(100 * gain) for gain in gains_of_facts(found, side))
+        texts.append(
+            f"{mean(facts):.3f} with facts against {mean(plain):.3f} plain (by seed {gains} points) where the base sees {side} pixels "
+            f"(POPE random {mean(by_seed(found, f'sight/{{}}/{side}')):.3f})"
+        )
+    return (
+        f"pairs of captions, one of them with a wrong colour, number or place: {'; '.join(texts)}. "
+        "0 pixels are one grey: there the plain model has only habits of the texts, and the factual one reads. The curve: [sight.png](sight.png)."
+    )
+
+
+def tuned(found, base, name):
+    """POPE accuracies ("random", "adversarial") or "choice" of a way of visual tuning, one a seed."""
+    return [
+        f["pope"][name] if name in f["pope"] else f[name]
+        for f in by_seed(found, f"tuning/{{}}/{base}")
+    ]
+
+
+def told_of_tuning(found):
+    """What yes/no and multiple-choice rows add to visual tuning."""
+    told_of = lambda name: (
+        f"{mean(tuned(found, 'plain', name)):.3f} → {mean(tuned(found, 'plus', name)):.3f}"
+    )
+    return (
+        "visual tuning on captions and open questions → with yes/no and multiple-choice questions of the same pictures besides: "
+        f"POPE random {told_of('random')}, adversarial {told_of('adversarial')}, multiple choice {told_of('choice')}, CHAIR_s {told_of('chair_s')}."
+    )
 
 
 def untested(reason):
@@ -549,6 +616,17 @@ def claims(cells):
         ),
         Claim(
             SUN,
+            "Facts help most where the reward model sees badly.",
+            "the reason why they are read; not measured.",
+            lambda: told_of_sight(sight()),
+            lambda: verdict(
+                all(v > 0 for v in gains_of_facts(sight(), 0)),
+                all(v > 0 for v in gains_of_facts(sight(), 12)),
+                higher(gains_of_facts(sight(), 12), gains_of_facts(sight(), 144)),
+            ),
+        ),
+        Claim(
+            SUN,
             "Plain PPO makes answers longer and gains nothing; facts and a length term repair that.",
             "MMHal, 7B: SFT+ 1.8, RLHF 1.8, Fact-RLHF 2.1; LLaVA-Bench 86.3, 93.4, 94.1.",
             lambda: (
@@ -573,10 +651,14 @@ def claims(cells):
             SUN,
             "Human-made question-answer data in SFT improves capability benchmarks.",
             "LLaVA-7B → SFT+ with VQA-v2, A-OKVQA and Flickr30k: MMBench 38.7 → 52.1, POPE F1 76.0 → 82.7.",
-            lambda: (
-                "`python -m formats.instruct` builds these data from the public files; nothing was trained on them."
+            lambda: told_of_tuning(sight()),
+            lambda: verdict(
+                higher(tuned(sight(), "plus", "random"), tuned(sight(), "plain", "random")),
+                higher(
+                    tuned(sight(), "plus", "adversarial"), tuned(sight(), "plain", "adversarial")
+                ),
+                higher(tuned(sight(), "plus", "choice"), tuned(sight(), "plain", "choice")),
             ),
-            lambda: untested("the toy world's instruction data are all of one source."),
         ),
         Claim(
             SUN,

@@ -342,6 +342,39 @@ def test_verdict():
     assert claims.verdict(False, False) == "**Does not hold here.**"
 
 
+def of_sight(gains, tuned=(0.5, 0.9)):
+    """Cells of lab.sight: two seeds with these gains of facts at 144, 12 and 0 pixels, a third with one cell."""
+    found = {"accuracy/2/0/facts": {"attributes.json": 1.0}}
+    for seed, of_seed in enumerate(gains):
+        for side, gain in zip(claims.SIDES, of_seed):
+            found[f"sight/{seed}/{side}"] = side / 200
+            found[f"accuracy/{seed}/{side}/plain"] = {"attributes.json": 0.7}
+            found[f"accuracy/{seed}/{side}/facts"] = {"attributes.json": 0.7 + gain}
+        for base, right in zip(("plain", "plus"), tuned):
+            pope = {"random": right, "adversarial": right - seed / 10}
+            found[f"tuning/{seed}/{base}"] = {"pope": pope, "choice": right, "chair_s": 0.6}
+    return found
+
+
+@pytest.mark.parametrize(
+    "gains, tuned, facts, human",
+    [
+        ([(0.0, 0.1, 0.2), (0.01, 0.02, 0.1)], (0.5, 0.9), "Holds here", "Holds here"),
+        ([(0.0, 0.1, 0.2), (0.03, 0.02, 0.1)], (0.9, 0.5), "Holds in part", "Does not hold here"),
+        ([(0.1, -0.1, -0.2)] * 2, (0.5, 0.5), "Does not hold here", "Does not hold here"),
+    ],
+)
+def test_claims_of_sight(cells, monkeypatch, tmp_path, gains, tuned, facts, human):
+    """Seeds that lack a cell do not count."""
+    monkeypatch.setattr(claims, "SIGHT", tmp_path / "sight.json")
+    claims.SIGHT.write_text(json.dumps(of_sight(gains, tuned)))
+    found = {c.sentence.partition(" ")[0]: c for c in claims.claims(cells) if c.paper == claims.SUN}
+    assert found["Facts"].verdict == f"**{facts}.**"
+    assert found["Human-made"].verdict == f"**{human}.**"
+    first = gains[0][0]
+    assert f"(by seed {claims.signed(100 * first)}, " in found["Facts"].here
+
+
 VERDICTS = {  # read by hand from the seeds' figures
     "Offline DPO on corrupted": "Holds in part",
     "Mixing adds nothing": "Holds in part",
@@ -360,9 +393,10 @@ VERDICTS = {  # read by hand from the seeds' figures
     "The gain grows": "Does not hold here",
     "Pairs that another": "Holds here",
     "A reward model that reads": "Does not hold here",
+    "Facts help most": "Open",
     "Plain PPO": "Holds in part",
     "A larger reward": "Cannot be tested here",
-    "Human-made": "Cannot be tested here",
+    "Human-made": "Open",
     "Alignment costs": "Cannot be tested here",
     "DPO without the images": "Holds here",  # the same figures
     "mDPO hallucinates": "Does not hold here",
@@ -372,7 +406,8 @@ VERDICTS = {  # read by hand from the seeds' figures
 }
 
 
-def test_verdicts_of_the_claims(cells):
+def test_verdicts_of_the_claims(cells, monkeypatch, tmp_path):
+    monkeypatch.setattr(claims, "SIGHT", tmp_path / "sight.json")
     for claim, (begin, verdict) in zip(claims.claims(cells), VERDICTS.items(), strict=True):
         assert claim.sentence.startswith(begin) and claim.verdict.startswith(f"**{verdict}")
 
