@@ -1,8 +1,9 @@
 """Runs that are killed and go on: the result is bit for bit that of an undisturbed run.
 
 Every run is a process forked from one that has loaded torch, so a start takes no seconds. It ends by SIGKILL at a random
-moment, before its n-th write, renaming or removal of a file, or by SIGTERM or Ctrl-C; then it is started again, with
---resume where a run folder has its args.json, until it ends by itself. `python tests/trust.py` does it some hundred times.
+moment, before its n-th write, renaming or removal of a file, or by SIGTERM or Ctrl-C; or its disk becomes full at a random
+moment, and it ends by SIGKILL or by itself. Then it is started again (after room was made), with --resume where a run
+folder has its args.json, until it comes to its end. `python tests/trust.py` does it some hundred times.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -45,7 +47,7 @@ def turns(*texts):
 
 
 def write_data(folder):
-    """Six rows each of pairs, ratings and questions, about three pictures; povid.json, ratings.jsonl, pope_random.json."""
+    """Six rows each of pairs, ratings and questions about three pictures, and what the other evaluations read."""
     (folder / "images").mkdir(parents=True)
     for i in range(3):
         Image.effect_noise((30 + i, 28), 60).convert("RGB").save(folder / f"images/{i}.png")
@@ -86,7 +88,36 @@ def write_data(folder):
         ("problems.jsonl", problems),
     ):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_benchmarks(folder)
     return folder
+
+
+def write_benchmarks(folder):
+    """Six questions of AMBER and of MM-Vet, COCO's files of the three pictures."""
+    kinds, queries, vet = [], [], {}
+    for i, text in enumerate(WORDS):
+        truth = {"truth": ["cup"], "hallu": ["dog"]} if i < 3 else {"truth": ("yes", "no")[i % 2]}
+        kinds.append({"id": i, "type": "relation" if i > 2 else "generative", **truth})
+        queries.append({"id": i, "image": f"{i % 3}.png", "query": f"Is there a cup? {i}"})
+        vet[f"v{i}"] = {"imagename": f"{i % 3}.png", "question": f"What is {i}?", "answer": text,
+                        "capability": ["ocr", "rec"][: 1 + i % 2]}  # fmt: skip
+    objects = {
+        "categories": [{"id": 1, "name": "cup"}],
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
+        "annotations": [{"image_id": i, "category_id": 1} for i in range(2)],
+    }
+    captions = {"annotations": [{"image_id": i, "caption": "A dog."} for i in range(3)]}
+    for name, value in (
+        ("annotations", kinds),
+        ("query", queries),
+        ("relation", {"cup": ["mug"], "dog": []}),
+        ("mm-vet", vet),
+        ("instances", objects),
+        ("captions", captions),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    (folder / "safe_words.txt").write_text("table")
+    (folder / "synonyms.txt").write_text("cup, mug\ndog, puppy\n")
 
 
 TRAINS = (
@@ -110,13 +141,30 @@ RUNS = {  # name: (script, flags)
     "steerlm": ("steerlm", f"{TRAINS} --data {{ratings}}"),
     "annotate": ("annotate", "--data {povid} --annotator {model} --k 2 --max-new-tokens 8 --batch-size 2"),
     "eval_pope": ("eval_pope", "--questions {questions} --batch-size 2"),
+    "eval_chair": ("eval_chair", "--instances {folder}/instances.json --captions {folder}/captions.json --synonyms "
+                   "{folder}/synonyms.txt --batch-size 1 --max-new-tokens 8"),
+    "eval_amber": ("eval_amber", "--questions {folder}/query.json --rule plain --batch-size 2 --max-new-tokens 8"),
+    "eval_vqa": ("eval_vqa", "--questions {problems} --batch-size 2 --max-new-tokens 8"),
+    "eval_judge": ("eval_judge", "--questions {folder}/mm-vet.json --annotator {judge} --judge-runs 2 --batch-size 2 "
+                   "--max-new-tokens 8"),
 }  # fmt: skip
 
 
-def command(name, folder, checkpoint, reward):
+def write_judge(folder, checkpoint):
+    """The checkpoint with a context that a judge's question fits in."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 4096
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def command(name, folder, checkpoint, reward, judge=None):
     """(module, argv without --out) of a run."""
     script, flags = RUNS[name]
     places = {
+        "folder": folder,
+        "judge": judge,
         "povid": folder / "povid.json",
         "facts": folder / "facts.json",
         "ratings": folder / "ratings.jsonl",
@@ -210,7 +258,9 @@ def left(out):
         content = path.read_bytes()
         if path.suffix in (".json", ".jsonl"):
             lines = content.decode().splitlines() if path.suffix == ".jsonl" else [content]
-            content = json.dumps([without_seconds(json.loads(line)) for line in lines]).encode()
+            with contextlib.suppress(ValueError):  # half a line differs
+                rows = [without_seconds(json.loads(line)) for line in lines]
+                content = json.dumps(rows).encode()
         found[name] = hashlib.sha256(content).hexdigest()
     latest = out / "checkpoints/latest"
     if latest.exists():
@@ -222,80 +272,109 @@ def left(out):
 
 # ---- undisturbed, and disturbed
 
+OUT = "disk/out"
+
+
+def mounted(disk, options):
+    """Is a small disk of this folder: needs root."""
+    disk.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+    return subprocess.run(mount, capture_output=True).returncode == 0
+
+
+def fill(path):
+    """Write a file until nothing fits on its disk."""
+    with open(path, "wb", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size):
+                    pass
+
 
 def undisturbed(script, argv, place):
     """Run to the end -> (what it left, its seconds, its changes of files); AssertionError if it fails."""
     place.mkdir(parents=True)
     begin = time.monotonic()
-    _, status = os.waitpid(forked(script, [*argv, "--out", "out"], place, note_changes), 0)
+    _, status = os.waitpid(forked(script, [*argv, "--out", OUT], place, note_changes), 0)
     assert status == 0, f"{script}: {(place / 'log').read_text()[-2000:]}"
-    return left(place / "out"), time.monotonic() - begin, int((place / "changes").read_text())
+    return left(place / OUT), time.monotonic() - begin, int((place / "changes").read_text())
 
 
 def disturbed(script, argv, place, seconds, changes, rng, how):
     """Run, end it once or twice on the way, go on -> (what it left, how often it was ended, why it is lost or "").
 
-    how: "moment", "change", "SIGTERM" or "SIGINT".
+    how: "moment", "change", "SIGTERM", "SIGINT" or "full" (on a disk of its own).
     """
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
+    out, filler = place / OUT, place / "disk/filler"
     wanted, ended = rng.choice((1, 1, 2)), 0
     for start in range(9):
-        resumes = (place / "out/args.json").is_file() and not script.startswith("eval")
+        resumes = (out / "args.json").is_file() and not script.startswith("eval")
         before = None
         if ended < wanted and how == "change":
             last = rng.randint(1, changes)
             before = lambda last=last: count_changes(last)
-        pid = forked(script, [*argv, "--out", "out", *["--resume"] * resumes], place, before)
+        pid = forked(script, [*argv, "--out", OUT, *["--resume"] * resumes], place, before)
         if ended < wanted and how != "change":
             time.sleep(rng.uniform(0.05, 1) * seconds)
+            kill = how != "full" or rng.random() < 0.5  # or it finds out by itself
+            if how == "full":
+                fill(filler)
+                time.sleep(rng.uniform(0, 0.3) * seconds * kill)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, getattr(signal, how, signal.SIGKILL))
+                os.kill(pid, getattr(signal, how, signal.SIGKILL) if kill else 0)
         _, status = os.waitpid(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
+        code, log = os.waitstatus_to_exitcode(status), (place / "log").read_text()
+        filler.unlink(missing_ok=True)
         if code == 0:
-            why = ""
-            halves = [
-                p.name for p in (place / "out").rglob("*") if p.name.endswith((".part", ".tmp"))
-            ]
-            return left(place / "out"), ended, f"{halves} stay behind" if halves else why
-        usual = {"SIGTERM": (-15, 143), "SIGINT": (130,)}.get(how, (-9,))
-        if code not in usual:
+            halves = [p.name for p in out.rglob("*") if p.name.endswith((".part", ".tmp"))]
+            return left(out), ended, f"{halves} stay behind" if halves else ""
+        usual = {"SIGTERM": (-15, 143), "SIGINT": (130,), "full": (-9, 2)}.get(how, (-9,))
+        if code not in usual or "Traceback" in log:
             break
         ended += 1
-    return {}, ended, f"status {code}: {(place / 'log').read_text()[-400:]}"
+    return {}, ended, f"status {code}: {log[-400:]}"
 
 
 def kills(folder, checkpoint, total, seed=0, names=RUNS, say=print):
-    """End runs `total` times or a little more -> (ends, [(run, why), ...] of those that were lost).
+    """End runs `total` times or a little more -> ({how: ends}, [(run, why), ...] of those that were lost).
 
-    Each run is done twice undisturbed first: the same seed gives the same run.
+    Each run is done twice undisturbed first: the same seed gives the same run. No disk becomes full without root.
     """
     rng = random.Random(seed)
     data = write_data(folder / "data")
     reward = badness.write_reward(folder / "reward", checkpoint)
+    judge = write_judge(folder / "judge", checkpoint)
     for name in {script for script, _ in (RUNS[n] for n in names)}:
         importlib.import_module(name)
-    lost, ended, known = [], 0, {}
+    lost, ended, known = [], Counter(), {}
     for name in names:
-        script, argv = command(name, data, checkpoint, reward)
+        script, argv = command(name, data, checkpoint, reward, judge)
         first, seconds, changes = undisturbed(script, argv, folder / "whole" / name / "1")
         again, *_ = undisturbed(script, argv, folder / "whole" / name / "2")
         if first != again:
             lost.append((name, f"the same seed gives another run: {differing(first, again)}"))
         known[name] = script, argv, first, seconds, changes
     number = 0
-    while ended < total:
+    while ended.total() < total:
         for name, (script, argv, first, seconds, changes) in known.items():
-            how = rng.choices(("moment", "change", "SIGTERM", "SIGINT"), (4, 4, 1, 1))[0]
+            how = rng.choices(("moment", "change", "SIGTERM", "SIGINT", "full"), (4, 4, 1, 1, 2))[0]
             place = folder / "killed" / f"{number}"
-            found, times, why = disturbed(script, argv, place, seconds, changes, rng, how)
-            ended, number = ended + times, number + 1
+            disk = place / "disk"
+            if how == "full" and not mounted(disk, "size=16m"):
+                how = "moment"
+            try:
+                found, times, why = disturbed(script, argv, place, seconds, changes, rng, how)
+            finally:
+                if how == "full":
+                    subprocess.run(["umount", str(disk)], check=True)
+            ended[how], number = ended[how] + times, number + 1
             if why or found != first:
                 lost.append((name, f"{how}, {place}: {why or differing(first, found)}"))
                 say(*lost[-1])
             else:
                 shutil.rmtree(place)
-            if ended >= total:
+            if ended.total() >= total:
                 break
     return ended, lost
 
@@ -309,17 +388,16 @@ def full_disks(folder, checkpoint, names=RUNS):
     It ends with status 2, or 0 where the disk is large enough, without a traceback, and leaves nothing half-written.
     """
     disk, place = folder / "disk", folder / "place"
-    disk.mkdir(parents=True)
     data = write_data(folder / "data")
     reward = badness.write_reward(folder / "reward", checkpoint)
+    judge = write_judge(folder / "judge", checkpoint)
     runs, wrong = 0, []
     for name in names:
-        script, argv = command(name, data, checkpoint, reward)
+        script, argv = command(name, data, checkpoint, reward, judge)
         importlib.import_module(script)
         for options in DISKS:
-            mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
-            if subprocess.run(mount, capture_output=True).returncode:
-                return runs, wrong  # not root
+            if not mounted(disk, options):
+                return runs, wrong
             try:
                 shutil.rmtree(place, ignore_errors=True)
                 place.mkdir()

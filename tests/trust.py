@@ -82,8 +82,13 @@ def main():
     if args.kills:
         names = {name: kills.RUNS[name] for name in args.runs}
         ended, lost = kills.kills(folder / "kills", checkpoint, args.kills, args.seed, names)
+        n = ended.total()
         table.append(
-            (f"runs ended, of {len(names)} kinds", ended, "went on bit for bit", ended - len(lost))
+            (f"runs ended, of {len(names)} kinds", n, "went on bit for bit", n - len(lost))
+        )
+        shares = ", ".join(f"{how} {count}" for how, count in ended.items())
+        print(
+            f"{shares}{'' if ended['full'] else '; no disk became full: mounting one needs root'}"
         )
         wrong += len(lost)
 
