@@ -97,6 +97,16 @@ def test_figures_of_object_halbench(coco):
     assert silent["chair_s_refine"] == 0
 
 
+def test_contestants_of_object_halbench(coco):
+    """With refine the figure of captions that have an object: one of one, where one of two is false."""
+    vocabulary = eval_chair.read_synonyms("synonyms.txt")
+    said = {"a": [(2, "A dog."), (4, "It is red.")], "b": [(2, "A bus."), (4, "A dog.")]}
+    found = eval_chair.compared(said, IMAGES, vocabulary, True)
+    assert [found[name]["chair_s"]["value"] for name in "ab"] == [0.5, 0.5]
+    assert [found[name]["chair_s_refine"]["value"] for name in "ab"] == [1, 0.5]
+    assert "chair_s_refine" not in eval_chair.compared(said, IMAGES, vocabulary, False)["a"]
+
+
 def test_prompts_and_images_of_object_halbench(coco, checkpoint, monkeypatch, capsys):
     """Its own prompts about its own pictures, in its order; RLHF-V's script can read what is written."""
     flags = "--questions obj.jsonl --model", checkpoint, "--device cpu --max-new-tokens 6 --out out"
@@ -178,7 +188,10 @@ def test_two_contestants(coco, monkeypatch, capsys):
     paired = details["after"]["intervals"]["chair_s"]
     assert paired["difference"] == -0.25 and paired["difference_high"] == 0
     assert paired["difference_low"] < -0.25 and paired["low"] < paired["value"] < paired["high"]
-    assert "out/changed-after.png: before against after, 1 captions that hallucinate other objects" in printed
+    assert (
+        "out/changed-after.png: before against after, 1 captions that hallucinate other objects"
+        in printed
+    )
     write_lines(coco / "after.jsonl", [{"image_id": 1, "caption": "A dog."}])
     with pytest.raises(BadInput, match="image id 2 has a caption of before alone"):
         main(monkeypatch, *"--answers before.jsonl after.jsonl".split())

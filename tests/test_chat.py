@@ -223,6 +223,13 @@ def test_a_chat_template_that_cannot_be_followed_is_refused(tmp_path, source, wh
         chat.choose(tmp_path, tokenizer, "<image>", "qwen2", False)
 
 
+def test_the_date_in_a_prompt_is_not_that_of_the_run():
+    """Llama-3.2's own default."""
+    source = "{{ date_string }}: {{ messages[0].content[0].text }}"
+    tokenizer = tokenizer_with(byte_level, SPECIAL["phi3"])
+    assert chat.render(source, tokenizer, ["A cup."]) == "26 Jul 2024: A cup."
+
+
 def test_tokens_that_depend_on_their_neighbours_are_refused(tmp_path):
     """A token that swallows the white space before it takes it from the user's text."""
     with pytest.raises(BadInput, match="the tokens of the chat template depend on what stands"):

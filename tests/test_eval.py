@@ -143,6 +143,12 @@ def test_score_without_a_yes_is_no_division_by_zero():
     assert eval_pope.score(["no"], ["yes"]) == zero | {"accuracy": 0.0, "yes_ratio": 1.0, "n": 1}
 
 
+def test_scores_of_one_are_whole():
+    """A count of 1 is divided by 1."""
+    one = dict.fromkeys(eval_pope.METRICS, 1.0)
+    assert eval_pope.score(["yes"], ["yes"]) == one | {"n": 1}
+
+
 @pytest.mark.parametrize("answers", [[], ["yes"], ["yes"] * 3])
 def test_as_many_answers_as_questions(answers):
     with pytest.raises(BadInput, match=f"{len(answers)} answers to 2 questions"):
@@ -382,6 +388,10 @@ def as_exact(q):
     return {"question": q["text"], "image": "val2014/" + q["image"]}
 
 
+def as_suffixed(q):
+    return {"question": q["text"] + eval_pope.SUFFIX, "image": q["image"]}
+
+
 def as_whole(q):
     return q
 
@@ -395,6 +405,7 @@ def as_numbered(q):
     [
         (as_llava, [2, 0, 1], True),
         (as_exact, [1, 2, 0], True),
+        (as_suffixed, [1, 2, 0], True),
         (as_whole, [1, 2, 0], True),  # the question's own row with an answer
         (as_numbered, [1, 2, 0], True),
         (as_pope, [0, 1, 2], True),
@@ -591,6 +602,10 @@ def test_chair_by_hand(vocabulary):
     assert eval_chair.score(captions, truth, vocabulary) == pytest.approx(expected)
     nothing = {"chair_i": 0, "chair_s": 0, "recall": 0, "length": 0, "n": 1}
     assert eval_chair.score([(3, "")], truth, vocabulary) == nothing
+    alone = {"chair_i": 1, "chair_s": 1, "recall": 0, "length": 1, "n": 1, "chair_s_refine": 1}
+    assert eval_chair.score([(2, "dog")], truth, vocabulary, refine=True) == alone
+    found = eval_chair.score([(2, "bus")], truth, vocabulary)
+    assert (found["recall"], found["length"]) == (1, 1)
     with pytest.raises(BadInput, match="no caption"):
         eval_chair.score([], truth, vocabulary)
 

@@ -263,6 +263,14 @@ def test_llava_bench_coco_files():
     assert "\n\nsuitcase: [" in text and "boxes" in text and "black and brown" in text
 
 
+def test_llava_bench_figures_by_hand():
+    """Two questions of one group, scores (8, 5) and (7, 4): means 7.5 and 4.5 of 10, the answer has 60 % of the reference."""
+    found = llava_bench.figures(np.array([[15.0, 9.0, 2.0], [0.0, 0.0, 0.0]]), ["all", "conv"])
+    assert {key: float(value) for key, value in found.items()} == {
+        "relative": 60, "reference": 75, "model": 45, "conv relative": 0, "conv reference": 0, "conv model": 0,
+    }  # fmt: skip
+
+
 # ---- MM-Vet
 
 
@@ -397,6 +405,14 @@ def test_mt_bench_parse(reply):
     assert (found[0] if found else -1) == official_rating(reply)
 
 
+def test_the_days_of_the_judging():
+    """One day, or the first to the last."""
+    rows = [{"judge": "j", "date": f"2026-01-0{day}"} for day in (2, 3, 1, 2)]
+    of = lambda some: eval_judge.by_whom(some)["date"]
+    assert of(rows) == "2026-01-01 to 2026-01-03" and of(rows[::3]) == "2026-01-02"
+    assert of(rows[:2]) == "2026-01-02 to 2026-01-03"
+
+
 def test_mt_bench_score_leaves_out_what_has_none(tmp_path):
     """show_result.py: -1 rows dropped, means over both turns, over turn 1, over turn 2."""
     questions, references, _ = mt_files(tmp_path)
@@ -432,6 +448,10 @@ def test_mt_bench_requests(tmp_path):
     assert "[Start of Reference Answer]\ngpt-4 1 one\n" in first.text
     assert "### Reference answer:\ngpt-4 1 two" in second.text
     assert second.said == ((("Q1?", "one", "And 1?"), "two"),)
+    for request in (first, second):
+        assert mt_bench.AGAINST_REFERENCE in request.text and mt_bench.GENERAL not in request.text
+    for request in mt_bench.requests(plain, ("one", "two")):
+        assert mt_bench.GENERAL in request.text
     with pytest.raises(BadInput, match=r"math, reasoning, coding are judged beside a reference"):
         mt_bench.read(questions)
 

@@ -64,6 +64,13 @@ def test_questions_of_an_image_together_are_answered_as_alone(llava, records, ba
     assert contestant.asked == len(records) - 1 and contestant.seconds > 0
 
 
+def test_one_process_alone_has_all_parts(llava, records):
+    """`split` divides among processes; of one it changes nothing."""
+    model, processor = llava
+    texts = sampling.generate(model, processor, records, 8, batch_size=2)
+    assert sampling.generate(model, processor, records, 8, batch_size=2, split=True) == texts
+
+
 def test_an_image_is_encoded_once(llava, records, monkeypatch):
     model, processor = llava
     shown = []
@@ -362,7 +369,9 @@ def test_sheets_and_figures_of_several(tmp_path, capsys):
 def test_table_and_sheet(pictures, tmp_path):
     units = {"base": np.array([[1, 1]] * 4 + [[0, 1]] * 4), "dpo": np.array([[1, 1]] * 8)}
     lines = comparison.table(comparison.compare(units, accuracy), titles={"accuracy": "POPE"})
-    assert lines[0].split()[:2] == ["contestant", "value"] and "minus base  95 % interval" in lines[0]
+    assert (
+        lines[0].split()[:2] == ["contestant", "value"] and "minus base  95 % interval" in lines[0]
+    )
     assert lines[1].split()[:3] == ["POPE", "base", "0.5000"]
     assert lines[2].split()[:2] == ["dpo", "1.0000"] and lines[2].endswith("not 0")
     answers = [("base", "Yes " * 200, False), ("dpo", "No", True)]

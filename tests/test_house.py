@@ -141,7 +141,8 @@ def test_reading_a_file_loads_no_torch(name):
 
 
 @pytest.mark.parametrize(
-    "name", [*SCRIPTS, "sample", "eval_pope", "eval_chair", "eval_amber", "eval_vqa", "eval_judge", "data"]
+    "name",
+    [*SCRIPTS, "sample", "eval_pope", "eval_chair", "eval_amber", "eval_vqa", "eval_judge", "data"],
 )
 def test_help_comes_soon(name):
     """Ten seconds on a loaded machine; two on an idle one, of which torch takes most."""

@@ -446,6 +446,8 @@ def test_round_trip_and_another_base(llava, parts, tmp_path):
     with torch.no_grad(), model.use("reward"):
         want = of(model)
     adapters.save_reward(model, tmp_path, "BASE", SETTINGS)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "BASE"
     other = checkpoints.compose(parts / "vision", parts / "llm")[0].prepare(2, projector=False)
     assert adapters.load_reward(other, tmp_path)["facts"] == "F"
     adapters.load_reward(other, tmp_path, "value")

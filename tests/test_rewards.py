@@ -107,6 +107,7 @@ def test_the_value_of_an_expression(text, value):
         ("There are two cups and one dog.", "2", 0),  # which of them?
         ("x = 3", "3", 1),
         ("x = 2 + 1", "3", 1),
+        ("x = 2 + 1 = 3", "3", 1),
         ("30", "3", 0),
         ("none", "0", 0),
         ("\\frac{1}{2}", "0.5", 1),
@@ -315,16 +316,72 @@ def test_each_prompt_has_its_terms(picture):
     assert score(records[:1], answers[:1]) == [{"exact": [1.0, 0.0]}] and len(asked) == 1
 
 
-PIECES = ["1", "20", "0", "9" * 12, ".", "...", ",", "-", "+", "*", "/", "^", "(", ")", "[", "{", "}", "\\frac"]
-PIECES += ["\\sqrt", "sqrt", "pi", "√", " ", "\n", "%", "cm", "=", "<answer>", "</answer>", "\\boxed{", "yes", "No"]
-PIECES += ["A", "B.", "(C)", "two", "the", "e", "_", "٣", "²", "½", "'", "\x00", "inf", "[1,2,3,4]", "[0,.1,.2,.3]"]
+PIECES = [
+    "1",
+    "20",
+    "0",
+    "9" * 12,
+    ".",
+    "...",
+    ",",
+    "-",
+    "+",
+    "*",
+    "/",
+    "^",
+    "(",
+    ")",
+    "[",
+    "{",
+    "}",
+    "\\frac",
+]
+PIECES += [
+    "\\sqrt",
+    "sqrt",
+    "pi",
+    "√",
+    " ",
+    "\n",
+    "%",
+    "cm",
+    "=",
+    "<answer>",
+    "</answer>",
+    "\\boxed{",
+    "yes",
+    "No",
+]
+PIECES += [
+    "A",
+    "B.",
+    "(C)",
+    "two",
+    "the",
+    "e",
+    "_",
+    "٣",
+    "²",
+    "½",
+    "'",
+    "\x00",
+    "inf",
+    "[1,2,3,4]",
+    "[0,.1,.2,.3]",
+]
 
 
 def test_whatever_a_model_says(picture):
     """No text ends a run; a reward is between 0 and 1, and what is right as it stands is worth 1."""
     rng, kinds = random.Random(0), set()
     keys = {kind: record(kind, picture, row) for row, kind in enumerate("BCDEF")}
-    truths = ("number", "3"), ("letter", "B."), ("yes/no", "No"), ("text", "red"), ("box", "[9, 0, 20, 9]")
+    truths = (
+        ("number", "3"),
+        ("letter", "B."),
+        ("yes/no", "No"),
+        ("text", "red"),
+        ("box", "[9, 0, 20, 9]"),
+    )
     right = {one.prompt_key: truth for one, truth in zip(keys.values(), truths)}
     score = rewards.scorer(SimpleNamespace(format_weight=1), right, None, square=True)
     own = record("", picture, 9)

@@ -762,7 +762,9 @@ def test_a_run_folder_that_was_killed_in_its_first_moment(folder):
         training.start(flags(out="run"), "dpo")
 
 
-@pytest.mark.parametrize("name", "sft mpo mdpo online_dpo povid reward_model ppo grpo steerlm".split())
+@pytest.mark.parametrize(
+    "name", "sft mpo mdpo online_dpo povid reward_model ppo grpo steerlm".split()
+)
 def test_every_loop_ends_after_its_step(name):
     """Through `training.batches`, or by its own call."""
     code = (ROOT / f"{name}.py").read_text(encoding="utf-8")

@@ -2,10 +2,12 @@
 
 Needs tests/requirements.txt, and atheris for the fuzz runs. Everything is tiny and on the CPU; it takes about half an
 hour on one core. It prints a line for each kind of bad input, and the table at the end. The exit status is 1 if anything
-was lost or found. tests/test_trust.py runs a little of each.
+was lost or found. tests/test_trust.py runs a little of each. The mutants in the table are those of the last run of
+tests/mutants.py, which takes hours; tests/long_run.py watches memory and step time over 50,000 steps.
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -127,6 +129,12 @@ def main():
             print(f"fuzz {target}: {n} executions {crashed[:500]}", flush=True)
         table.append(("fuzz executions", executions, "findings", len(findings)))
         wrong += len(findings)
+
+    # 4. mutants, of the last run of tests/mutants.py
+    run = json.loads(Path(__file__).with_name("mutants.json").read_text())["run"]
+    same = run["equivalent"]
+    table.append((f"mutants, of {run['of']}", run["mutants"] - same, "noticed", run["noticed"]))
+    table.append(("", same, "cannot change a result", ""))
 
     print(f"\n{time.time() - begin:.0f} s, {torch.__version__}, seed {args.seed}")
     for what, n, how, m in table:
