@@ -288,6 +288,8 @@ def test_report_writes_pages_elsewhere_and_trains_nothing(cells, tmp_path, monke
     (tmp_path / "results.json").write_text(json.dumps(cells))
     monkeypatch.setattr("sys.argv", ["reproduce", "--report", "--out", str(tmp_path)])
     monkeypatch.setattr(reproduce, "run_cell", None)
+    monkeypatch.setattr(claims, "SIGHT", tmp_path.with_name("sight.json"))
+    claims.SIGHT.write_text(json.dumps(of_sight([(0.0, 0.1, 0.2)] * 2)))
     reproduce.main()
     names = {"results.json", "README.md", "chart.png", "chart_pope.png"}
     assert {p.name for p in tmp_path.iterdir()} == names
