@@ -22,9 +22,13 @@ Watch
                             data is too easy, too hard, or no answer is in the form that the rule
                             reads (rewards.py): --ask
 
-Expect in the toy world (seed 0): CHAIR_s falls from .63 to .04, recall from .96 to .94; groups
-without spread grow from .35 to .51. Short answers pay: POPE falls on random questions from .94 to
-.87, because the model says "No" too often, and stays at .76 on adversarial ones.
+Expect in the toy world (seed 1): after 106 of the 150 steps CHAIR_s has fallen from .65 to .05,
+recall from .96 to .95; POPE has risen from .78 to .82 on adversarial questions and is .94, as
+before, on random ones. Where the model draws the line between "Yes" and "No" is what the questions
+pay for. With povid.json's alone, 59 % of them "No", it learned to say "No" (seed 0: .87 on random
+questions instead of .94, and nothing gained on adversarial ones); lab/questions.py adds others.
+Spread alone is no lesson: to a choice this model guesses, nine groups in ten have spread, and at
+the end as at the start one answer in four is right.
 
 One step is an iteration over batch-size x grad-accum x minibatches prompts (x processes):
 1. sample       G answers to each prompt, at temperature 1: one encoding of the image, one prefill
@@ -65,6 +69,8 @@ Choices where the papers are silent or disagree:
 6. log pi_old is that of sampling; in bfloat16 with several minibatches the answers are scored again
    as the update will. With one update it is log pi itself, so that w is exactly 1.
 7. LoRA and its rate are VLM-R1's (DeepSeekMath: all weights, 1e-6); G is TRL's (DeepSeekMath 64).
+8. Toy questions and settings were chosen on seed 1. At a constant rate the line wanders: present
+   objects were affirmed in .87 of the answers, thirty steps later in .71.
 
 Metrics have TRL's names: `reward`, `reward_std` over all answers, `frac_reward_zero_std`,
 `rewards/TERM/mean` and `/std`, `completions/mean_length` (`min_`, `max_`, `mean_terminated_`: of
@@ -124,10 +130,11 @@ TOY = {
     "reward": "mixed",
     "annotator": "oracle",
     "steps": 150,
-    "batch_size": 16,
+    "batch_size": 24,
     "grad_accum": 1,
-    "sample_batch_size": 16,
+    "sample_batch_size": 24,
     "lr": 5e-4,
+    "schedule": "cosine",
     "lora_rank": 16,
     "max_new_tokens": 96,
     "save_every": 0,

@@ -149,7 +149,7 @@ EQUAL = {
     "ppo": ("reward model, length", 2_560),
     "rloo": ("reward model, length", 2_560),
     "online-povid": ("oracle", 7_360),
-    "grpo": ("exact answers, oracle", 19_200),
+    "grpo": ("exact answers, oracle", 28_800),
 }
 FIGURES = {  # column: where it is in {"pope":, "chair":, "text":}
     "POPE random": ("pope", "random", "accuracy"),

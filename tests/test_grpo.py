@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -987,22 +987,23 @@ def test_photographs(checkpoint, tmp_path):
 
 
 def test_the_toy_world_has_problems(tmp_path, monkeypatch):
-    """Counts and choices of the preference images, with answers that the rule reads and the truth bears out."""
+    """Of the preference images, with answers that the rule reads and the truth bears out."""
     from lab import questions
     from lab.oracle import Oracle
 
     scenes = {}
-    for i in range(6):
-        things = [{"name": "cup", "colour": "red", "count": 1 + i % 2, "column": 0, "row": 0}]
+    for i in range(12):
+        count = 1 + i // 3 % 2
+        things = [{"name": "cup", "colour": "red", "count": count, "column": 0, "row": 0}]
         things.append({"name": "bowl", "colour": "red", "count": 1, "column": 1, "row": 0})
         scenes[f"preference_{i:05d}.png"] = {"kind": "kitchen", "things": things}
     scenes["train_00000.png"] = scenes["preference_00000.png"]
     (tmp_path / "scenes.json").write_text(json.dumps(scenes))
     rows = questions.rows_of(tmp_path, 0)
-    assert len(rows) == 12 and rows == questions.rows_of(tmp_path, 0)
+    assert rows == questions.rows_of(tmp_path, 0)
     assert {row["image"] for row in rows} == scenes.keys() - {"train_00000.png"}
     oracle = Oracle(tmp_path)
-    kinds = set()
+    kinds = Counter()
     for row in rows:
         record = Record("f, row 0", None, (row["problem"],), (row["solution"],))
         kind, right = rewards.right_answer(record)
@@ -1011,9 +1012,16 @@ def test_the_toy_world_has_problems(tmp_path, monkeypatch):
             SimpleNamespace(format_weight=0), {record.prompt_key: (kind, right)}, None, False
         )
         assert score([record], [[truth]]) == [{"exact": [1.0]}], (row, truth)
-        kinds.add(kind)
-    assert kinds == {"number", "letter"}
-    counts = [row for row in rows if row["problem"].startswith("How many")]
-    assert [row["problem"] for row in counts[1::2]] == [
-        "How many cups are there?"
-    ] * 3  # two of them
+        kinds[kind] += 1
+    assert kinds == {"yes/no": 18, "number": 4, "letter": 2}
+    asked = lambda begin: [row for row in rows if row["problem"].startswith(begin)]
+    cups = [row["problem"] for row in asked("How many")][1::2]  # where there are two
+    assert cups == ["How many cups are there?"] * 2
+    # the absent ones are usual in a kitchen
+    name = lambda row: re.match(r"Is there an? (\w+) in", row["problem"])[1]
+    yes = [row for row in asked("Is there") if name(row) in ("cup", "bowl")]
+    no = [row for row in asked("Is there") if row not in yes]
+    assert len(yes) == 12 and [int(row["image"][11:16]) for row in no] == [0, 1, 5, 6, 10, 11]
+    assert {name(row) for row in no} <= {"oven", "banana", "chair", "clock"}
+    assert all("Yes" in row["solution"] for row in yes)
+    assert all("No" in row["solution"] for row in no)

@@ -105,7 +105,7 @@ def test_the_problems_of_a_world(built):
     path = toy.data_file(1, "questions.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     count = {"problem": "How many cups are there?", "solution": "<answer> 2 </answer>"}
-    assert rows[0] == {"image": "preference_00000.png"} | count and len(rows) == 2
+    assert {"image": "preference_00000.png"} | count in rows and len(rows) == 4
     assert image_folders(path) == [path.parent, Path("world-1/images").resolve()]
     path.write_text("[]")
     assert toy.data_file(1, "questions.jsonl") == path and path.read_text() == "[]"
