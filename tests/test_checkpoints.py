@@ -969,3 +969,13 @@ def test_a_whole_file_beside_an_old_index(checkpoint, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     found, want = (checkpoints.load(f)[0].state_dict() for f in (folder, checkpoint))
     assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_a_kept_class_token_is_told_to_other_programs(llava, tmp_path):
+    """LLaVA's "full": the tower's class token is one of the image's tokens."""
+    model, processor = llava
+    for model.keep_cls, word in ((False, "default"), (True, "full")):
+        checkpoints.save(model, processor, tmp_path / word)
+        for name in ("config.json", "processor_config.json"):
+            config = json.loads((tmp_path / word / name).read_text())
+            assert config["vision_feature_select_strategy"] == word, name

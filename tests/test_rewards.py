@@ -314,6 +314,8 @@ def test_each_prompt_has_its_terms(picture):
     assert asked == [(["f.json, row 1"], [["x", "y"]])]
     args.format_weight = 0
     assert score(records[:1], answers[:1]) == [{"exact": [1.0, 0.0]}] and len(asked) == 1
+    with pytest.raises(ValueError, match="shorter|longer"):
+        score(records[:1], answers)
 
 
 PIECES = [
