@@ -11,6 +11,9 @@ packing, fused log-probs, sampling, templates, scorers, checkpoints. Words for p
    run is a control without a mutant.
 3. What survives and cannot change a result stands in tests/mutants.json, with the reason; beside the last run's figures.
 
+A first sample (193 mutants of seed 0): 173 noticed, 8 cannot change a result, 12 got tests: 94 % were noticed before (89 to
+96 % of all, at 95 % confidence). Figures of a sample whose survivors got tests are no estimate: take another seed.
+
 Without --sample all mutants run (a day of one core). With it N of them, drawn by the seed; a larger N of the same seed
 begins with the same ones. Results are kept in .cache/mutants: a second start goes on from there, and runs again what
 survived if the tests were changed since. Exit status 1 if a control fails, or if less than 95 % of those that can change
