@@ -22,10 +22,10 @@ Watch
                             data is too easy, too hard, or no answer is in the form that the rule
                             reads (rewards.py): --ask
 
-Expect in the toy world (seed 1): after 106 of the 150 steps CHAIR_s has fallen from .65 to .05,
-recall from .96 to .95; POPE has risen from .78 to .82 on adversarial questions and is .94, as
-before, on random ones. Where the model draws the line between "Yes" and "No" is what the questions
-pay for. With povid.json's alone, 59 % of them "No", it learned to say "No" (seed 0: .87 on random
+Expect in the toy world (seed 1): CHAIR_s falls from .65 to .04, recall from .96 to .95; POPE rises
+from .78 to .82 on adversarial questions and stays at .94 on random ones; groups without spread grow
+from .40 to .48. Where the model draws the line between "Yes" and "No" is what the questions pay
+for. With povid.json's alone, 59 % of them "No", it learned to say "No" (seed 0: .87 on random
 questions instead of .94, and nothing gained on adversarial ones); lab/questions.py adds others.
 Spread alone is no lesson: to a choice this model guesses, nine groups in ten have spread, and at
 the end as at the start one answer in four is right.
