@@ -43,7 +43,10 @@ colour, number or place (there it can only read), and on half of the yes/no pair
 up what a "Yes" claims. No pair punishes an omission, so a sentence about a present object costs
 some reward too.
 
-results/sight.json has accuracies by sight, with facts, with --facts-first, and plain (lab/sight.py).
+Reading is learned late. After 1,600 pairs of captions (lab/sight.py) facts take .06 and .09 from
+the accuracy on wrong attributes where the base sees, 0 and .05 on pictures of 12 pixels; on grey
+ones they add .04 and take .08 (seeds 2 and 3). --facts-first reads sooner: on grey pictures it is
+right on all pairs of captions after 300 steps (seed 0), and on half of the yes/no pairs too.
 
 Choices where the papers are silent, and deviations:
 1. The wording of the evaluation turn is ours, and r is read where its answer would begin. The
