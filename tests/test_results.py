@@ -627,8 +627,8 @@ def test_table_of_gpus():
         "cell": cell, "card": card, "torch": "2", "transformers": "5", "seconds": [seconds, 0, 9], "peak_gib": 20.0, **more,
     }  # fmt: skip
     gpu = [
-        row("step/1.5/b1", "A", 0.5),
-        row("naive/1.5/b1", "A", 1.0),
+        row("step/1.5/b4", "A", 0.5),
+        row("naive/1.5/b4", "A", 1.0),
         {"cell": "step/next/b1", "card": "A", "torch": "2", "does_not_fit": "out of memory"},
         row("step/1.5/b4/checkpointing", "B", 0.25, flop_share=0.412, commit="abc"),
         row("trl/1.5/b4/default", "B", 1.0, trl="1.16.0"),
@@ -638,7 +638,7 @@ def test_table_of_gpus():
     assert pages.gpu_table(gpu).splitlines() == [
         "| A, torch 2, transformers 5 | s a step | plain: s a step | plain: ratio | peak GiB | plain: peak GiB |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| LLaVA-1.5-7B, 1 pair | 0.50 | 1.00 | 2.0 | 20.0 | 20.0 |",
+        "| LLaVA-1.5-7B, 4 pairs | 0.50 | 1.00 | 2.0 | 20.0 | 20.0 |",
         "| LLaVA-NeXT-7B, 1 pair | does not fit |  |  |  |  |",
         "",
         "| B, torch 2, transformers 5, trl 1.16.0, commit abc | s a step | TRL: s a step | TRL: ratio | peak GiB | TRL: peak GiB | counted GiB | share of the matrix rate |",
