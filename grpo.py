@@ -22,11 +22,11 @@ Watch
                             data is too easy, too hard, or no answer is in the form that the rule
                             reads (rewards.py): --ask
 
-Expect in the toy world (seed 1): CHAIR_s falls from .65 to .04, recall from .96 to .95; POPE rises
-from .78 to .82 on adversarial questions and stays at .94 on random ones; groups without spread grow
-from .40 to .48. Where the model draws the line between "Yes" and "No" is what the questions pay
-for. With povid.json's alone, 59 % of them "No", it learned to say "No" (seed 0: .87 on random
-questions instead of .94, and nothing gained on adversarial ones); lab/questions.py adds others.
+Expect in the toy world (seed 0): CHAIR_s falls from .63 to .04, recall from .96 to .95; POPE rises
+from .76 to .81 on adversarial questions and falls from .94 to .93 on random ones; groups without
+spread grow from .37 to .52. Where the model draws the line between "Yes" and "No" is what the
+questions pay for. With povid.json's alone, 59 % of them "No", it learned to say "No" (.87 on random
+questions, nothing gained on adversarial ones); lab/questions.py adds others.
 Spread alone is no lesson: to a choice this model guesses, nine groups in ten have spread, and at
 the end as at the start one answer in four is right.
 
