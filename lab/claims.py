@@ -745,9 +745,8 @@ def findings(cells):
                 f"random accuracy by {f.change(DEFAULT, 'POPE random')}."
             ),
             lambda: (
-                f"**BDHS needs no annotator, and here it needs no mask.** As published it gets {f.part('bdhs', 'dpo', 'CHAIR_s')} of the reduction of CHAIR_s that the data's own pairs bring, for {f.loss('bdhs')} points of recall. "
-                f"With guidance alone (sentences of y+ are completed with the whole image in view) it gets {f.part('guidance-only', 'dpo', 'CHAIR_s')} of that reduction for {f.loss('guidance-only')} points. This base hallucinates with full sight; "
-                "hiding the image adds mistakes that it would not make."
+                f"**BDHS needs no annotator.** As published it gets {f.part('bdhs', 'dpo', 'CHAIR_s')} of the reduction of CHAIR_s that the data's own pairs bring, for {f.loss('bdhs')} points of recall. "
+                f"With guidance alone (sentences of y+ are completed with the whole image in view) it gets {f.part('guidance-only', 'dpo', 'CHAIR_s')} of that reduction for {f.loss('guidance-only')} points."
             ),
             lambda: (
                 f"**A signal that punishes only what is wrong teaches the model to say less.** Recall falls by {f.loss('dpo-corrected')} points with DPO on corrected samples and by {f.loss('ppo-plain')} with PPO on a plain reward model. "
