@@ -25,10 +25,8 @@ Watch
 Expect in the toy world (seed 0): CHAIR_s falls from .63 to .04, recall from .96 to .95; POPE rises
 from .76 to .81 on adversarial questions and falls from .94 to .93 on random ones; groups without
 spread grow from .37 to .52. Where the model draws the line between "Yes" and "No" is what the
-questions pay for. With povid.json's alone, 59 % of them "No", it learned to say "No" (.87 on random
-questions, nothing gained on adversarial ones); lab/questions.py adds others.
-Spread alone is no lesson: to a choice this model guesses, nine groups in ten have spread, and at
-the end as at the start one answer in four is right.
+questions pay for: of povid.json's yes/no questions more than half have the answer "No", so
+lab/questions.py adds others. Spread alone is no lesson: a model that guesses has it, too.
 
 One step is an iteration over batch-size x grad-accum x minibatches prompts (x processes):
 1. sample       G answers to each prompt, at temperature 1: one encoding of the image, one prefill
@@ -69,8 +67,7 @@ Choices where the papers are silent or disagree:
 6. log pi_old is that of sampling; in bfloat16 with several minibatches the answers are scored again
    as the update will. With one update it is log pi itself, so that w is exactly 1.
 7. LoRA and its rate are VLM-R1's (DeepSeekMath: all weights, 1e-6); G is TRL's (DeepSeekMath 64).
-8. Toy questions and settings were chosen on seed 1. At a constant rate the line wanders: present
-   objects were affirmed in .87 of the answers, thirty steps later in .71.
+8. Toy questions and settings were chosen on seed 1.
 
 Metrics have TRL's names: `reward`, `reward_std` over all answers, `frac_reward_zero_std`,
 `rewards/TERM/mean` and `/std`, `completions/mean_length` (`min_`, `max_`, `mean_terminated_`: of

@@ -44,8 +44,9 @@ there is none, it is read from the question: lettered options, or a verb such as
 beginning.
 
 In the toy world (seed 0) CHAIR_s falls from .63 to .04, recall stays (.96) and so do POPE and the
-text score. With --length-weight 8 and the same reward model CHAIR_s is .05, adversarial POPE .744
-instead of .760 (base .756), and the loss of the value network falls half as fast.
+text score. With --length-weight 8 and the same reward model adversarial POPE is .744 instead of
+.760 (base .756). With a plain reward model and no length term the policy learns to say less: 31 %
+of the words and .14 of recall go.
 
 Corrected from the code of Sun et al.:
 1. The final reward stands at the last real token; theirs stands at the last padded slot. Padding
@@ -81,10 +82,8 @@ Choices where the papers are silent, and deviations:
 10. Toy settings. Half of the toy questions have the answer "Yes", for which `correctness` gives
    nothing whatever the answer is; at the weight 2 the policy learns to say "No". So the weight is
    0. And the toy reward model punishes errors, but not omissions, so long answers are rewarded (+5
-   tokens / --max-new-tokens). In the base's own captions (seed 0) a sentence about an absent object
-   lowers its score by 1.1 of its spread, one about a present object by .4, and such a sentence
-   earns 5 * 9 / 96 = .5: a weight between the two. A reward model that tells the two apart less
-   well leaves less room, and the higher the weight, the later the value network catches up.
+   tokens / --max-new-tokens): a sentence of nine tokens earns .5, in units of the reward model's
+   spread, more than one about a present object costs and less than one about an absent object.
 
 Metrics: `objective/scores` mean r, `scores/...` its terms; `objective/kl` mean over answers of the
 sum of log pi - log pi_ref over tokens (may be negative in one batch); `objective/entropy` of the

@@ -24,8 +24,8 @@ One step:
 It does not work in the toy world (seed 0): behind a request for all 4, adversarial POPE is .57 (the
 base: .76), CHAIR_s .58 (.63), and the text score .06 (.67), as the LLM never read such a request in
 training on text. 230 steps do not teach so small an LLM to look past 53 new tokens to the question:
-with --lr 1.5e-3 random POPE is .79 instead of .68 (the base: .94), CHAIR_s and text as above. The
-packing of the rows is exact by a test.
+with --lr 1.5e-3 random POPE is .79 instead of .68 (the base: .94), CHAIR_s .64 and the text score
+.06. The packing of the rows is exact by a test.
 
 Choices where the paper is silent, and deviations:
 1. It does not say which request gave its row: all five at 4, complexity and verbosity at 2, or

@@ -258,8 +258,9 @@ def draw(found, path):
                 points.append(at(x, statistics.fmean(held)))
                 for value in held:
                     sheet.dot(at(x, value), 3, colour, colour)
-            sheet.line(points, colour, 2)
-            sheet.text((x1 - 6, y1 - 60 + 18 * row), kind, colour, 13, "ra")
+            if points:
+                sheet.line(points, colour, 2)
+                sheet.text((x1 - 6, y1 - 60 + 18 * row), kind, colour, 13, "ra")
     sheet.image.save(path, optimize=True)
 
 
