@@ -199,10 +199,10 @@ def by_seed(found, name):
     return [found[name.format(n)] for n in whole]
 
 
-def gains_of_facts(found, side, file="attributes.json"):
+def gains_of_facts(found, side):
     """Accuracy with facts less that without, one a seed, on pictures of this many pixels."""
     facts, plain = (by_seed(found, f"accuracy/{{}}/{side}/{kind}") for kind in ("facts", "plain"))
-    return [a[file] - b[file] for a, b in zip(facts, plain)]
+    return [a - b for a, b in zip(facts, plain)]
 
 
 def told_of_sight(found):
@@ -210,8 +210,7 @@ def told_of_sight(found):
     texts = []
     for side in SIDES:
         facts, plain = (
-            [f["attributes.json"] for f in by_seed(found, f"accuracy/{{}}/{side}/{kind}")]
-            for kind in ("facts", "plain")
+            by_seed(found, f"accuracy/{{}}/{side}/{kind}") for kind in ("facts", "plain")
         )
         gains = ", ".join(signed(100 * gain) for gain in gains_of_facts(found, side))
         texts.append(
@@ -220,7 +219,7 @@ def told_of_sight(found):
         )
     return (
         f"pairs of captions, one of them with a wrong colour, number or place: {'; '.join(texts)}. "
-        "0 pixels are one grey: there the plain model has only habits of the texts, and the factual one can only read. The pairs are few (1,600): reading is learned late. The curve: [sight.png](sight.png)."
+        "0 pixels are one grey: there the plain model has only habits of the texts, and the factual one can only read. The curve: [sight.png](sight.png)."
     )
 
 

@@ -346,12 +346,12 @@ def test_verdict():
 
 def of_sight(gains, tuned=(0.5, 0.9)):
     """Cells of lab.sight: two seeds with these gains of facts at 144, 12 and 0 pixels, a third with one cell."""
-    found = {"accuracy/2/0/facts": {"attributes.json": 1.0}}
+    found = {"accuracy/2/0/facts": 1.0}
     for seed, of_seed in enumerate(gains):
         for side, gain in zip(claims.SIDES, of_seed):
             found[f"sight/{seed}/{side}"] = side / 200
-            found[f"accuracy/{seed}/{side}/plain"] = {"attributes.json": 0.7}
-            found[f"accuracy/{seed}/{side}/facts"] = {"attributes.json": 0.7 + gain}
+            found[f"accuracy/{seed}/{side}/plain"] = 0.7
+            found[f"accuracy/{seed}/{side}/facts"] = 0.7 + gain
         for base, right in zip(("plain", "plus"), tuned):
             pope = {"random": right, "adversarial": right - seed / 10}
             found[f"tuning/{seed}/{base}"] = {"pope": pope, "choice": right, "chair_s": 0.6}
