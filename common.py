@@ -94,17 +94,21 @@ def run(main, trains=False):
 process_ids = []  # of all processes of a run that torchrun started, in their order
 
 
-@functools.cache
-def first_to_fail():
-    """Is this process the first that asks? It reports the error; alone it is.
+def mark_of(name):
+    """The path of a mark of a run that torchrun started.
 
     torchrun gives every process a folder, which stand beside each other in one of the run's own.
     """
-    folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not folder:
+    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / name
+
+
+@functools.cache
+def first_to_fail():
+    """Is this process the first that asks? It reports the error; alone it is."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return True
     try:
-        Path(folder).parents[1].joinpath("failed").touch(exist_ok=False)
+        mark_of("failed").touch(exist_ok=False)
         return True
     except FileExistsError:
         return False
@@ -120,14 +124,21 @@ def is_alive(pid):
 
 
 def lost():
-    """The sentence of a process that cannot go on because another is gone; None if none is."""
+    """The sentence of a process that cannot go on because another is gone; None if none is.
+
+    One that torchrun told to end left a mark before it went: it is not the cause.
+    """
+    script = Path(sys.argv[0]).name
     for _ in range(20):  # torchrun takes a moment to notice
-        gone = [i for i, pid in enumerate(process_ids) if not is_alive(pid)]
-        if gone:
+        gone = {i: pid for i, pid in enumerate(process_ids) if not is_alive(pid)}
+        failed = [i for i, pid in gone.items() if not mark_of(f"told-{pid}").exists()]
+        if failed:
             return (
-                f"{Path(sys.argv[0]).name}: process {min(gone)} of {len(process_ids)} ended, and "
-                f"with it the run; of a training run {WHOLE}, and --resume goes on from it"
+                f"{script}: process {min(failed)} of {len(process_ids)} ended, and with it the "
+                f"run; of a training run {WHOLE}, and --resume goes on from it"
             )
+        if gone:
+            return f"{script}: torchrun ended the run"
         time.sleep(0.1)
 
 

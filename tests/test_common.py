@@ -204,15 +204,33 @@ def test_no_process_dies_without_its_reason(error):
     assert "ended, and with it" not in said
 
 
-def test_a_collective_that_lost_a_process_says_which():
+def gone_beside_a_run(folder, monkeypatch):
+    """The id of a process that has ended, in a run that has its folder of marks here."""
+    for process in ("0", "1"):
+        (folder / process).mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "0" / "error.json"))
     other = subprocess.Popen([sys.executable, "-c", ""])
     other.wait()
-    status, said = ended(ALONE_OF_TWO.format(other=other.pid, error=NCCL))
+    return other.pid
+
+
+def test_a_collective_that_lost_a_process_says_which(tmp_path, monkeypatch):
+    other = gone_beside_a_run(tmp_path, monkeypatch)
+    (tmp_path / f"told-{os.getpid()}").touch()
+    status, said = ended(ALONE_OF_TWO.format(other=other, error=NCCL))
     assert status == 1
     assert said == (
         "-c: process 1 of 2 ended, and with it the run; of a training run the last checkpoint, "
         "if there is one, is whole, and --resume goes on from it\n"
     )
+
+
+def test_a_process_that_was_told_to_end_is_no_cause(tmp_path, monkeypatch):
+    """torchrun is stopped, and its other process was faster."""
+    other = gone_beside_a_run(tmp_path, monkeypatch)
+    (tmp_path / f"told-{other}").touch()
+    status, said = ended(ALONE_OF_TWO.format(other=other, error=NCCL))
+    assert (status, said) == (1, "-c: torchrun ended the run\n")
 
 
 # ---- what to do about it
