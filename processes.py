@@ -54,6 +54,7 @@ def start(device):
     atexit.register(dist.destroy_process_group)
     common.process_ids[:] = gathered(os.getpid())
     watch_for_the_end()
+    gathered(None)  # none goes on before all can be told to end
     if number:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 

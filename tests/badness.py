@@ -13,7 +13,6 @@ import copy
 import importlib
 import io
 import json
-import os
 import random
 import resource
 import shutil

@@ -15,7 +15,6 @@ import eval_chair
 import eval_pope
 import evaluation
 import sampling
-import training
 from common import BadInput
 from data import Record
 from formats import adapters, checkpoints

@@ -1,6 +1,5 @@
 """The one way through all evaluations: who answers, how they are asked, how a run goes on; intervals and differences."""
 
-import argparse
 import json
 import random
 import re

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from test_judge import KEY, server  # noqa: F401
-from test_pope import SPLITS, lines_of, write_pope
+from test_pope import lines_of, write_pope
 
 import eval_judge
 import eval_pope
