@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import conftest
 import pytest
 import torch
+from elsewhere import Elsewhere
 from test_dpo import metrics
 from test_model import (
     IMAGE,
@@ -506,3 +507,57 @@ def test_grpo_starts_at_0(device, run_grpo, dtype, variant):  # noqa: F811
     assert second["grad_norm"] > 0
     lines, _ = run_grpo("two", *where, "--minibatches", 2, "--lr", 1e-9, score=evenly)
     assert lines[0]["clip_ratio/region_mean"] == 0 or (dtype, variant) == ("bfloat16", "gspo")
+
+
+# ---- a device that is not there: what would be on two of them
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("in_rows", [False, True])
+def test_sampling_stays_on_the_models_device(build, kind, in_rows):
+    """Every tensor that decoding makes, with a sliding window, hidden images, given texts and watched tokens."""
+    model = build(kind, **{"mistral": {"sliding_window": 5}, "llama": {}}[kind])
+    rows = [torch.tensor([1, 5, *[IMAGE] * 4, 7, 8]), torch.tensor([3, 4, 5])]
+    hidden = torch.zeros(2, 8, dtype=torch.bool)
+    hidden[0, 2:4] = True
+    given = [[(torch.tensor([4, 5]), [0, 2])], [(torch.tensor([6]), [1])]]
+    how = {"k": 2, "max_new_tokens": 6, "temperature": 0.0 if in_rows else 1.0, "watch": (3, 4)}
+    how |= {"masked": hidden, "given": given, "stop_ids": range(30), "in_rows": in_rows}
+    picture = torch.randn(1, 3, 28, 28)
+    draw = lambda: sampling.sample(
+        model, rows, picture, generator=torch.Generator().manual_seed(1), **how
+    )
+    want = draw()
+    with Elsewhere(model):
+        assert str(draw()) == str(want)
+
+
+def test_scores_stay_on_the_models_device(build):
+    """Batches that are moved there, log-probs and the values of a head."""
+    model = build()
+    model.prepare(lora_rank=2, projector=False)
+    model.add_head("reward")
+    rows = [torch.tensor([1, 5, *[IMAGE] * 4, 7, 8]), torch.tensor([3, 4, 5])]
+    answers = [[torch.tensor([4, 5]), torch.tensor([6])], [torch.tensor([8, 9]), torch.tensor([2])]]
+    batch = pack(rows, answers, pixel_values=torch.randn(1, 3, 28, 28))
+    batch.weights = torch.rand(len(batch.targets))
+    with torch.no_grad():
+        want = model.answer_log_probs(batch)
+        with Elsewhere(model) as there:
+            on = batch.to(model.device)
+            found = model.answer_log_probs(on)
+            values = model.values(on, on.last, "reward")
+            assert there.holds(found) and there.holds(values)
+        assert torch.equal(found, want)
+
+
+def test_a_new_head_and_a_new_adapter_are_where_the_model_is(build):
+    """In float32 beside weights in bfloat16; the head begins without bias."""
+    model = build(dtype=torch.bfloat16)
+    model.add_head("reward")
+    assert not model.heads["reward"].bias.any() and model.heads["reward"].weight.any()
+    model = model.to("meta")
+    model.prepare(lora_rank=2, projector=False)
+    model.add_head("value")
+    new = [*model.parameters_of("value"), *model.parameters_of("policy")]
+    assert {(p.device.type, p.dtype) for p in new} == {("meta", torch.float32)}
