@@ -184,8 +184,13 @@ def changed(before, after):
 # ---- tests, in a process of their own
 
 
+def cpu_seconds():
+    """Of this process and of those that it has waited for; the machine may be busy otherwise."""
+    return sum(os.times()[:4])
+
+
 class Reach:
-    """A pytest plugin: which lines each test reaches, with those of the fixtures that it shares; its seconds."""
+    """A pytest plugin: which lines each test reaches, with those of the fixtures that it shares; its CPU seconds."""
 
     def __init__(self, place):
         self.files = {str(place / f"{name}.py"): name for name in CODE}
@@ -213,7 +218,7 @@ class Reach:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        self.into, begin = set(), time.monotonic()
+        self.into, begin = set(), cpu_seconds()
         sys.settrace(self.trace)
         try:
             return (yield)
@@ -225,7 +230,7 @@ class Reach:
             for name, line in self.into:
                 lines[name] |= 1 << line
             lines = {name: f"{bits:x}" for name, bits in lines.items()}
-            self.tests[item.nodeid] = [round(time.monotonic() - begin, 2), lines]
+            self.tests[item.nodeid] = [round(cpu_seconds() - begin, 2), lines]
 
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report):
@@ -304,16 +309,36 @@ def digest(*paths):
     return hashlib.sha256(b"\0".join(p.read_bytes() for p in paths)).hexdigest()[:12]
 
 
+def moved(bits, before, after):
+    """Lines of a file, as bits, in a changed one. A changed line counts as reached with those it replaces or follows."""
+    pairs = difflib.SequenceMatcher(None, before.splitlines(), after.splitlines(), autojunk=False)
+    found = 0
+    for kind, a, b, c, d in pairs.get_opcodes():
+        old = bits >> (a + 1) & (1 << (b - a)) - 1
+        if kind == "equal":
+            found |= old << (c + 1)
+        elif old or bits >> a & 1:
+            found |= (1 << (d - c)) - 1 << (c + 1)
+    return found
+
+
 def reach(place):
     """{test: (seconds, {file: its lines as bits})} of all tests that pass.
 
-    Kept: a test file runs again when it was changed, all of them when the code was.
+    Kept: a test file runs again when it was changed. Of changed code the lines are moved along.
     """
     kept = CACHE / "reach.json"
-    code = digest(*(place / f"{name}.py" for name in CODE), place / "tests/conftest.py")
+    conftest = digest(place / "tests/conftest.py")
     known = json.loads(kept.read_text()) if kept.exists() else {}
-    if known.get("code") != code:
-        known = {"code": code, "files": {}}
+    if known.get("conftest") != conftest:
+        known = {"conftest": conftest, "code": {}, "files": {}}
+    sources = {name: (place / f"{name}.py").read_text() for name in CODE}
+    changed = {n: code for n, code in known["code"].items() if code != sources.get(n, code)}
+    for _, its in known["files"].values():
+        for _, lines in its.values():
+            for name in lines.keys() & changed.keys():
+                lines[name] = f"{moved(int(lines[name], 16), changed[name], sources[name]):x}"
+    known["code"] = sources
     files = [p for p in sorted((place / "tests").glob("test_*.py"))]
     files = {p: digest(p) for p in files if p.stem.removeprefix("test_") not in OTHER_TESTS}
     stale = [p for p, its in files.items() if known["files"].get(p.name, [""])[0] != its]

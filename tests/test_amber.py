@@ -161,6 +161,15 @@ KINDS = {
 }
 
 
+PRINTED = [  # in the order of inference.py
+    *("CHAIR", "Cover", "Hal", "Cog", "Accuracy", "Precision", "Recall", "F1"),
+    *(f"{group} {name}"
+      for group in ("Existence", "Attribute", "State", "Number", "Action", "Relation")
+      for name in ("Accuracy", "Precision", "Recall", "F1")),
+    "AMBER",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("similar", [alike, None])
 @pytest.mark.parametrize("kind", KINDS)
 def test_digits_of_inference(tmp_path, kind, similar):
@@ -179,6 +188,7 @@ def test_digits_of_inference(tmp_path, kind, similar):
         figures, _, _ = eval_amber.score(asked, said, lists, str.split, similar)
         want = inference(responses, annotations, ASSOCIATION, {"orange", "ground"}, str.split,
                          similar or (lambda one, other: False))  # fmt: skip
+        assert list(figures["official"]) == PRINTED
         ours = list(figures["official"].values())
         assert ours.pop() == round((100 - want[0] + want[7]) / 2, 2)
         assert ours == want
