@@ -9,12 +9,14 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+import memory
 import sampling
 from attention import LastBlock, attention_mask, mask_and_prefix
 from common import BadInput
 from data import Record
+from formats.anyres import AnyRes
 from lora import LoRA, LoRALinear, add_adapter, cast_once
-from model import MLLM, FusedLogProb, fused_log_probs, pack
+from model import MLLM, FusedLogProb, Projector, fused_log_probs, pack
 
 SLIDING = {
     "use_sliding_window": True,
@@ -1047,3 +1049,135 @@ def test_adapters_are_cast_once_inside(build):
         with pytest.raises(ZeroDivisionError), cast_once(model.llm, torch.bfloat16):
             1 / 0
         assert all(lora.ready is None for lora in loras)
+
+
+def test_who_is_refused_as_a_reference(build):
+    """By what trains and is not kept."""
+    with pytest.raises(BadInput, match="^--lora-rank 0: the LLM trains, so pi_ref is gone"):
+        with build().prepare().reference():
+            pass
+    for how in ({"lora_rank": 2}, {"keep_reference": True}):
+        with pytest.raises(BadInput, match="^the vision tower trains, so pi_ref is gone"):
+            with build().prepare(vision=True, **how).reference():
+                pass
+
+
+def test_a_layer_that_lora_does_not_know(build):
+    model = build()
+    model.llm.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
+    known = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    with pytest.raises(BadInput, match=f"^LoRA: the layer extra is unknown; known are {known}\\.$"):
+        add_adapter(model.llm, "policy", 2)
+
+
+def test_a_product_of_bfloat16_on_a_gpu(monkeypatch):
+    """It is asked for in float32: no kernel rounds it in between."""
+    asked = []
+    monkeypatch.setattr(torch, "mm", lambda *two, out_dtype: asked.append((two, out_dtype)) or 7)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    x, w = torch.ones(2, 3).bfloat16(), torch.ones(3, 4).bfloat16()
+    assert FusedLogProb.product(x, w) == 7
+    assert asked[0][0][0] is x and asked[0][0][1] is w and asked[0][1] == torch.float32
+    assert FusedLogProb.product(x.float(), w.float()).tolist() == [[3] * 4] * 2, "a plain product"
+
+
+def test_what_goes_to_a_gpu_from_pinned_memory(monkeypatch):
+    """Every tensor of a batch but the sizes of its images, without waiting; to the CPU nothing is pinned."""
+    batch = pack([ids(3)], [[ids(2)]], pixel_values=pixels(1), image_sizes=torch.ones(1, 2))
+    batch.weights, moved = torch.ones(2), []
+
+    def to(x, device, non_blocking):
+        moved.append((x, torch.device(device).type, non_blocking))
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone().fill_(1))
+    tensors = {name: x for name, x in vars(batch).items() if torch.is_tensor(x)}
+    there = batch.to("cuda:0")
+    assert len(moved) == len(tensors) - 1 == 10 and there.image_sizes is batch.image_sizes
+    assert {(where, late) for _, where, late in moved} == {("cuda", True)}
+    assert all((x == 1).all() for x, *_ in moved), "pinned"
+    assert there.shortest_prompt == 3
+    moved.clear()
+    batch.to("cpu")
+    assert {id(x) for x, *_ in moved} <= {id(x) for x in tensors.values()} and len(moved) == 10
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_projector_of_llava(bias):
+    """Two layers with GELU between; both with bias, or neither."""
+    layer = Projector(3, 5, bias)
+    assert [tuple(p.shape) for n, p in layer.named_parameters() if n.endswith("weight")] == [
+        (5, 3), (5, 5)]  # fmt: skip
+    assert (layer.linear_1.bias is not None) is (layer.linear_2.bias is not None) is bias
+    x = torch.randn(2, 3)
+    parts = (layer.linear_1, layer.linear_2)
+    one, two = (part.bias if bias else 0 for part in parts)
+    inner = x @ layer.linear_1.weight.t() + one
+    inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
+    torch.testing.assert_close(layer(x), inner @ layer.linear_2.weight.t() + two)
+    assert Projector(3, 5).linear_1.bias is not None
+
+
+def test_training_keeps_no_keys_and_values(build, monkeypatch):
+    """Without a cache of ours transformers must not begin one of its own."""
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "DynamicCache", lambda *_, **__: pytest.fail("a cache"))
+    some_log_probs(build())
+
+
+@pytest.mark.parametrize("kind, more", [("llama", {}), ("mistral", {"sliding_window": 3})])
+def test_the_llm_alone_is_transformers(build, kind, more):
+    """Called by others, such as its own generate, with a mask of padding or none."""
+    ours = build(kind, **more).llm
+    row, mask = ids(2, 6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    with torch.no_grad():
+        found = [ours(row).logits, ours(row, attention_mask=mask).logits]
+        ours.set_attn_implementation("eager")
+        want = [ours(row).logits, ours(row, attention_mask=mask).logits]
+    torch.testing.assert_close(found[0], want[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[1][mask == 1], want[1][mask == 1], rtol=0, atol=1e-4)
+
+
+def test_where_groups_of_prompts_end(build):
+    """A prompt more is taken as long as what `memory.sampling` counts for all of them fits, to the byte."""
+    model, new = build(), 7
+    lengths, answers, tiles = [5, 9, 4, 30], [2, 1, 3, 1], [1, 1, 5, 0]
+
+    def need(a, b, in_rows):
+        M = sum(answers[a:b])
+        K = max(answers[a:b]) if in_rows else 0
+        return memory.sampling(model, prompts=b - a, answers=M, length=max(lengths[a:b]), new=new,
+                               tiles=max(tiles[a:b]), in_rows=K)  # fmt: skip
+
+    for in_rows in (False, True):
+        split = lambda room: [
+            (s.start, s.stop)
+            for s in sampling.groups(model, lengths, answers, tiles, new, room, in_rows)
+        ]
+        assert split(0) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+        assert split(need(0, 4, in_rows)) == [(0, 4)]
+        for room in (need(0, 2, in_rows), need(0, 3, in_rows) - 1, need(0, 3, in_rows)):
+            want, start = [], 0
+            for end in range(1, 5):
+                if end == 4 or need(start, end + 1, in_rows) > room:
+                    want.append((start, end))
+                    start = end
+            assert split(room) == want
+    assert list(sampling.groups(model, [5], [1], [0], new, 0)) == [slice(0, 1)]
+
+
+def test_pictures_of_the_tower(build):
+    """One of a prompt with an image; with tiles as many as its size makes, and the overview."""
+    model = build()
+    rows = [*prompts(), ids(3)]
+    assert sampling.tiles_of(model, rows, None) == [1, 0, 1, 0]
+    sizes = torch.tensor([[20, 60], [60, 20]])
+    assert sampling.tiles_of(model, rows, sizes) == [1, 0, 1, 0]
+    model.anyres = AnyRes(((28, 56), (84, 28)), 28, 2)
+    assert sampling.tiles_of(model, rows, sizes) == [3, 0, 4, 0]
+    assert sampling.tiles_of(model, rows, sizes[:1]) == [1, 0, 1, 0], "found later"
+    assert sampling.part(None, slice(1)) is None
+    assert sampling.part(torch.ones(3), slice(3, 4)) is None
+    assert sampling.part(torch.arange(3), slice(1, 2)).tolist() == [1]

@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ import dpo
 import online_dpo
 import processes
 import sft
+import sharding
 import training
 from common import BadInput, NonFinite, run
-from formats import checkpoints
+from formats import checkpoints, weights
 from lab import toy
 from model import MLLM
 
@@ -1079,3 +1081,115 @@ def test_a_run_that_lacked_memory_goes_on_with_less(changed, refused):
         return training.check_same_run(old, new)
     with pytest.raises(BadInput, match=refused):
         training.check_same_run(old, new)
+
+
+# ---- what only a GPU, or several processes, would show
+
+
+def test_the_generator_of_a_gpu_is_saved_and_restored(small, tmp_path, monkeypatch):
+    """That of the model's own GPU, where the model is on one."""
+    model, optimizer = small
+    generators = {torch.device("cuda:1"): torch.arange(16, dtype=torch.uint8)}
+    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda:1")))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda where: generators[where])
+    training.save_checkpoint(tmp_path, 2, model, optimizer)
+    names = load_file(tmp_path / "checkpoints" / "step-000002" / "state.safetensors").keys()
+    assert {name for name in names if name.startswith("rng")} == {"rng.cpu", "rng.cuda"}
+    restored = []
+    restore = lambda state, where: restored.append((state.tolist(), where))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restore)
+    assert training.load_checkpoint(tmp_path, model, optimizer) == 2
+    assert restored == [(list(range(16)), torch.device("cuda:1"))]
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_elsewhere(small, tmp_path, monkeypatch):
+    """On the CPU its generator's state is left alone."""
+    model, optimizer = small
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
+        patch.setattr(torch.cuda, "get_rng_state", lambda _: torch.zeros(16, dtype=torch.uint8))
+        training.save_checkpoint(tmp_path, 2, model, optimizer)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: 1 / 0)
+    assert training.load_checkpoint(tmp_path, model, optimizer) == 2
+
+
+def test_a_save_that_fails_leaves_the_room_that_it_took(small, tmp_path, monkeypatch):
+    """On a full disk; the checkpoint before stays."""
+    training.save_checkpoint(tmp_path, 2, *small)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    folder = tmp_path / "checkpoints"
+    for module, name in ((weights, "write_tensors"), (training, "write_json")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space"):
+                training.save_checkpoint(tmp_path, 4, *small)
+        assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000002"]
+    assert training.load_checkpoint(tmp_path, *small) == 2
+
+
+def test_divided_gradients_are_clipped_with_the_others(monkeypatch):
+    """Group by group: which are whole, and which a part, goes to `sharding.clip`, with the bound."""
+    (a, b), optimizer = sgd(1.0, 0.1)
+    added, clipped = [], []
+    monkeypatch.setattr(sharding, "is_part", lambda p: p is b)
+    monkeypatch.setattr(processes, "add_gradients", added.extend)
+    monkeypatch.setattr(sharding, "clip", lambda *given: clipped.append(given) or 7.0)
+    assert training.clip_gradients(optimizer, 0.25) == 7.0
+    assert added == [a] and clipped == [([a], [b], 0.25)]
+
+
+def test_what_all_processes_do_for_an_optimizer(build, monkeypatch):
+    """The weights that train are compared, then the LLM's are divided, whose group holds no other."""
+    model, seen = build().prepare(), []
+    monkeypatch.setattr(processes, "check_same", lambda named: seen.append(list(named)))
+    monkeypatch.setattr(sharding, "shard", seen.append)
+    part = model.llm.lm_head.weight
+    monkeypatch.setattr(sharding, "is_part", lambda p: p is part)
+    groups = training.optimizer_for(model, 1e-2, 1e-3).param_groups
+    assert seen == [list(training.trainable(model)), model]
+    assert [(g["name"], len(g["params"]) == 1) for g in groups] == [
+        ("llm", False), ("llm", True), ("projector", False)]  # fmt: skip
+    assert groups[1]["params"][0] is part
+
+
+def test_what_a_run_leaves_is_gathered(llava, tmp_path, monkeypatch):
+    """Each process has all weights afterwards, and the second writes no adapter."""
+    model, processor = llava
+    model.prepare(lora_rank=2)
+    gathered, args = [], {"resume": False, "lora_rank": 2, "lr": 1e-4, "merge": False, "model": "m"}
+    monkeypatch.setattr(sharding, "gather", gathered.append)
+    monkeypatch.setattr(processes, "number", 1)
+    training.save_result(tmp_path, model, processor, SimpleNamespace(**args))
+    assert gathered == [model] and not list(tmp_path.iterdir())
+
+
+def test_numbers_of_a_step(monkeypatch):
+    """Tensors and numbers, added over the processes; passes that are missing are made before."""
+    order = []
+    monkeypatch.setattr(sharding, "finish_passes", lambda: order.append("passes"))
+    monkeypatch.setattr(processes, "gathered", lambda mine: order.append("sum") or [mine, mine])
+    found = training.numbers({"a": torch.tensor(1.5), "b": 2.0, "c": torch.tensor(3)})
+    assert found == {"a": 3.0, "b": 4.0, "c": 6.0} and order == ["passes", "sum"]
+    assert found["not there"] == 0.0
+
+
+def test_a_cached_tensor_is_process_0s(tmp_path, monkeypatch, capsys):
+    """It alone reads and writes; what it has read comes to all."""
+    monkeypatch.chdir(tmp_path)
+    told = []
+    monkeypatch.setattr(processes, "from_first", lambda value: told.append(value) or value)
+    monkeypatch.setattr(processes, "number", 1)
+    assert training.cached("x", lambda: torch.ones(2)).tolist() == [1, 1]
+    assert told == [None] and not list(tmp_path.iterdir())
+    monkeypatch.setattr(processes, "from_first", lambda value: torch.tensor([5.0]))
+    assert training.cached("x", None).tolist() == [5]
+    assert capsys.readouterr().err == "from the cache: .cache/x\n"
+    folder = tmp_path / ".cache" / "y"
+    folder.mkdir(parents=True)
+    save_file({"tensor": torch.tensor([math.nan])}, folder / "tensor.safetensors")
+    assert training.read_cached(folder) is None and not folder.exists()
+    told = capsys.readouterr().err
+    assert told == f"{folder} is damaged and computed anew (it holds NaN or infinity)\n"
