@@ -219,6 +219,27 @@ def test_share_of_hidden_tokens(rho):
     assert abs(int(hidden.sum()) - 800 * rho) <= 5 * math.sqrt(800 * rho * (1 - rho))
 
 
+def test_the_generator_decides_what_is_hidden():
+    """Eq. 6 with the generator's own numbers, row by row of the padded prompts; text is never hidden."""
+    prompts = [torch.tensor([1, 9, 9, 9, 2]), torch.tensor([9, 3])]
+    draw = lambda seed, rho=0.5: bdhs.image_mask(prompts, 9, rho, bdhs.seeded(seed))
+    drawn = torch.rand(2, 5, generator=bdhs.seeded("a"))
+    at_image = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
+    assert torch.equal(draw("a"), at_image & (drawn < 0.5))
+    torch.manual_seed(5)
+    assert torch.equal(draw("a"), draw("a")) and any(
+        not torch.equal(draw("a"), draw(str(i))) for i in range(9)
+    )
+    assert torch.equal(draw("a", 1.0), at_image) and not draw("a", 0.0).any()
+
+
+@pytest.mark.parametrize("tries, guided", [(1, True), (2, False), (3, False)])
+def test_the_last_of_several_tries_is_free(llava, examples, tries, guided):
+    model, processor = llava
+    drawer = bdhs.Drawer(model, processor, settings(tries=tries, threshold=-1.0))
+    assert {(n.guided, n.tries) for n in drawer.hallucinate(examples, 0)} == {(guided, tries)}
+
+
 def test_hidden_tokens_are_seen_by_nobody_but_themselves():
     batch = pack([torch.arange(6)], [[torch.arange(3), torch.arange(2)]])
     hidden = torch.zeros(1, 11, dtype=torch.bool)

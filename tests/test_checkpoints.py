@@ -847,6 +847,10 @@ def test_the_projector_is_drawn_from_the_seed(parts):
         assert torch.equal(torch.get_rng_state(), before)
         drawn.append(model.projector.linear_1.weight)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+    seeds = ({}, {"seed": 0}, {"seed": 1})
+    models = [checkpoints.compose(parts / "vision", parts / "llm", **seed)[0] for seed in seeds]
+    first, same, other = (model.projector.linear_1.weight for model in models)
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 def test_reading_draws_nothing(checkpoint):

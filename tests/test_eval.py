@@ -150,8 +150,10 @@ def test_scores_of_one_are_whole():
 
 @pytest.mark.parametrize("answers", [[], ["yes"], ["yes"] * 3])
 def test_as_many_answers_as_questions(answers):
-    with pytest.raises(BadInput, match=f"{len(answers)} answers to 2 questions"):
+    with pytest.raises(BadInput, match=f"^score: {len(answers)} answers to 2 questions"):
         eval_pope.score(["yes", "no"], answers)
+    with pytest.raises(BadInput, match="^here: "):
+        eval_pope.score(["yes", "no"], answers, "here")
 
 
 @pytest.mark.parametrize(

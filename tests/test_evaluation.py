@@ -317,6 +317,19 @@ def test_an_interval_is_that_of_a_mean():
     assert comparison.compare(units, accuracy) == results, "the draws are seeded"
 
 
+def test_the_middle_95_percent():
+    assert comparison.interval(np.random.default_rng(0).permutation(1001)) == (25.0, 975.0)
+    assert comparison.interval(np.array([3.0])) == (3.0, 3.0)
+
+
+def test_draws_are_those_of_the_seed():
+    units = {"a": np.random.default_rng(1).random((9, 2))}
+    figures = lambda sums: {"sum": sums[..., 0]}
+    of = lambda *seed: comparison.compare(units, figures, *seed)["a"]["sum"]
+    assert of() == of(0) != of(1)
+    assert of()["value"] == pytest.approx(units["a"][:, 0].sum())
+
+
 def test_images_are_the_units():
     """Six equal answers about an image are one trial: the interval is that of the images."""
     rng = np.random.default_rng(2)

@@ -4,17 +4,22 @@ What is written is compared with the files of llava-hf/llava-1.5-7b-hf and llava
 numbers that no library takes by default.
 """
 
+import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from elsewhere import Elsewhere
 
 from common import MOST, BadInput
-from formats import checkpoints, weights
+from formats import adapters, checkpoints, weights
 from formats.anyres import AnyRes
+from lora import add_adapter
 from model import MLLM, Projector
 
 # ---- names of weights
@@ -592,3 +597,123 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path, monkeypatch, files, message):
         (tmp_path / name).write_text(pointer)
         with pytest.raises(BadInput, match=f"{name}: .*git-lfs"):
             checkpoints.read_tokenizer(tmp_path)
+
+
+# ---- which file a message names
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model_type": "blip"}, "/config.json: the model type is 'blip'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "/config.json: quantization_config: its"),
+        ({"mm_vision_tower": "TOWER", "model_type": "llava_llama", "mm_projector_type": "linear"},
+         "/config.json: mm_projector_type of the original LLaVA is 'linear'"),
+        ({"multimodal_projector_bias": False}, ": the weights are not those .* unexpected: multi_m"),
+        ({"image_token_index": 3}, ": the image token is 3 in config.json and "),
+        ({"prompt_template": "checkpoint"}, ": the chat template cannot be followed"),
+        ({"prompt_template": "nobodys"}, None),
+        ({"image_aspect": "wide"}, None),
+    ],
+)  # fmt: skip
+def test_a_message_names_the_file_of_the_checkpoint(checkpoint, parts, tmp_path, values, message):
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint, folder)
+    if values.get("mm_vision_tower"):
+        values = values | {"mm_vision_tower": str(parts / "vision")}
+    for file in ("chat_template.json", "chat_template.jinja"):
+        (folder / file).write_text('{"chat_template": "no"}' if file.endswith("json") else "no")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    told = f"^{re.escape(str(folder))}{message}" if message else "is unknown|'wide'; accepted are"
+    with pytest.raises(BadInput, match=told):
+        checkpoints.load(folder)
+
+
+def test_a_message_names_the_part_that_does_not_fit(parts, tmp_path):
+    """Of a composed model: the tower's folder, or the LLM's."""
+    for part, other in (("vision", "llm"), ("llm", "vision")):
+        folder = tmp_path / part
+        shutil.copytree(parts / part, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+        named = {part: folder, other: parts / other}
+        with pytest.raises(BadInput, match=f"^{re.escape(str(folder))}: the weights are not those"):
+            checkpoints.compose(named["vision"], named["llm"])
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": "fp8"}))
+    told = f"^{re.escape(str(folder))}/config.json: quantization_config"
+    with pytest.raises(BadInput, match=told):
+        checkpoints.compose(parts / "vision", folder)
+    (folder / "config.json").write_text('{"model_type": "no such"}')
+    with pytest.raises(BadInput, match=f"^{re.escape(str(folder))}: no usable config.json"):
+        checkpoints.compose(parts / "vision", folder)
+
+
+def test_a_composed_model_takes_the_llms_own_template(parts, tmp_path):
+    """--template checkpoint: of the LLM's folder, with <image> as its image token."""
+    with pytest.raises(BadInput, match=f"^{re.escape(str(parts / 'llm'))}: --template checkpoint"):
+        checkpoints.compose(parts / "vision", parts / "llm", template="checkpoint")
+    folder = tmp_path / "llm"
+    shutil.copytree(parts / "llm", folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' }}"
+        "{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}"
+        "{% endif %}{{ '\nA:\n' if m.role == 'user' else eos_token }}{% endfor %}"
+    )
+    _, processor = checkpoints.compose(parts / "vision", folder, template="checkpoint")
+    assert processor.template == "checkpoint" and processor.own.user == "Q: {}\nA:\n"
+    assert processor.own.after_image == ""
+
+
+# ---- a model on another device
+
+
+def test_what_is_saved_comes_to_the_cpu(llava, tmp_path, monkeypatch):
+    """Whole weights, in the dtype that is asked for, and adapters with their head."""
+    model, processor = llava
+    model.prepare(lora_rank=2, projector=False)
+    add_adapter(model.llm, "reward", 2)
+    model.add_head("reward")
+    want = adapters.base_hash(model)
+    kept = []
+    take = lambda tensors, *_: kept.extend(dict(tensors).values())
+    with Elsewhere(model) as there:
+        monkeypatch.setattr(checkpoints, "write_shards", take)
+        monkeypatch.setattr(adapters, "write_tensors", take)
+        for dtype in (None, torch.float16):
+            kept.clear()
+            checkpoints.save(model, processor, tmp_path / str(dtype), dtype)
+            assert {t.dtype for t in kept} == {dtype or torch.float32} and len(kept) > 50
+            assert not any(map(there.holds, kept)) and all(t.is_contiguous() for t in kept)
+        kept.clear()
+        adapters.save_reward(model, tmp_path / "reward", "BASE", {})
+        assert len(kept) == 2 * 2 * 14 + 2 and not any(map(there.holds, kept))
+        assert adapters.base_hash(model) == want
+
+
+def test_the_hash_of_a_base():
+    """Names and shapes, and of each tensor every n-th value in bfloat16, n = numbers // 4096; without LoRA and heads."""
+    tensors = {
+        "llm.a.base.weight": torch.arange(20000.0).view(100, 200),
+        "llm.b": torch.tensor([1.5, 2.5]),
+        "heads.reward.weight": torch.ones(1),
+        "llm.a.adapters.policy.lora_A": torch.ones(1),
+        "projector.x": torch.ones(3),
+    }
+    model = SimpleNamespace(state_dict=lambda: dict(tensors), initial_projector=[])
+    digest = hashlib.sha256()
+    for name, shape, values in (
+        ("llm.a.weight", (100, 200), torch.arange(0.0, 20000, 4)),
+        ("llm.b", (2,), torch.tensor([1.5, 2.5])),
+        ("projector.x", (3,), torch.ones(3)),
+    ):
+        digest.update(f"{name} {shape}".encode())
+        digest.update(values.bfloat16().view(torch.uint8).numpy())
+    want = digest.hexdigest()[:16]
+    assert adapters.base_hash(model) == want
+    started = torch.nn.ParameterDict({"x": torch.ones(3)})
+    tensors["projector.x"] = torch.zeros(3)
+    assert adapters.base_hash(model) != want
+    model.initial_projector = [started]
+    assert adapters.base_hash(model) == want, "a projector that trains, as it started"

@@ -362,6 +362,18 @@ def test_a_reward_model_whose_facts_come_first(record, checkpoint, tmp_path):
         assert abs(base.values(batch, batch.last, "reward").item() - found) < 1e-5
 
 
+def test_as_many_facts_come_first_as_in_training(record, checkpoint, tmp_path, monkeypatch):
+    """max_facts of the reward model, of all that are known."""
+    run = reward_run(tmp_path / "run", checkpoint, facts_first=True, max_facts=2)
+    many = [f"fact {i}" for i in range(5)]
+    (tmp_path / "facts.json").write_text(json.dumps({"0.png": many}))
+    given = flags(annotator=run, facts=str(tmp_path / "facts.json"))
+    read, drawn = [], facts.drawn_facts
+    monkeypatch.setattr(judge, "drawn_facts", lambda *g: read.append(drawn(*g)) or read[-1])
+    judge.make(given, records=[record])([record], [["a cat"]])
+    assert [text.count("- fact") for text in read] == [2]
+
+
 def test_whose_facts(record, checkpoint, tmp_path, monkeypatch):
     """Those of --facts; without it, in the toy world, the world's."""
     run = reward_run(tmp_path / "run", checkpoint)

@@ -1181,3 +1181,60 @@ def test_pictures_of_the_tower(build):
     assert sampling.part(None, slice(1)) is None
     assert sampling.part(torch.ones(3), slice(3, 4)) is None
     assert sampling.part(torch.arange(3), slice(1, 2)).tolist() == [1]
+
+
+def test_padding_of_packed_rows():
+    """On the right: id 0 (or the given one), position 0, segment -1."""
+    batch = pack([ids(2), ids(1)], [[ids(2)], [ids(1)]])
+    assert batch.input_ids[1, 2:].tolist() == batch.position_ids[1, 2:].tolist() == [0, 0]
+    assert batch.segments.tolist() == [[0, 0, 1, 1], [0, 1, -1, -1]]
+    assert pack([ids(2), ids(1)], [[ids(2)], [ids(1)]], pad_id=7).input_ids[1, 2:].tolist() == [
+        7,
+        7,
+    ]
+    assert batch.shortest_prompt == 1
+
+
+def test_what_is_drawn_where_nothing_is_said(build):
+    """One answer to each prompt, at temperature 1, of up to 256 tokens."""
+    model, rows, drawn = build(), [ids(4), ids(2)], []
+    for how in ({}, {"k": 1, "max_new_tokens": 256, "temperature": 1.0}):
+        torch.manual_seed(3)
+        drawn.append(sampling.sample(model, rows, **how))
+    for one, other in zip(drawn[0].tokens, drawn[1].tokens):
+        assert len(one) == 1 and len(one[0]) == 256 and torch.equal(one[0], other[0])
+
+
+def test_how_many_images_are_decoded_together(llava, monkeypatch):
+    """Of 130 prompts 64, 64 and 2; greedily, one answer each."""
+    model, processor = llava
+    sizes = []
+
+    def sample(model, prompts, pixel_values, k, max_new_tokens, temperature, stop_ids, **more):
+        sizes.append(len(prompts))
+        assert (k, max_new_tokens, temperature, stop_ids) == (1, 3, 0.0, processor.stop_ids)
+        return sampling.Samples([[torch.tensor([5])]] * len(prompts), [], [])
+
+    monkeypatch.setattr(sampling, "sample", sample)
+    record = Record("f.json, row 0", None, ("What is it?",))
+    texts = sampling.generate(model, processor, [record] * 130, 3)
+    assert sizes == [64, 64, 2] and texts == [[processor.text(torch.tensor([5]))]] * 130
+
+
+def test_answers_of_a_seed(llava):
+    """Any text is a seed; the temperature is 1 by default."""
+    model, processor = llava
+    example = processor.encode(Record("f.json, row 0", None, ("What is it?",)))
+    draw = lambda seed, *more: [
+        t.tolist() for t in sampling.answers_to(model, processor, [example], 3, 5, seed, *more).tokens[0]
+    ]  # fmt: skip
+    assert draw("0/17") == draw("0/17", 1.0) != draw("0/17", 3.0)
+    assert draw("0/17") != draw("1/17") and len(draw("x")) == 3
+    assert max(map(len, draw("x"))) <= 5
+
+
+def test_an_example_with_other_answers(llava):
+    example = llava[1].encode(Record("f.json, row 0", None, ("What?",), ("A cup.",)))
+    other = sampling.with_answers(example, [ids(2), ids(3)])
+    assert [s.tolist() for s in other.scored] == [[True] * 2, [True] * 3]
+    assert other.record is example.record and torch.equal(other.prompt, example.prompt)

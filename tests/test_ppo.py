@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from elsewhere import Elsewhere
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -1018,6 +1019,33 @@ def test_terms_weigh_as_told(llava):
     assert terms["unfinished"].tolist() == [-5, 0]
     assert terms["length"].tolist() == pytest.approx([-len(a) / 2 for a in answers])
     assert set(terms) == {"reward_model", "correctness", "length", "unfinished"}
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_an_iteration_stays_on_the_models_device(llava, advantage):
+    """What is drawn, scored and computed before the update, with a reward model and with an oracle."""
+    reward, examples = rater(llava, [], advantage=advantage, max_new_tokens=4, batch_size=2)
+    model, processor, args = reward.model, reward.processor, reward.args
+
+    def work():
+        drawn = ppo.draw_rollout(model, processor, examples, args, 0)
+        terms = reward.terms(drawn, 0)
+        drawn = ppo.with_reference_and_values(model, processor, drawn, args)
+        kl = ppo.kl_of(drawn.log_probs, drawn.reference, "k3")
+        return terms, ppo.with_advantages(drawn, sum(terms.values()), kl, args)
+
+    want, _ = work()
+    with Elsewhere(model) as there:
+        terms, rollout = work()
+        assert all(map(there.holds, terms.values()))
+        tensors = (rollout.log_probs, rollout.reference, rollout.advantages)
+        assert all(map(there.holds, tensors))
+        assert rollout.values is None or there.holds(rollout.values)
+        reward.settings = None
+        reward.oracle = lambda records, texts: [[1.0] * len(row) for row in texts]
+        assert there.holds(reward.terms(rollout, 0)["reward_model"])
+    assert want.keys() == terms.keys()
+    assert all(torch.equal(want[name], terms[name]) for name in want)
 
 
 # ---- the script
