@@ -360,7 +360,7 @@ def counts(number, text, truth, vocabulary):
     return [len(objects), absent, absent > 0, present, recalled, words, 1, len(objects) > 0]
 
 
-def ratios(sums, refine=False):
+def ratios(sums, refine):
     """Sums (..., 8) of `counts` -> the figures; refine: also that of Object HalBench."""
     mentioned, hallucinated, false, present, recalled, words, n, with_object = np.moveaxis(
         sums, -1, 0

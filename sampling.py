@@ -61,7 +61,6 @@ class KVCache:
 
     def take(self, rows, slots):
         """Keep (or repeat) these rows, with room for `slots` tokens."""
-        self.slots = slots
         for stored in (self.keys, self.values):
             for i, old in enumerate(stored):
                 stored[i] = old.new_empty((len(rows), old.shape[1], slots, old.shape[3]))

@@ -211,6 +211,15 @@ def test_description_by_hand(tmp_path):
     assert eval_amber.look_up(["roof"], annotation, lists, alike) == [0, 1, 1, 2, False, 1, 0, 2]
 
 
+def test_f1_of_a_question_by_hand():
+    """4 times "No", once rightly, of 2: precision 1/4, recall 1/2, f1 1/3; 0 of nothing is 0, and 1 of 1 is 1."""
+    found = eval_amber.discriminative([3, 8, 1, 4, 2])
+    assert list(found) == ["accuracy", "precision", "recall", "f1"]
+    assert list(found.values()) == pytest.approx([3 / 8, 1 / 4, 1 / 2, 1 / 3])
+    assert list(eval_amber.discriminative([0] * 5).values()) == [0] * 4
+    assert list(eval_amber.discriminative([1] * 5).values()) == [1] * 4
+
+
 def test_nothing_is_zero(tmp_path):
     small_amber(tmp_path, random.Random(0))
     lists = eval_amber.Lists(tmp_path)

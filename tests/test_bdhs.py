@@ -287,6 +287,25 @@ def bytes_of(image):
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
 
 
+def test_noise_is_eq_8_pixel_by_pixel():
+    """sqrt(abar) x + sqrt(1 - abar) eps of 256 values, eps drawn as (3, H, W); rounded, not cut off."""
+    values = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).repeat(1, 1, 3)
+    image = Image.fromarray(values.numpy())
+    for steps in (1, 300):
+        abar = noise.alpha_bar(steps)
+        eps = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(4)).double()
+        x = values.permute(2, 0, 1).double() / 255
+        want = (abar**0.5 * x + (1 - abar) ** 0.5 * eps).clamp(0, 1) * 255
+        found = noise.diffuse(image, steps, torch.Generator().manual_seed(4))
+        found = bytes_of(found).view(16, 16, 3).permute(2, 0, 1)
+        assert (found - want).abs().max() <= 0.501, steps
+    white = Image.new("RGB", (8, 8), (255, 255, 255))
+    still = math.sqrt(noise.alpha_bar(1))
+    assert noise.diffuse(white, 0, None) is white
+    mean = bytes_of(noise.diffuse(white, 1, torch.Generator().manual_seed(0))).double().mean()
+    assert still > 0.9999 and mean > 254.2
+
+
 def test_diffusion():
     """The schedule's published numbers; a mean and a variance; step 0 leaves the pixels alone."""
     for steps, signal, spread in (

@@ -82,6 +82,15 @@ def test_oracle_silence_is_no_good_description(scene):
     assert scores == pytest.approx([-2, -2, -0.99])
 
 
+def test_each_record_has_its_answers(scene, checkpoint, tmp_path):
+    """One list too few or too many is a fault of the caller, and no score is made of the others."""
+    score_by_model = judge.score_by_reward_model(reward_run(tmp_path / "run", checkpoint), {})
+    for score in (judge.oracle(), score_by_model):
+        for records, answers in (([scene] * 2, [["a"]]), ([scene], [["a"]] * 2)):
+            with pytest.raises(ValueError, match="zip"):
+                score(records, answers)
+
+
 def test_oracle_of_a_question(scene):
     asked = replace(scene, turns=("Is there a cup in the image?",))
     (scores,) = judge.make(flags(annotator="oracle"))(

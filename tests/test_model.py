@@ -1238,3 +1238,50 @@ def test_an_example_with_other_answers(llava):
     other = sampling.with_answers(example, [ids(2), ids(3)])
     assert [s.tolist() for s in other.scored] == [[True] * 2, [True] * 3]
     assert other.record is example.record and torch.equal(other.prompt, example.prompt)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_prompts_that_are_drawn_one_after_the_other(build, tiles):
+    """Each group has its own pictures, their sizes and what is hidden: greedy answers are those of all at once."""
+    model, shown = build(), pixels()
+    sizes = None
+    rows = [ids(3), *prompts(), ids(2)]
+    if tiles:
+        model = MLLM(
+            model.vision,
+            model.projector,
+            model.llm,
+            IMAGE,
+            anyres=AnyRes(((28, 56), (56, 28)), 28, 2),
+        )
+        model.image_newline.data.normal_()
+        sizes, shown = torch.tensor([[20, 60], [60, 20]]), pixels(6)
+        tokens = [model.anyres.tokens(tuple(size)) for size in sizes.tolist()]
+        picture = [torch.full((n,), IMAGE) for n in tokens]
+        rows = [
+            ids(3),
+            torch.cat([ids(2), picture[0], ids(5)]),
+            ids(4),
+            torch.cat([picture[1], ids(1)]),
+            ids(2),
+        ]
+    masked = torch.zeros(5, max(map(len, rows)), dtype=torch.bool)
+    masked[1, 2:4] = masked[3, 3:5] = True
+    given = [
+        [(ids(2), [0, 1])],
+        [(ids(1), [1])],
+        [(ids(3), [2])],
+        [(ids(1), [0])],
+        [(ids(2), [1, 2])],
+    ]
+    draw = lambda room: sampling.sample(
+        model, rows, shown, 2, 4, 0.0, STOP, masked, given, image_sizes=sizes, room=room, watch=(3,)
+    )
+    whole, apart = draw(1e12), draw(0)
+    assert [len(row) for row in whole.tokens] == [4, 2, 2, 2, 4]
+    for name in ("tokens", "log_probs", "first"):
+        for one, other in zip(
+            sum(getattr(whole, name), []), sum(getattr(apart, name), []), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert whole.finished == apart.finished

@@ -420,6 +420,18 @@ def test_the_format(text, want):
     assert rewards.in_format(text) == want
 
 
+def test_a_verdict_for_each_prompt(picture):
+    """An annotator that forgets one is a fault, and so are answers without their prompt."""
+    args, one = SimpleNamespace(format_weight=0), record("", picture, 1)
+    for given, records in (([], [one]), ([[1.0]] * 2, [one])):
+        score = rewards.scorer(args, {}, lambda *_: given, False)
+        with pytest.raises(ValueError, match="zip"):
+            score(records, [["3"]] * len(records))
+    score = rewards.scorer(args, {one.prompt_key: ("number", "3")}, None, False)
+    with pytest.raises(ValueError, match="zip"):
+        score([one], [["3"]] * 2)
+
+
 def test_every_flag_of_an_annotator_is_known():
     """Those that judge.py adds."""
     parser = argparse.ArgumentParser()

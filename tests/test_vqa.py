@@ -234,6 +234,28 @@ def test_own_letters(text, letter):
     assert eval_vqa.letter_own(text, {"A": "dog", "B": "cat", "C": "Cat house"}) == letter
 
 
+@pytest.mark.parametrize(
+    "text, letter",
+    [("B", "B"), ("b.", "B"), ("(c)", "C"), ("option\nC", "C"), ("The answer is\nA", "A"), ("E", None),
+     ("so B", None), ("\nOption b", "B"), ("(e", None), ("the answer is d", None), ("", None)],
+)  # fmt: skip
+def test_letters_of_mmstar(text, letter):
+    assert eval_vqa.letter_mmstar(text, {"A": "dog", "B": "cat", "C": "bird"}) == letter
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("The Dog", "dog"), ("an apple a day", "apple day"), ("Two cats", "2 cats"), ("ten", "10"),
+        ("none", "0"), ("dont", "don't"), ("Youre", "you're"), ("well", "well"), ("somebody'd", "somebodyd"),
+        ("t-shirt", "t shirt"), ("t-shirt -", "tshirt"), ("1,000", "1000"), ("red;", "red"), ("3.5", "3.5"),
+        ("5.", "5"), ("what?", "what"),
+    ],
+)  # fmt: skip
+def test_an_answer_as_the_scripts_compare_it(text, want):
+    assert eval_vqa.normal(text).split() == want.split()
+
+
 # ---- small files as downloaded
 
 
@@ -493,6 +515,20 @@ def test_figures_of_problems(files, monkeypatch):
         write_lines(Path("problems.jsonl"), [{"image": "own.png", "problem": "Q?", "solution": solution}])  # fmt: skip
         with pytest.raises(BadInput, match=message):
             metrics(monkeypatch, paths, "a.jsonl")
+
+
+def test_what_the_official_scripts_read():
+    """An answer in the form of each: of problems what stands in its tags."""
+    of = lambda name, text, official=False, **more: eval_vqa.official_form(
+        name, SimpleNamespace(options=more.get("options")), vqa.Answer(text, official)
+    )
+    assert of("problems", "<think>2</think><answer> 3 </answer>") == "3"
+    assert of("problems", "") == "" and of("gqa", "Yes.") == "yes"
+    assert of("gqa", "Yes.", True) == "Yes." and of("textvqa", "A b.") == "A b."
+    options = {"A": "dog", "B": "cat"}
+    assert of("a-okvqa", "cat", True, options=options) == "B"
+    assert of("a-okvqa", "bird", True, options=options) is None
+    assert of("a-okvqa", "A", options=options) == "A"
 
 
 def test_rotations(files):
