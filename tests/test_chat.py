@@ -1,7 +1,12 @@
 """Chat templates: what a checkpoint states, cut into pieces; which of LLaVA's prompts wins over it."""
 
 import json
+import re
 import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ from test_data import byte_level, processor_of, sentencepiece
 from tokenizers import AddedToken
 
 from common import BadInput
-from data import TEMPLATES, Record
+from data import TEMPLATES, Record, Template
 from formats import chat, checkpoints
 from formats.checkpoints import compose, load, save
 
@@ -316,3 +321,148 @@ def test_a_template_without_meaning_is_refused(parts, checkpoint, tmp_path):
         BadInput, match="--template checkpoint was given, and there is no chat template"
     ):
         checkpoints.compose(parts / "vision", parts / "llm", template="checkpoint")
+
+
+# ---- the time that a template may take
+
+
+def test_work_within_seconds():
+    """What takes longer ends; what was there before, a handler and a timer, is there again."""
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 60)
+        with pytest.raises(ValueError, match="^it takes longer than 0.05 seconds$"):
+            with chat.within(0.05):
+                time.sleep(5)
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        with chat.within(5):
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+        signal.raise_signal(signal.SIGALRM)
+        assert rang == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_in_another_thread_nothing_is_bounded():
+    done = []
+
+    def work():
+        with chat.within(0.01):
+            time.sleep(0.05)
+            done.append(1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [1]
+
+
+def test_a_template_that_never_ends(monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.2)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match="longer than 0.2 seconds"):
+        chat.render(loops, byte_level(), ["x"])
+
+
+# ---- pieces, by hand
+
+
+def test_what_a_template_is_given():
+    """Roles by turn, the cue after a user's; content in parts, the image first, or as one string."""
+    source = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}{{ add_generation_prompt }}"
+    of = lambda *given: chat.render(source, byte_level(), *given)
+    text = lambda value: "{'type': 'text', 'text': '%s'}" % value
+    assert of(["a", "b"]) == f"[user: [{text('a')}]][assistant: [{text('b')}]]False"
+    assert of(["a"], "<image>") == f"[user: [{{'type': 'image'}}, {text('a')}]]True"
+    assert of(["a", "b", "c"], "<image>", False) == "[user: <image>\na][assistant: b][user: c]True"
+    assert of(["a"], "", False) == "[user: a]True"
+    assert (
+        chat.render("{{ 'x' + messages[0].content }}<\\s>", byte_level(), ["a"], "", False)
+        == "xa" + byte_level().eos_token
+    )
+
+
+FORM = Template("S.", "U {}:", " {}~", end="<e>", between="|", after_image="!")
+
+
+def test_a_dialogue_spelled():
+    spell = lambda turns, image: chat.spelled(FORM, turns, image, "<e>")
+    assert spell(("a", "b", "c"), "<image>") == "S.U <image>!a: b~<e>|U c:"
+    assert spell(("a", "b", "c", "d"), "") == "S.U a: b~<e>|U c: d~<e>|"
+    assert spell(("a",), "") == "S.U a:"
+
+
+@pytest.mark.parametrize(
+    "changed, same",
+    [
+        ({}, True),
+        ({"start": ""}, True),
+        ({"start": "S. "}, True),
+        ({"start": "<s>" + TEMPLATES["vicuna_v1"].start}, True),
+        ({"start": TEMPLATES["vicuna_v1"].start.replace("user", "human")}, True),
+        ({"start": "Another."}, False),
+        ({"user": " USER:{} ASSISTANT:"}, True),
+        ({"user": "USER: {} BOT:"}, False),
+        ({"answer": "{}", "between": " "}, True),
+        ({"answer": "{}.", }, False),
+        ({"end": "<|end|>"}, False),
+        ({"after_image": ""}, False),
+    ],
+)  # fmt: skip
+def test_which_prompt_is_llavas(changed, same):
+    own = replace(TEMPLATES["vicuna_v1"], **changed)
+    if changed.get("start") == "S. ":
+        own = replace(own, start=TEMPLATES["vicuna_v1"].start.replace(" ", ""))
+    tokenizer = sentencepiece()
+    assert tokenizer.bos_token == "<s>"
+    assert chat.is_form_of(own, "vicuna_v1", tokenizer) is same
+
+
+def test_white_space_that_tokens_take():
+    """Phi-3's tokens: in the first part and in a user's turn, and after the end token where it stands."""
+    tokenizer = tokenizer_with(byte_level, "<|user|> <|end|>", rstrip=True)
+    form = Template("<|user|>\n a", "<|user|> \n{}<|end|>\n", "{} <|user|> x", "<|end|>", "\n b")
+    assert chat.swallow(form, tokenizer) == replace(
+        form, start="<|user|>a", user="<|user|>{}<|end|>", between="b"
+    )
+    ends_user = replace(form, between="", user="\n{}")
+    assert chat.swallow(ends_user, tokenizer).user == "{}"
+    other = replace(form, end="eos")
+    assert chat.swallow(other, tokenizer).between == "\n b"
+    plain = tokenizer_with(byte_level, "<|user|> <|end|>")
+    assert chat.swallow(form, plain) is form
+
+
+def test_messages_name_the_folder_and_the_way_out(tmp_path):
+    names = "give --template: vicuna_v1, mistral, chatml, plain"
+    tokenizer = tokenizer_with(byte_level, SPECIAL["phi3"])
+    at = f"^{re.escape(str(tmp_path))}: "
+    with pytest.raises(BadInput, match=rf"{at}no chat template, and an LLM \(qwen2\) .*; {names}"):
+        chat.choose(tmp_path, tokenizer, "<image>", "qwen2", False)
+    (tmp_path / "chat_template.jinja").write_text("{{ 7 }}")
+    for call, end in ((lambda: chat.choose(tmp_path, tokenizer, "<image>", "qwen2", False), f"; {names}"),
+                      (lambda: chat.own_template(tmp_path, tokenizer, "<image>"), "\\.$")):  # fmt: skip
+        told = (
+            r"the chat template cannot be followed: it does not write .*it writes '7' for 1 turns\)"
+        )
+        with pytest.raises(BadInput, match=at + told + end):
+            call()
+
+
+def test_from_where_tokens_depend_on_their_neighbours(tmp_path):
+    """The message shows the checkpoint's own text from the first other token on."""
+    told = (
+        f"^{re.escape(str(tmp_path))}: the tokens of the chat template depend on what stands beside "
+        r"them, from '<\|end\|><\|assistant\|>\\nA lamp.<\|end\|><\|user\|>\\nWhere does it on; give --template: "
+        r"vicuna_v1, mistral, chatml, plain\.$"
+    )
+    with pytest.raises(BadInput, match=told):
+        own(
+            PHI3.replace("<|end|>", " <|end|>"),
+            tokenizer_with(byte_level, SPECIAL["phi3"], lstrip=True),
+            tmp_path,
+        )
