@@ -121,6 +121,10 @@ def test_a_dialogue_has_the_tokens_of_the_checkpoints_own(name, swallows, tmp_pa
     expected = reader.encode(whole.replace("<image>", "<image>" * 4), add_special_tokens=False)
     assert example.prompt.tolist() == expected
     assert example.answers[0][-1] == processor.end_id == reader.convert_tokens_to_ids(end)
+    form = processor.own
+    whole = form.start + form.between + form.user
+    added = (str(t) for t in reader.added_tokens_decoder.values())
+    assert set(form.special) == {t for t in added if t in whole and t != "<image>"}
     assert processor.end_id in processor.stop_ids
     assert processor.text(example.answers[0]) == "Red."
 

@@ -554,6 +554,12 @@ def test_no_division_by_zero(bench):
             break
 
 
+def test_each_reply_is_read_as_its_part():
+    """AlpacaEval's orders: the same words mean the opposite."""
+    replies = [[("Better: 2", "baseline first"), ("Better: 2", "baseline second")]]
+    assert eval_judge.scores_of(alpaca_eval.official, replies) == [[(1.0,), (0.0,)]]
+
+
 def test_questions_about_one_picture_are_one_unit():
     """By hand: two about a, in groups x and y; one about b, in x; two without a picture."""
     asked = [("a", "x"), ("b", "x"), ("a", "y"), (None, "y"), (None, "y")]

@@ -547,6 +547,32 @@ def test_a_folder_that_is_no_model(tmp_path, files, message):
     assert checkpoints.find_model(tmp_path) == tmp_path
 
 
+def test_a_model_that_transformers_cannot_build():
+    def fails(config, dtype):
+        raise ValueError("no\nsuch")
+
+    config = transformers.AutoConfig.for_model("llama")
+    told = r"^config.json: no model can be built of a 'llama' config \(.*no such\)"
+    with pytest.raises(BadInput, match=told):
+        checkpoints.empty(fails, config, torch.float32, "meta")
+
+
+@pytest.mark.parametrize("quantize, refused", [("nf4", True), (None, False), ("none", False)])
+def test_llavas_own_lora_in_4_bits(checkpoint, parts, tmp_path, monkeypatch, quantize, refused):
+    """It is merged when it is read; what follows is another refusal."""
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"mm_vision_tower": "x", "model_type": "llava_llama", "mm_projector_type": "linear"}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    found = {}, folder, parts / "vision", folder
+    monkeypatch.setattr(checkpoints, "original_parts", lambda *_: found)
+    monkeypatch.setattr(checkpoints, "translated", lambda raw, *_: RAW | {"model_type": "blip"})
+    told = ": --quantize nf4: LLaVA's own LoRA" if refused else "/config.json: the model type is"
+    with pytest.raises(BadInput, match=f"^{re.escape(str(folder))}{told}"):
+        checkpoints.load(folder, quantize=quantize)
+
+
 def test_a_tower_that_is_no_clip(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model"}')
     told = f"^{re.escape(str(tmp_path))}/config.json: model_type is 'siglip_vision_model'"

@@ -191,6 +191,15 @@ def test_a_verdict_that_depends_on_the_place_is_none(record, capsys):
     assert judge.pairwise(asker(half)[0])([record], [["a", "b"]]) == [[None, None]]
 
 
+@pytest.mark.parametrize("replies", [["Better: 1", "Hm."], ["Hm.", "Better: 1"], ["Hm.", "So."]])
+def test_the_verdict_that_cannot_be_read_is_shown(record, capsys, replies):
+    """Of a pair's two the one that it is; once a kind."""
+    ask = lambda questions: replies * (len(questions) // 2)
+    assert judge.pairwise(ask)([record], [["a", "b", "c"]]) == [[None] * 3]
+    told = "annotator: a verdict that cannot be read, counted as unreadable: "
+    assert capsys.readouterr().err == f"{told}'Hm.'\n"
+
+
 def test_more_answers(record):
     ask, seen = asker(lambda a, b: "?" if {a, b} == {"a", "bb"} or "e" in a + b else longer(a, b))
     assert judge.pairwise(ask)([record], [["a", "bb", "ccc", "a", "e"]]) == [[-1, -1, 2, -1, None]]

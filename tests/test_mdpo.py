@@ -122,6 +122,17 @@ def test_crops():
     assert len(set(boxes)) == 2000 and boxes[7] == crop_box(480, 640, "7")
 
 
+def test_where_a_crop_may_lie():
+    """Of a picture of 3 x 3 pixels it is one pixel, any of the nine, or two; of one row, a part of it."""
+    found = {corruption.crop_box(3, 3, str(i)) for i in range(400)}
+    assert found >= {(x, y, x + 1, y + 1) for x in range(3) for y in range(3)}
+    assert {(c - a) * (d - b) for a, b, c, d in found} == {1, 2}
+    assert all(0 <= a < c <= 3 and 0 <= b < d <= 3 for a, b, c, d in found)
+    for height, width in ((1, 60), (60, 1)):
+        boxes = {corruption.crop_box(height, width, str(i)) for i in range(200)} - {None}
+        assert boxes and all(0 <= a < c <= width and 0 <= b < d <= height for a, b, c, d in boxes)
+
+
 def test_a_crop_is_that_part_enlarged():
     picture, change = coordinates(80, 60), Corruption("crop", "a.json, row 3")
     left, top, right, bottom = crop_box(60, 80, change.seed)

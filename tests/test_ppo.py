@@ -1021,6 +1021,29 @@ def test_terms_weigh_as_told(llava):
     assert set(terms) == {"reward_model", "correctness", "length", "unfinished"}
 
 
+def test_a_picture_that_breaks_is_told_with_its_row(llava, tmp_path):
+    """With the steps before saved; with --skip-bad-rows the others are sampled, and the row is noted."""
+    _, processor = llava
+    examples = []
+    for i in range(4):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (28, 28)).save(path)
+        examples.append(processor.encode(Record(f"f.json, row {i}", path, ("What?",))))
+    (tmp_path / "2.png").write_bytes(b"torn")
+    (tmp_path / "skipped.json").write_text("[]")
+    args = settings(batch_size=2, grad_accum=1, sample_batch_size=3, minibatches=2, steps=1)
+    args.skip_bad_rows, saved = False, []
+    save = lambda step, alone: saved.append((step, alone))
+    of = lambda step: ppo.prompts_of(step, args, tmp_path, processor, examples, save)
+    with pytest.raises(BadInput, match="^f.json, row 2: .* The steps before are saved"):
+        of(1)
+    assert saved == [(1, True)]
+    args.skip_bad_rows = True
+    found = [e.record.where for e in of(1)]
+    assert sorted(found) == [f"f.json, row {i}" for i in (0, 1, 3)]
+    assert json.loads((tmp_path / "skipped.json").read_text())[0]["row"] == 2
+
+
 @pytest.mark.parametrize("advantage", ["gae", "rloo"])
 def test_an_iteration_stays_on_the_models_device(llava, advantage):
     """What is drawn, scored and computed before the update, with a reward model and with an oracle."""

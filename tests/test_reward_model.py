@@ -384,6 +384,9 @@ def test_figures_of_the_scores():
     assert found["loss"] == pytest.approx(sum(losses) / 3, abs=1e-4)
     assert found["accuracy"] == pytest.approx(1 / 3, abs=1e-4)
     assert found["longer_preferred"] == pytest.approx(1 / 3, abs=1e-4)
+    figures = [found[name] for name in ("mean", "std", "loss", "accuracy", "length_correlation")]
+    figures += [row[name] for row in found["calibration"] for name in ("predicted", "observed")]
+    assert all(x is None or x == round(x, 4) for x in figures), "four places are written"
     assert found["longer_favoured"] == pytest.approx(1 / 3, abs=1e-4)  # the third: 9 tokens and 4.5
     assert [row["n"] for row in found["calibration"]] == [1, 0, 0, 1, 1]
     assert found["calibration"][0]["observed"] == 0

@@ -197,7 +197,7 @@ LETTERED = ["A", "B.", "B. cat", "B.cat", " C ", "C\n", "\nC", "The answer is B.
             "so The answer is D. no The answer is A", "The answer is F.", "The answer is ", "a", "E", "E. x", "AB", "A.",
             "A. ", "(B) cat", "(b", "(", "option c", "Option ", "the answer is d", "the answer is ", "A or B", "A A",
             "A dog and a bird", "B for all these", "B for all of these", "B is what I see in it", "I think that it is the cat", "I can't process this file. B",
-            "Failed to obtain answer via API: cat", "{A}", "the bird, a parrot", "dog cat", "D\ncat", "*C*", "CAT", "cat.",
+            "Failed to obtain answer via API: cat", "{A}", "the bird, a parrot", "dog cat", "D\ncat", "XB", "X B.", "*C*", "CAT", "cat.",
             "It is a bird " * 9]  # fmt: skip
 
 
@@ -515,6 +515,29 @@ def test_figures_of_problems(files, monkeypatch):
         write_lines(Path("problems.jsonl"), [{"image": "own.png", "problem": "Q?", "solution": solution}])  # fmt: skip
         with pytest.raises(BadInput, match=message):
             metrics(monkeypatch, paths, "a.jsonl")
+
+
+def test_what_a_question_adds():
+    """Each figure a sum and a count of 1: a rotation to `circular` alone, which all of them must have right."""
+    one = lambda number, truth, turn: SimpleNamespace(
+        id=number,
+        whole="q",
+        truth=truth,
+        rotation=turn,
+        options={"A": "x", "B": "y"},
+        groups=("g",),
+    )
+    questions = [one("q", "A", False), one("q2", "B", True)]
+    gains = lambda *texts: [
+        row for _, row in eval_vqa.gains("mmbench", questions, [vqa.Answer(t) for t in texts])
+    ]
+    right = {"accuracy": (1.0, 1), "g": (1.0, 1), "circular": (1.0, 1), "circular g": (1.0, 1)}
+    assert gains("A", "B") == [right | {"unreadable": (0.0, 1)}, {"unreadable": (0.0, 1)}]
+    wrong = {"circular": (0.0, 1), "circular g": (0.0, 1), "unreadable": (0.0, 1)}
+    assert gains("A", "?") == [right | wrong, {"unreadable": (1.0, 1)}]
+    alone = [SimpleNamespace(id="q", whole=None, truth="A", rotation=False, options={}, groups=())]
+    (only,) = eval_vqa.gains("gqa", alone, [vqa.Answer("a.")])
+    assert only[1] == {"accuracy": (0.0, 1)}
 
 
 def test_what_the_official_scripts_read():
