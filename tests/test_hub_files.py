@@ -743,3 +743,62 @@ def test_the_hash_of_a_base():
     assert adapters.base_hash(model) != want
     model.initial_projector = [started]
     assert adapters.base_hash(model) == want, "a projector that trains, as it started"
+
+
+# ---- what is said
+
+
+@pytest.mark.parametrize(
+    "dtype, keeps, said",
+    [
+        (torch.bfloat16, 0.654, True),
+        (torch.float32, 0.654, False),
+        (torch.bfloat16, None, False),
+        (torch.bfloat16, "much", False),
+    ],
+)
+def test_what_bfloat16_loses_is_said(checkpoint, tmp_path, capsys, dtype, keeps, said):
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bfloat16_keeps": keeps}))
+    checkpoints.load(folder, dtype)
+    told = f"{folder}: bfloat16 keeps 65% of what its LoRA learned; --dtype float32, or the base "
+    assert capsys.readouterr().err == said * (told + "with --adapter, keeps all of it\n")
+
+
+def test_how_much_of_lora_bfloat16_would_keep(llava, tmp_path, capsys):
+    """The projection of the rounded update on the update, over all layers; nothing of it where a dtype is given."""
+    model, processor = llava
+    model.prepare(lora_rank=2, projector=False)
+    torch.manual_seed(0)
+    part = whole = 0.0
+    with torch.no_grad():
+        for layer in model.lora_layers():
+            lora = layer.adapters["policy"]
+            lora.lora_B.normal_(std=1e-3)
+            update = lora.scale * (lora.lora_B @ lora.lora_A)
+            base = layer.base.weight
+            rounded = (base + update).bfloat16().double() - base.bfloat16().double()
+            part += float((rounded * update).sum())
+            whole += float(update.double().square().sum())
+    checkpoints.save(model, processor, tmp_path / "a")
+    found = json.loads((tmp_path / "a" / "config.json").read_text())["bfloat16_keeps"]
+    assert found == pytest.approx(part / whole, abs=1e-3) and found == round(found, 4)
+    assert 0.01 < found < 1.5
+    told = f"{tmp_path}/a: merged layers are float32; bfloat16 would keep {found:.0%} of LoRA's update\n"
+    assert capsys.readouterr().err == told
+    checkpoints.save(model, processor, tmp_path / "b", torch.float32)
+    assert "bfloat16_keeps" not in json.loads((tmp_path / "b" / "config.json").read_text())
+    assert not capsys.readouterr().err
+
+
+def test_the_second_process_saves_nothing(llava, tmp_path, monkeypatch):
+    """It only takes part in gathering every weight."""
+    model, processor = llava
+    gathered = []
+    monkeypatch.setattr(checkpoints.processes, "number", 1)
+    monkeypatch.setattr(checkpoints.sharding, "whole", lambda x: gathered.append(x) or x)
+    checkpoints.save(model, processor, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    assert len(gathered) == len(model.state_dict())
