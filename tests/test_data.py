@@ -654,6 +654,7 @@ def test_share_prompt_of_one_changes_nothing():
 
 
 SIZES = [(37, 53), (53, 37), (28, 28), (29, 100), (100, 29), (5, 7), (1, 9), (64, 63), (333, 500)]
+SIZES += [(28, 31), (31, 28), (29, 28)]  # odd margins: the smaller half is cut off in front
 
 
 def noise(size, seed=0):

@@ -428,6 +428,18 @@ def test_sampling_batches_give_every_process_a_part(monkeypatch):
         assert training.batch_of(0, argparse.Namespace(**flags), 40, 16)[1]
 
 
+def test_as_many_steps_as_the_examples_make(monkeypatch):
+    """Each process needs an example of its own."""
+    args = argparse.Namespace(steps=0, epochs=3, batch_size=2, grad_accum=2)
+    assert [training.total_steps(args, n) for n in (1, 2, 4, 5)] == [1, 2, 3, 4]
+    monkeypatch.setattr(processes, "total", 2)
+    assert [training.total_steps(args, n) for n in (2, 8, 9)] == [1, 3, 4]
+    with pytest.raises(BadInput, match="^2 processes for 1 examples; at most 1 are accepted"):
+        training.total_steps(args, 1)
+    args.steps = 7
+    assert training.total_steps(args, 9) == 7
+
+
 def test_the_last_step_of_the_epochs_takes_what_is_left():
     sizes = lambda steps: [[len(micro) for micro in step] for step in steps]
     assert sizes(plan(5, epochs=2, batch_size=4)) == [[4], [4], [2]]
@@ -1047,6 +1059,9 @@ def test_what_training_leaves(llava, parts, tmp_path, lora_rank, lr, merge, want
     )
     training.save_result(tmp_path, model, processor, args)
     assert sorted(p.name for p in tmp_path.iterdir()) == want
+    if "adapter" in want:
+        told = json.loads((tmp_path / "adapter" / "alignment.json").read_text())
+        assert (told["base_name"], told["template"]) == (str(parts), processor.template)
     args.resume = True
     training.save_result(tmp_path, model, processor, args)
     assert sorted(p.name for p in tmp_path.iterdir()) == want

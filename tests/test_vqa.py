@@ -197,7 +197,7 @@ LETTERED = ["A", "B.", "B. cat", "B.cat", " C ", "C\n", "\nC", "The answer is B.
             "so The answer is D. no The answer is A", "The answer is F.", "The answer is ", "a", "E", "E. x", "AB", "A.",
             "A. ", "(B) cat", "(b", "(", "option c", "Option ", "the answer is d", "the answer is ", "A or B", "A A",
             "A dog and a bird", "B for all these", "B for all of these", "B is what I see in it", "I think that it is the cat", "I can't process this file. B",
-            "Failed to obtain answer via API: cat", "{A}", "the bird, a parrot", "dog cat", "D\ncat", "XB", "X B.", "*C*", "CAT", "cat.",
+            "Failed to obtain answer via API: cat", "{A}", "the bird, a parrot", "dog cat", "D\ncat", "XB", "X B.", "B)cat", "so (B)cat", "B.cat", "*C*", "CAT", "cat.",
             "It is a bird " * 9]  # fmt: skip
 
 
