@@ -171,7 +171,7 @@ def answers_to(questions, path):
         if order is not None and all(said[i].same_as(q) for i, q in zip(order, wanted)):
             return [given[i][0] for i in order]
 
-    i = next((i for i, q in enumerate(wanted) if not (said[i].text and said[i].same_as(q))), 0)
+    i = next(i for i, q in enumerate(wanted) if not (said[i].text and said[i].same_as(q)))
     told = {name: value for name, value in vars(said[i]).items() if value is not None}
     raise BadInput(
         f"{path}, row {i}: it names its question by {told or 'nothing'}, and question {i} is "

@@ -829,6 +829,17 @@ def test_no_weight_is_read_on_meta(checkpoint):
     assert all(getattr(processor, name) == getattr(whole, name) for name in same)
 
 
+def test_no_weight_is_composed_on_meta(parts):
+    """Tower, LLM, new rows and projector; in the dtype that is asked for."""
+    folders = parts / "vision", parts / "llm"
+    model, processor = checkpoints.compose(*folders, torch.bfloat16, "meta")
+    real, whole = checkpoints.compose(*folders)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
+    shapes = lambda m: {name: p.shape for name, p in m.named_parameters()}
+    assert shapes(model) == shapes(real)
+    assert processor.image_token_id == whole.image_token_id
+
+
 @pytest.mark.parametrize("given, limit", [(0, 512), (99, 99), (512, 512), (9999, 512)])
 def test_the_limit_of_length(checkpoint, parts, given, limit):
     """--max-length, or the context of the LLM, and never more than that."""

@@ -1285,3 +1285,17 @@ def test_prompts_that_are_drawn_one_after_the_other(build, tiles):
         ):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
     assert whole.finished == apart.finished
+
+
+def test_attention_of_an_llm_that_scales_it_otherwise(build):
+    """Granite's multiplier, before the prefix and behind it: as transformers computes it."""
+    model = build("granite", attention_multiplier=0.9, logits_scaling=1.0, embedding_multiplier=1.0)
+    prompt, answer = ids(6), ids(4)
+    batch = pack([prompt], [[answer]])
+    assert mask_and_prefix(batch, model.llm.config)[1] == 5
+    with torch.no_grad():
+        found, _ = model.log_probs(batch)
+        model.llm.set_attn_implementation("eager")
+        logits = model.llm(torch.cat([prompt, answer])[None]).logits[0, 5:-1]
+    want = logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-4)

@@ -1128,14 +1128,18 @@ def test_a_checkpoint_of_a_gpu_goes_on_elsewhere(small, tmp_path, monkeypatch):
     assert training.load_checkpoint(tmp_path, model, optimizer) == 2
 
 
-def test_a_save_that_fails_leaves_the_room_that_it_took(small, tmp_path, monkeypatch):
-    """On a full disk; the checkpoint before stays."""
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_save_that_fails_leaves_the_room_that_it_took(small, tmp_path, monkeypatch, gone):
+    """On a full disk, whose error is told also where its folder has gone; the checkpoint before stays."""
     training.save_checkpoint(tmp_path, 2, *small)
 
+    folder = tmp_path / "checkpoints"
+
     def full(*_):
+        if gone:
+            shutil.rmtree(folder / "step-000004.tmp")
         raise OSError(28, "No space left on device")
 
-    folder = tmp_path / "checkpoints"
     for module, name in ((weights, "write_tensors"), (training, "write_json")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)

@@ -540,6 +540,31 @@ def test_what_a_question_adds():
     assert only[1] == {"accuracy": (0.0, 1)}
 
 
+def test_line_breaks_and_tabs_are_blanks():
+    assert eval_vqa.unbroken(" a\nb\tc\n") == "a b c"
+
+
+def test_the_units_of_an_interval(monkeypatch):
+    """An image; a question of a tsv file with its rotations; a question without an image. Sums of each, by figure."""
+    ask = lambda number, image, whole=None: SimpleNamespace(id=number, image=image, whole=whole)
+    questions = [
+        ask("1", Path("a.png")), ask("2", Path("a.png")), ask("3", Path("b.png")), ask("4", "base64"),
+        ask("5", "base64", "4"), ask("6", "base64"), ask("7", None), ask("8", None),
+    ]  # fmt: skip
+    rows = [
+        (q, {"accuracy": (i, 1)} if i else {"unreadable": (1, 1)}) for i, q in enumerate(questions)
+    ]
+    seen = []
+    monkeypatch.setattr(eval_vqa.comparison, "compare", lambda *given: seen.extend(given))
+    eval_vqa.compared({"one": rows, "two": rows[::-1]})
+    units, figures = seen
+    assert units["one"].tolist() == [  # accuracy: sum, n; unreadable: sum, n
+        [1, 1, 1, 1], [2, 1, 0, 0], [3 + 4, 2, 0, 0], [5, 1, 0, 0], [6, 1, 0, 0], [7, 1, 0, 0]]  # fmt: skip
+    assert units["two"].tolist() == units["one"].tolist()
+    found = figures(units["one"].sum(0))
+    assert found == {"accuracy": 28 / 7, "unreadable": 1}
+
+
 def test_what_the_official_scripts_read():
     """An answer in the form of each: of problems what stands in its tags."""
     of = lambda name, text, official=False, **more: eval_vqa.official_form(
