@@ -470,3 +470,15 @@ def test_from_where_tokens_depend_on_their_neighbours(tmp_path):
             tokenizer_with(byte_level, SPECIAL["phi3"], lstrip=True),
             tmp_path,
         )
+
+
+@pytest.mark.parametrize("joined, told", [(":On", "On the desk; 2 of 3."), (":A", "A lamp.")])
+def test_an_answer_that_is_joined_with_the_cue(tmp_path, joined, told):
+    """Each answer of the sample is tried: the first letters decide."""
+    tokenizer = byte_level()
+    source = EACH + "{% if m.role == 'user' %}Q: " + PARTS + " A:{% else %}"
+    source += "{{ m.content[0].text + eos_token }}{% endif %}{% endfor %}"
+    assert own(source, tokenizer, tmp_path).own.user == "Q: {} A:"
+    tokenizer.add_tokens([joined])
+    with pytest.raises(BadInput, match=f"the tokenizer joins the end of the prompt with .*{told}"):
+        own(source, tokenizer, tmp_path)

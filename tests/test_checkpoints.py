@@ -404,6 +404,19 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, hf, change, message):
         load(write(tmp_path / "m", hf, change=change))
 
 
+@pytest.mark.parametrize("token", [9999, VOCAB, -1, "261", 1.0, True])
+def test_an_image_token_without_an_embedding(tmp_path, hf, token):
+    """Where the tokenizer knows none, so that nothing contradicts it."""
+    new = write(tmp_path / "m", hf, image=False)
+    edit(new / "config.json", image_token_index=VOCAB - 1)
+    assert load(new)[0].image_token_id == VOCAB - 1
+    edit(new / "config.json", image_token_index=token)
+    with pytest.raises(
+        BadInput, match=f"(m: the image token is {token!r} in|config.json: not a usable config)"
+    ):
+        load(new)
+
+
 def test_missing_and_broken_files_are_refused(tmp_path, hf, monkeypatch):
     new = write(tmp_path / "m", hf)
     files = {

@@ -795,6 +795,17 @@ BIAS = "projector.linear_2.bias"
             lambda t: [t.pop(k) for k in list(t) if k.startswith("optimizer.")],
             "holds nothing of the optimizer",
         ),
+        *(
+            (
+                lambda t, n=name, s=state: t.update({n: s}),
+                f"{name} is no state of a random generator",
+            )
+            for name, state in (
+                ("rng.cpu", torch.zeros(5, dtype=torch.uint8)),
+                ("rng.cpu", torch.zeros(torch.get_rng_state().shape)),
+                ("rng.cuda", torch.zeros(16)),
+            )
+        ),
     ],
 )
 def test_a_checkpoint_that_cannot_be_right(two, tmp_path, change, message):
