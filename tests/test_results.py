@@ -692,3 +692,14 @@ def test_the_page_tells_the_speed_of_pope():
     told = " ".join(claims.REST.split())
     assert f"took {ours['median']:.3f} CPU s".replace("0.", ".") in told
     assert "{median:.1f} ({min:.1f} - {max:.1f}) times as long".format(**ratio) in told
+
+
+def test_the_page_tells_the_speed_of_grpo():
+    grpo = json.loads((ROOT / "results" / "bench.json").read_text())["grpo"]
+    ours, trl = grpo["grpo-ours"], grpo["grpo-trl"]
+    told = " ".join(claims.REST.split())
+    seconds, peak = ours["seconds"]["median"], ours["peak_mib"]["median"]
+    assert f"took {seconds:.1f} CPU s an iteration and {peak:.0f} MiB beside the weights" in told
+    times = "{median:.1f} ({min:.1f} - {max:.1f}) times"
+    longer, more = (times.format(**trl[f"{kind}_ratio"]) for kind in ("seconds", "peak_mib"))
+    assert f"{longer} as long and {more} the memory" in told
