@@ -454,7 +454,7 @@ def cut_sentences(example, processor, rng):
             plan.append(Sentence(text, start, cut, True, tokens, kept))
         else:
             # no word kept: that place is the end of the sentence before, as white space is not kept
-            no_word = max((c for c in starts if c <= start), default=0)
+            no_word = max(c for c in starts if c <= start)
             places = [(c, n) for c, n in starts.items() if no_word <= c < end]
             cut, kept = rng.choice(places)
             plan.append(Sentence(answer[:end], start, max(cut, start), False, ids, kept))

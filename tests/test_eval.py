@@ -447,6 +447,16 @@ def test_an_id_that_is_there_twice_names_nothing(tmp_path):
         eval_pope.answers_to(ASKED, write_lines(tmp_path / "a.jsonl", rows))
 
 
+def test_which_ids_a_message_names():
+    """The first that is doubled, and the first that has no answer; none where a row has no id."""
+    of = lambda *ids: [eval_pope.Asked(i, None, None) for i in ids]
+    told = eval_pope.doubled_or_missing
+    assert told(of("1", "2", "3", "4"), of("2", "2", "3", "3", "3")) == (
+        "; question_id 2 has 2 answers; question_id 1 has none"
+    )
+    assert told(of("1", "2"), of("2", "1")) == told(of("1", "2"), of("1", None)) == ""
+
+
 @official
 @pytest.mark.parametrize("rows", [as_pope, as_llava, as_exact])
 def test_the_official_splits_are_told_apart(tmp_path, rows):
