@@ -264,3 +264,52 @@ def test_a_model_counted_as_the_original(coco, checkpoint, monkeypatch):
 def test_flags(coco, monkeypatch, words, message):
     with pytest.raises(BadInput, match=message):
         main(monkeypatch, *words.split())
+
+
+# ---- small parts, by hand
+
+
+def test_captions_in_the_order_of_the_prompts():
+    """By image and prompt; a row without its prompt by its image, where each image has one prompt."""
+    order = lambda prompts, asked: eval_chair.in_order("f", prompts, asked, list("abcd"))
+    one, two, three = (1, "p"), (2, "q"), (1, "r")
+    assert order([one, two], [(2, None), (1, None)]) == ["b", "a"]
+    assert order([one, two], [(2, "q"), (1, None)]) == ["b", "a"]
+    assert order([one, two, three], [three, two, one]) == ["c", "b", "a"]
+    for prompts, asked, told in (
+        ([one, three], [(1, None), three], r"\(1, 'p'\) has no answer"),
+        ([one, two], [one, (2, "x")], r"\(2, 'q'\) has no answer"),
+        ([one, two], [one, two, two], r", row 2: a second answer to \(2, 'q'\); one is accepted"),
+        ([one], [one, two], r": an answer to \(2, 'q'\), which is no question of --questions"),
+        ([one], [(3, None), one], ": an answer to 3, which is no question"),
+    ):
+        with pytest.raises(BadInput, match=f"^f(: )?{told}"):
+            order(prompts, asked)
+
+
+@pytest.mark.parametrize(
+    "word, want",
+    [("dog", "dog"), ("dogs", "dog"), ("buses", "bus"), ("knives", "knife"), ("cats", "cats"), ("bus", "bus"), ("s", "s")],
+)  # fmt: skip
+def test_a_known_word_in_the_singular(word, want):
+    assert eval_chair.singular(word, {"dog", "bus", "knife"}) == want
+
+
+def test_contestants_on_other_images(monkeypatch):
+    """The smallest image that one of them lacks, and who has it; two captions of an image are one unit."""
+    seen = []
+    monkeypatch.setattr(eval_chair, "counts", lambda number, text, *_: [len(text)] * 8)
+    monkeypatch.setattr(
+        eval_chair.comparison, "compare", lambda units, of: seen.append((units, of))
+    )
+    said = {"a": [(5, "xx"), (3, "x"), (5, "xxx")], "b": [(3, "yyyy"), (5, "")]}
+    eval_chair.compared(said, {}, None, True)
+    ((units, figures),) = seen
+    assert units["a"].tolist() == [[1] * 8, [5] * 8] and units["b"].tolist() == [[4] * 8, [0] * 8]
+    assert "chair_s_refine" in figures(units["a"])
+    for other, told in (
+        ([(3, "")], "5 has a caption of a"),
+        ([(3, ""), (5, ""), (4, "")], "4 has a caption of b"),
+    ):
+        with pytest.raises(BadInput, match=f"^image id {told} alone"):
+            eval_chair.compared(said | {"b": other}, {}, None, False)

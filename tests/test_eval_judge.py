@@ -554,6 +554,24 @@ def test_no_division_by_zero(bench):
             break
 
 
+def test_by_whom_and_when():
+    row = lambda date, **more: {"judge": "j", "date": date} | more
+    assert eval_judge.by_whom([row("2")]) == {"judge": "j", "served": None, "date": "2"}
+    found = eval_judge.by_whom([row("3", served="s"), row("1"), row("2"), row("3")])
+    assert found == {"judge": "j", "served": "s", "date": "1 to 3"}
+
+
+def test_the_total_of_each_run():
+    """MM-Vet's, if it was judged more than once; no other benchmark's."""
+    about = {"reference": "r"}
+    questions = [Question(i, "w", f"{i}.jpg", ("?",), ("g", "g only"), about) for i in "ab"]
+    replies = [[("1.0", ""), ("0.5", "")], [("0.0", ""), ("x", "")]]
+    runs = lambda bench, some: eval_judge.totals_of_runs(bench, questions, some)
+    assert runs(mm_vet, replies) == pytest.approx([50, 25])
+    assert runs(mm_vet, [of[:1] for of in replies]) is None
+    assert runs(alpaca_eval, replies) is None
+
+
 def test_each_reply_is_read_as_its_part():
     """AlpacaEval's orders: the same words mean the opposite."""
     replies = [[("Better: 2", "baseline first"), ("Better: 2", "baseline second")]]

@@ -816,6 +816,56 @@ def test_a_checkpoint_that_cannot_be_right(two, tmp_path, change, message):
         training.load_checkpoint(tmp_path, model, optimizer)
 
 
+@pytest.mark.parametrize(
+    "kind, tensor, message",
+    [
+        *((kind, None, f"optimizer.{BIAS}.{kind} is missing, which belongs to the other two")
+          for kind in ("step", "exp_avg", "exp_avg_sq")),
+        ("step", torch.ones(1), rf"optimizer.{BIAS}.step has the shape \(1,\), not \(\)"),
+        ("exp_avg", torch.ones(1), rf"optimizer.{BIAS}.exp_avg has the shape \(1,\), not \(64,\)"),
+        ("exp_avg_sq", torch.ones(65), rf"{BIAS}.exp_avg_sq has the shape \(65,\), not \(64,\)"),
+        ("exp_avg", torch.zeros(64).int(), f"optimizer.{BIAS}.exp_avg is stored as int32"),
+    ],
+)  # fmt: skip
+def test_an_optimizer_that_cannot_be_right(two, tmp_path, kind, tensor, message):
+    folder, _, model, optimizer = two
+    key = f"optimizer.{BIAS}.{kind}"
+    altered(folder, lambda t: t.pop(key) if tensor is None else t.update({key: tensor}))
+    with pytest.raises(BadInput, match=f"step-000006/state.safetensors: .*{message}"):
+        training.load_checkpoint(tmp_path, model, optimizer)
+
+
+def test_a_weight_that_never_had_a_gradient(two, tmp_path):
+    """Without the three numbers of AdamW it goes on without them."""
+    folder, _, model, optimizer = two
+    altered(folder, lambda t: [t.pop(k) for k in list(t) if k.startswith(f"optimizer.{BIAS}.")])
+    assert training.load_checkpoint(tmp_path, model, optimizer) == 6
+    assert optimizer.state[dict(model.named_parameters())[BIAS]] == {}
+
+
+@pytest.mark.parametrize("step", [True, 6.0, "6", None, 7])
+def test_a_step_that_is_none(two, tmp_path, step):
+    folder, _, model, optimizer = two
+    (folder / "step-000006" / "state.json").write_text(json.dumps({"step": step, "state": {}}))
+    with pytest.raises(BadInput, match=f"state.json: step is {step!r}; its folder says another"):
+        training.load_checkpoint(tmp_path, model, optimizer)
+
+
+def test_which_parameter_is_on_one_side(two, tmp_path):
+    """The first by name, whichever side has it."""
+    folder, _, model, optimizer = two
+    whole = load_file(folder / "step-000006" / "state.safetensors")
+    for change in (
+        lambda t: t.pop(f"model.{BIAS}"),
+        lambda t: t.update({"model.a": torch.ones(1)}),
+    ):
+        altered(folder, change)
+        name = "model.a" if change(dict(whole)) is None else f"model.{BIAS}"
+        told = f"step-000006: parameter {name} is only on one side; the checkpoint is of another"
+        with pytest.raises(BadInput, match=told):
+            training.load_checkpoint(tmp_path, model, optimizer)
+
+
 def test_a_step_that_the_run_never_had(two, tmp_path):
     folder, _, model, optimizer = two
     (folder / "step-000006" / "state.json").write_text('{"step": 9999, "state": {}}')

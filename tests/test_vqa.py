@@ -540,6 +540,23 @@ def test_what_a_question_adds():
     assert only[1] == {"accuracy": (0.0, 1)}
 
 
+def test_ten_people_without_one():
+    """k of ten said so: with each of them left out k - 1, with each other k; a third each, 1 at most."""
+    said = [eval_vqa.leave_one_out("x", ["x"] * k + ["y"] * (10 - k)) for k in range(6)]
+    assert said == pytest.approx([0, 0.3, 0.6, 0.9, 1, 1])
+    assert eval_vqa.leave_one_out("x", ["x", "y"]) == pytest.approx((0 + 1 / 3) / 2)
+
+
+def test_what_is_compared_of_ten_people():
+    """vqa-v2: what all agree on is compared as it is, else in plain words; TextVQA: in M4C's form."""
+    assert eval_vqa.credit_vqa2("The dog", ["dog"] * 10) == 0
+    assert eval_vqa.credit_vqa2("dog\n", ["dog"] * 10) == 1
+    assert eval_vqa.credit_vqa2("The dog", ["A dog"] * 9 + ["cat"]) == 1
+    assert eval_vqa.credit_textvqa("The Dog", ["dog"] * 10) == eval_vqa.leave_one_out(
+        eval_vqa.m4c("The Dog"), [eval_vqa.m4c("dog")] * 10
+    )
+
+
 def test_line_breaks_and_tabs_are_blanks():
     assert eval_vqa.unbroken(" a\nb\tc\n") == "a b c"
 
