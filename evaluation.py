@@ -159,7 +159,8 @@ def check_flags(args, judged=False):
     out = Path(args.out) if args.out else None
     if out and out.exists():
         ours = (judged or not args.answers) and (out / SETTINGS).is_file()
-        if any(out.iterdir()) and not ours:
+        begun = {f"{SETTINGS}.tmp"}  # of a run killed in its first moment
+        if not ours and not begun.issuperset(os.listdir(out)):
             raise BadInput(f"--out {args.out} exists and is not an empty folder; give another.")
 
 

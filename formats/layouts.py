@@ -586,7 +586,7 @@ def _question_of(prompt):
     whole = "A chat between a curious ", "ASSISTANT:"
     if not isinstance(prompt, str) or not re.fullmatch(".*".join(whole), prompt.strip(), re.DOTALL):
         return prompt
-    _, *turns, _ = re.split(r"\s(?:USER|ASSISTANT):", prompt.strip())
+    turns = re.split(r"\s(?:USER|ASSISTANT):", prompt.strip())[1:-1]
     if len(turns) != 1:
         raise BadInput(f"`prompt` is Vicuna's template with {len(turns)} turns; one is accepted.")
     return turns[0]

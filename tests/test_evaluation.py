@@ -171,6 +171,24 @@ def test_a_killed_run_asks_nothing_twice(llava, records, tmp_path, monkeypatch, 
     assert evaluation.answer(unloaded, records, 6, path) == want
 
 
+@pytest.mark.parametrize("name, ours", [("evaluation.json.tmp", True), ("evaluation.tmp", False)])
+def test_a_run_killed_in_its_first_moment_begins_again(tmp_path, monkeypatch, name, ours):
+    """Its settings are half written, and nothing else is in its folder."""
+    (tmp_path / name).write_text('{"mod')
+    monkeypatch.setattr("sys.argv", ["x", "--model", "m", "--out", str(tmp_path)])
+    parser = Parser("An evaluation.")
+    evaluation.add_flags(parser)
+    parser.add_argument("--answers")
+    args = parser.parse_args()
+    if ours:
+        evaluation.check_flags(args)
+        evaluation.begin(tmp_path, {"model": "m"})
+        assert [path.name for path in tmp_path.iterdir()] == [evaluation.SETTINGS]
+    else:
+        with pytest.raises(BadInput, match="exists and is not an empty folder"):
+            evaluation.check_flags(args)
+
+
 @pytest.mark.parametrize(
     "line, why",
     [

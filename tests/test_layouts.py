@@ -157,6 +157,7 @@ FILES = {  # name: (layout, records as (row, image, turns, answers), refused row
         {
             3: "`prompt` is Vicuna's template with 2 turns; one is accepted.",
             4: "`prompt` is Vicuna's template with 3 turns; one is accepted.",
+            5: "`prompt` is Vicuna's template with 0 turns; one is accepted.",
         },
         {dropped("images"): 3},
     ),
