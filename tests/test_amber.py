@@ -287,6 +287,22 @@ def test_official_rule(packages):
     assert similar("roof", "wall") and not similar("ship", "bus")  # more than .8
 
 
+def test_official_rule_says_what_is_missing(packages, monkeypatch):
+    """NLTK's message is a box of stars over many lines; each similarity is asked for once."""
+    _, similar = eval_amber.official_rule()
+    assert [similar("roof", "wall"), similar("wall", "roof")] == [True, False]
+    monkeypatch.setattr(eval_amber, "SIMILAR", 0.9)
+    assert similar("roof", "wall") and not similar("roof", "bus"), "the first is known"
+
+    def load(name):
+        raise LookupError("\n****\n  Resource punkt not found.\n" + "x" * 99)
+
+    monkeypatch.setattr(sys.modules["spacy"], "load", load)
+    told = r"\(LookupError: Resource punkt not found\. x{34}\)\.$"
+    with pytest.raises(BadInput, match=told):
+        eval_amber.official_rule()
+
+
 def test_official_rule_without_packages(amber, monkeypatch):
     """Said before a question is asked, with what to install; questions alone need no package."""
     monkeypatch.setitem(sys.modules, "spacy", None)

@@ -508,6 +508,7 @@ def test_a_swapped_sentence_is_cut_anywhere_behind_the_swap(llava, examples):
         (" dog! A cat", "dog!"),
         (" dog? A cat", "dog?"),
         (" dog\nA cat", "dog"),
+        (" MAX\n\nA cat", "MAX"),
         ("\n dog. A cat.", "dog."),
         (" dog", "dog"),
         ("", ""),

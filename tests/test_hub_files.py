@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ import transformers
 from elsewhere import Elsewhere
 
 from common import MOST, BadInput
-from formats import adapters, checkpoints, weights
+from formats import adapters, chat, checkpoints, weights
 from formats.anyres import AnyRes
 from lora import add_adapter
 from model import MLLM, Projector
@@ -802,3 +803,18 @@ def test_the_second_process_saves_nothing(llava, tmp_path, monkeypatch):
     checkpoints.save(model, processor, tmp_path / "a")
     assert not list(tmp_path.iterdir())
     assert len(gathered) == len(model.state_dict())
+
+
+def test_texts_are_utf_8_whatever_the_locale(llava, tmp_path, monkeypatch):
+    """Chat templates are: none is left to what the machine prefers."""
+    model, processor = llava
+    for name in ("read_text", "write_text"):
+        plain = getattr(Path, name)
+
+        def strict(self, *given, encoding=None, plain=plain, **more):
+            assert encoding == "utf-8", self
+            return plain(self, *given, encoding=encoding, **more)
+
+        monkeypatch.setattr(Path, name, strict)
+    checkpoints.write_processor(model, processor, tmp_path)
+    assert chat.chat_source(tmp_path, processor.tokenizer)

@@ -1273,3 +1273,8 @@ def test_a_cached_tensor_is_process_0s(tmp_path, monkeypatch, capsys):
     assert training.read_cached(folder) is None and not folder.exists()
     told = capsys.readouterr().err
     assert told == f"{folder} is damaged and computed anew (it holds NaN or infinity)\n"
+    folder.mkdir()
+    assert training.read_cached(folder) is None and not folder.exists()
+    told = f"{folder} is damaged and computed anew (FileNotFoundError: "
+    assert capsys.readouterr().err.startswith(told)
+    assert training.read_cached(folder) is None and not capsys.readouterr().err
