@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import badness
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -218,6 +219,22 @@ def test_f1_of_a_question_by_hand():
     assert list(found.values()) == pytest.approx([3 / 8, 1 / 4, 1 / 2, 1 / 3])
     assert list(eval_amber.discriminative([0] * 5).values()) == [0] * 4
     assert list(eval_amber.discriminative([1] * 5).values()) == [1] * 4
+
+
+def test_groups_without_a_question_have_no_figure():
+    """Whichever they are; AMBER needs both tasks."""
+    sums = [0] * 8 + [3, 8, 1, 4, 2] * 7
+    found = eval_amber.official_figures(sums, {"", "state", "relation"})
+    groups = ("", "State ", "Relation ")
+    assert list(found) == [g + n for g in groups for n in ("Accuracy", "Precision", "Recall", "F1")]
+    assert [found[g + "Accuracy"] for g in groups] == [37.5] * 3
+    named = eval_amber.figures_of(np.array(sums), {"state", "relation"})
+    names = ("accuracy", "precision", "recall", "f1")
+    assert list(named) == [f"{g} {n}" for g in ("state", "relation") for n in names]
+    sums[:8] = [1, 2, 1, 2, 1, 1, 0, 1]
+    found = eval_amber.official_figures(sums, {"state"})
+    assert list(found)[:4] == ["CHAIR", "Cover", "Hal", "Cog"] and "AMBER" not in found
+    assert "AMBER" in eval_amber.official_figures(sums, {""})
 
 
 def test_nothing_is_zero(tmp_path):

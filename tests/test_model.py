@@ -1299,3 +1299,19 @@ def test_attention_of_an_llm_that_scales_it_otherwise(build):
         logits = model.llm(torch.cat([prompt, answer])[None]).logits[0, 5:-1]
     want = logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
     torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_rows", [False, True])
+@pytest.mark.parametrize("room", [None, 12345])
+def test_what_the_groups_are_made_of(build, monkeypatch, in_rows, room):
+    """Tokens with the given texts, answers, pictures; three quarters of the free memory, or the given room."""
+    model, seen = build(), []
+    monkeypatch.setattr(
+        sampling.memory, "available", lambda device: 1000 if device == model.device else 0
+    )
+    monkeypatch.setattr(sampling, "groups", lambda *given: seen.append(given) or [slice(0, 2)])
+    rows = prompts(2)
+    given = [[(ids(2), [0, 1]), (ids(3), [3])], [(ids(1), [1])]]
+    how = {"given": given, "room": room, "in_rows": in_rows}
+    sampling.sample(model, rows, pixels(1), 2, 3, 0.0, **how)
+    assert seen == [(model, [11 + 5, 4 + 1], [6, 2], [1, 0], 3, room or 750.0, in_rows)]
