@@ -17,7 +17,7 @@ import torch
 import transformers
 from elsewhere import Elsewhere
 
-from common import MOST, BadInput
+from common import MOST, BadInput, file_identity
 from formats import adapters, chat, checkpoints, weights
 from formats.anyres import AnyRes
 from lora import add_adapter
@@ -818,3 +818,19 @@ def test_texts_are_utf_8_whatever_the_locale(llava, tmp_path, monkeypatch):
         monkeypatch.setattr(Path, name, strict)
     checkpoints.write_processor(model, processor, tmp_path)
     assert chat.chat_source(tmp_path, processor.tokenizer)
+
+
+def test_what_a_model_was_read_from(checkpoint, parts):
+    """The files, known by name, size and time, in no matter which order; of a composed one the seed too."""
+    model, _ = checkpoints.load(checkpoint)
+    file = checkpoint / "model.safetensors"
+    assert model.source == file_identity(file) == weights.source(weights.weights(checkpoint))
+    assert checkpoints.load(checkpoint, device="meta")[0].source == ""
+    composed = [
+        checkpoints.compose(parts / "vision", parts / "llm", seed=s)[0].source for s in (3, 4)
+    ]
+    files = [parts / part / "model.safetensors" for part in ("vision", "llm")]
+    both = "; ".join(sorted(map(file_identity, files)))
+    assert composed == [f"{both}; projector of seed {seed}" for seed in (3, 4)]
+    first, second = (weights.tensor_index(parts / part) for part in ("vision", "llm"))
+    assert weights.source(first, second) == weights.source(second, first) == both

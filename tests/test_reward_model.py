@@ -396,6 +396,15 @@ def test_figures_of_the_scores():
     assert sure["calibration"][4]["n"] == 1 and sure["longer_favoured"] is None
 
 
+def test_a_bound_belongs_to_one_bin(monkeypatch):
+    """The lower one to its bin, the upper one to the next; 1 to the last."""
+    monkeypatch.setattr(reward_model, "BINS", (0.25, 0.5, 0.75, 1.0))
+    chosen, rejected = torch.tensor([0.0, 0.0, 99.0]), torch.tensor([0.0, 0.0, -99.0])
+    found = reward_model.figures(chosen, rejected, torch.ones(3, 2))
+    assert [row["n"] for row in found["calibration"]] == [0, 2, 1]
+    assert [row["predicted"] for row in found["calibration"]] == [None, 0.5, 1.0]
+
+
 def test_evaluation_in_batches_is_that_of_single_pairs(llava, tmp_path):
     """By the reward adapter, whatever acts outside; lengths are those of the answers, without the turn."""
     model, processor = llava

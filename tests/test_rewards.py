@@ -330,6 +330,28 @@ def test_each_prompt_has_its_terms(picture):
         score(records[:1], answers)
 
 
+@pytest.mark.parametrize(
+    "truth, said, want",
+    [
+        (("letter", "B. dog"), "The answer is B", 1),
+        (("letter", "B. dog"), "A. dog", 0),
+        (("yes/no", "No, it is red."), "no", 1),
+        (("yes/no", "No"), "No, there is none", 1),
+        (("number", "0.5"), "1/2", 1),
+        (("number", "3"), "three", 1),
+        (("text", "a red car"), "The red car.", 1),
+        (("text", "no"), "No, sir", 0),
+        (("box", "[0, 0, 0.5, 1]"), "[0, 0, 1, 1]", 0.5),
+        (("text", "red"), "word " * 40, 0),
+    ],
+)
+def test_each_kind_by_its_own_rule(picture, truth, said, want):
+    """What the rules of the other kinds would not take, or would."""
+    one = record("", picture, 1)
+    score = rewards.scorer(SimpleNamespace(format_weight=0), {one.prompt_key: truth}, None, False)
+    assert score([one], [[said]]) == [{"exact": [pytest.approx(want)]}]
+
+
 PIECES = [
     "1",
     "20",
