@@ -523,6 +523,20 @@ def test_a_completion_ends_at_its_first_mark(llava, examples, say, drawn, want):
     assert negative.text == want
 
 
+def test_special_tokens_that_are_drawn_are_text(llava):
+    """All but the end: what the model has said is not hidden."""
+    model, processor = llava
+    drawer = bdhs.Drawer(model, processor, settings())
+    encode = lambda text: processor.tokenizer.encode(text, add_special_tokens=False)
+    kept, bos, end = (
+        torch.tensor(encode("A red")),
+        processor.tokenizer.bos_token_id,
+        processor.end_id,
+    )
+    drawn = torch.tensor([*encode(" cup"), bos, *encode(" is"), end])
+    assert drawer.first_end(kept, drawn) == " cup<s> is"
+
+
 @pytest.mark.parametrize("drawn", ["\n bowl. And", "\n\nbowl. And", " bowl\nAnd. Or"])
 def test_a_line_end_before_the_first_word_is_none(llava, examples, watch, drawn):
     """The sampler stops at its stop tokens; the rest of the sentence is there all the same, in y+'s line."""

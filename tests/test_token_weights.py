@@ -218,3 +218,10 @@ def test_two_processes(edited, tmp_path, checkpoint, capsys):
     for a, b in zip(one, two):
         for key in ("loss", "grad_norm", "logps/chosen", "rewards/margins"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
+
+
+def test_a_long_answer_of_frequent_tokens():
+    """One token of 250 differs: that one is marked, though all the others are the same frequent one."""
+    chosen, rejected = [7] * 125 + [9] + [7] * 124, [7] * 125 + [8] + [7] * 124
+    for marked in corrected(chosen, rejected):
+        assert marked.nonzero().tolist() == [[125]]

@@ -5,8 +5,10 @@ import copy
 import json
 import math
 import random
+import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ import sft
 import sharding
 import training
 from common import BadInput, NonFinite, run
+from data import Record
 from formats import checkpoints, weights
 from lab import toy
 from model import MLLM
@@ -1278,3 +1281,42 @@ def test_a_cached_tensor_is_process_0s(tmp_path, monkeypatch, capsys):
     told = f"{folder} is damaged and computed anew (FileNotFoundError: "
     assert capsys.readouterr().err.startswith(told)
     assert training.read_cached(folder) is None and not capsys.readouterr().err
+
+
+def test_what_a_fingerprint_knows(llava, tmp_path):
+    """All that log-probs depend on, one by one; not what a run trains, nor how its batches are cut."""
+    model, processor = llava
+    for name in ("a", "b"):
+        Image.new("RGB", (28, 28)).save(tmp_path / f"{name}.png")
+    record = Record("f.json, row 0", tmp_path / "a.png", ("What?",), ("Yes", "No"))
+    examples = [processor.encode(record)]
+    of = lambda some=None: training.fingerprint(model, processor, some or examples)
+    plain, (one,) = of(), examples
+    assert re.fullmatch("[0-9a-f]{16}", plain) and of() == plain
+    others = [
+        [one, one],
+        [replace(one, record=replace(record, image=tmp_path / "b.png"))],
+        [replace(one, record=replace(record, image=None))],
+        [replace(one, prompt=one.prompt[1:])],
+        [replace(one, answers=one.answers[::-1])],
+        [replace(one, answers=one.answers[:1])],
+        [replace(one, weights=[torch.ones(2), torch.ones(2)])],
+        [replace(one, weights=[torch.ones(2), torch.ones(2) * 5])],
+    ]
+    found = [of(some) for some in others]
+    assert len({plain, *found}) == len(others) + 1
+    assert of([replace(one, record=replace(record, where="row 7", answers=("x",)))]) == plain
+    for part, name, value in (
+        (model, "source", "elsewhere"), (model, "dtype", torch.bfloat16), (model, "feature_layer", -1),
+        (model, "keep_cls", True), (model, "anyres", (1,)), (model, "image_token_id", 3),
+        (processor, "image_aspect", "checkpoint"), (processor, "image_size", 14),
+        (processor, "image_mean", (0, 0, 0)), (processor, "image_std", (1, 1, 1)),
+        (model.vision.config, "hidden_act", "gelu"), (model.llm.config, "rms_norm_eps", 0.5),
+    ):  # fmt: skip
+        before = getattr(part, name)
+        setattr(part, name, value)
+        found.append(of())
+        setattr(part, name, before)
+    assert len({plain, *found}) == len(found) + 1
+    model.prepare(lora_rank=2)
+    assert of() == plain
