@@ -589,6 +589,7 @@ def test_what_the_official_scripts_read():
     )
     assert of("problems", "<think>2</think><answer> 3 </answer>") == "3"
     assert of("problems", "") == "" and of("gqa", "Yes.") == "yes"
+    assert of("gqa", "XX..") == "xx" and of("gqa", "a.b.") == "a.b"
     assert of("gqa", "Yes.", True) == "Yes." and of("textvqa", "A b.") == "A b."
     options = {"A": "dog", "B": "cat"}
     assert of("a-okvqa", "cat", True, options=options) == "B"
