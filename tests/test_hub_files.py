@@ -834,3 +834,52 @@ def test_what_a_model_was_read_from(checkpoint, parts):
     assert composed == [f"{both}; projector of seed {seed}" for seed in (3, 4)]
     first, second = (weights.tensor_index(parts / part) for part in ("vision", "llm"))
     assert weights.source(first, second) == weights.source(second, first) == both
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_the_parts_of_llavas_own_checkpoint(checkpoint, parts, tmp_path, monkeypatch, with_lora):
+    """Tower, tokenizer and LoRA from where `original_parts` finds them; which prompt, `chat.choose` is asked."""
+    folder, lora, seen = tmp_path / "m", tmp_path / "lora", []
+    shutil.copytree(checkpoint, folder)
+    shutil.copytree(parts / "vision", tmp_path / "tower")
+    lora.mkdir()
+    weights.write_tensors({"x": torch.ones(1)}, lora / "adapter_model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["prompt_template"]
+    (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "t"}))
+    images = {"image_mean": MEAN, "image_std": STD}
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(images))
+    found = weights.weights(folder), folder, tmp_path / "tower", lora if with_lora else None
+    monkeypatch.setattr(checkpoints, "original_parts", lambda *_: found)
+    monkeypatch.setattr(checkpoints, "translated", lambda raw, path, tower: config)
+    monkeypatch.setattr(
+        checkpoints.chat, "choose", lambda *given: seen.append(given) or ("plain", None)
+    )
+    monkeypatch.setattr(checkpoints, "load_adapter", lambda model, where: where)
+    monkeypatch.setattr(checkpoints, "merge", seen.append)
+    model, processor = checkpoints.load(folder)
+    (where, tokenizer, *told), *merged = seen
+    assert (where, told) == (folder, ["<image>", "llama", True]) and merged == [lora] * with_lora
+    assert tokenizer is processor.tokenizer and processor.template == "plain"
+    assert (processor.image_mean, processor.image_std) == (MEAN, STD)
+    files = [folder / "model.safetensors"] + [lora / "adapter_model.safetensors"] * with_lora
+    assert model.source == "; ".join(sorted(map(file_identity, files)))
+
+
+def test_which_prompt_a_checkpoint_of_the_hub_has(checkpoint, tmp_path, monkeypatch):
+    """What it notes; without a note `chat.choose` decides, unless one is given."""
+    folder, seen = tmp_path / "m", []
+    shutil.copytree(checkpoint, folder)
+    monkeypatch.setattr(
+        checkpoints.chat, "choose", lambda *given: seen.append(given) or ("chatml", None)
+    )
+    of = lambda **how: checkpoints.load(folder, device="meta", **how)[1]
+    assert of().template == "vicuna_v1" and of(template="plain").template == "plain" and not seen
+    assert (of().image_aspect, of(image_aspect="checkpoint").image_aspect) == ("pad", "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"prompt_template": None, "image_aspect": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert of(template="plain").template == "plain" and not seen
+    found = of()
+    assert (found.template, found.image_aspect) == ("chatml", "pad")
+    assert seen == [(folder, found.tokenizer, "<image>", "llama", False)]
