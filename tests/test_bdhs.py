@@ -231,6 +231,8 @@ def test_the_generator_decides_what_is_hidden():
         not torch.equal(draw("a"), draw(str(i))) for i in range(9)
     )
     assert torch.equal(draw("a", 1.0), at_image) and not draw("a", 0.0).any()
+    first = bdhs.image_mask([torch.tensor([0, 5, 0]), torch.tensor([0])], 0, 1.0, bdhs.seeded("a"))
+    assert first.tolist() == [[True, False, True], [True, False, False]], "no padding is an image"
 
 
 @pytest.mark.parametrize("tries, guided", [(1, True), (2, False), (3, False)])
