@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from elsewhere import Elsewhere
+from safetensors.torch import load_file
 
 from common import MOST, BadInput, file_identity
 from formats import adapters, chat, checkpoints, weights
@@ -883,3 +884,23 @@ def test_which_prompt_a_checkpoint_of_the_hub_has(checkpoint, tmp_path, monkeypa
     found = of()
     assert (found.template, found.image_aspect) == ("chatml", "pad")
     assert seen == [(folder, found.tokenizer, "<image>", "llama", False)]
+
+
+def test_an_llm_whose_head_is_its_embeddings(parts, tmp_path):
+    """Its files need not hold the head; what they hold must be equal."""
+    config = transformers.AutoConfig.from_pretrained(parts / "llm")
+    config.tie_word_embeddings = True
+    llm = transformers.LlamaForCausalLM(config)
+    shutil.copytree(parts / "llm", tmp_path / "llm")
+    llm.save_pretrained(tmp_path / "llm")
+    file = tmp_path / "llm" / "model.safetensors"
+    tensors = load_file(file)
+    assert "lm_head.weight" not in tensors
+    model, _ = checkpoints.compose(parts / "vision", tmp_path / "llm")
+    assert checkpoints.is_tied(model.llm)
+    assert torch.equal(model.llm.lm_head.weight[:-2], llm.lm_head.weight)
+    weights.write_tensors(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file
+    )
+    with pytest.raises(BadInput, match=f"^{re.escape(str(tmp_path))}/llm: the config ties lm_head"):
+        checkpoints.compose(parts / "vision", tmp_path / "llm")

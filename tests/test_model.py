@@ -1315,3 +1315,12 @@ def test_what_the_groups_are_made_of(build, monkeypatch, in_rows, room):
     how = {"given": given, "room": room, "in_rows": in_rows}
     sampling.sample(model, rows, pixels(1), 2, 3, 0.0, **how)
     assert seen == [(model, [11 + 5, 4 + 1], [6, 2], [1, 0], 3, room or 750.0, in_rows)]
+
+
+def test_more_images_than_the_prompts_show(build):
+    """They are refused, and not left out in silence."""
+    model = build()
+    with pytest.raises(BadInput, match="0 image tokens in the text against 4 image features"):
+        sampling.sample(model, [ids(3)], pixels(1), 1, 2, 0.0)
+    with pytest.raises(BadInput, match="4 image tokens in the text against 8 image features"):
+        sampling.sample(model, prompts(2), pixels(2), 1, 2, 0.0)
