@@ -1324,3 +1324,15 @@ def test_more_images_than_the_prompts_show(build):
         sampling.sample(model, [ids(3)], pixels(1), 1, 2, 0.0)
     with pytest.raises(BadInput, match="4 image tokens in the text against 8 image features"):
         sampling.sample(model, prompts(2), pixels(2), 1, 2, 0.0)
+
+
+def test_both_towers_get_an_attention_that_takes_boolean_masks(build):
+    """Whatever they were built with: eager attention would add True as 1."""
+    model = build()
+    model.vision.set_attn_implementation("eager")
+    model.llm.set_attn_implementation("eager")
+    again = MLLM(model.vision, model.projector, model.llm, IMAGE)
+    assert again.vision.config._attn_implementation == "sdpa"
+    assert again.llm.config._attn_implementation == "prefix"
+    plain = build()
+    assert torch.equal(some_log_probs(again), some_log_probs(plain))

@@ -212,3 +212,14 @@ def test_generated_texts_have_the_order_of_the_records(player):
     )
     assert [len(row) for row in draw()] == [3] * 5
     assert draw() == draw(seed=0) != draw(seed=1)
+
+
+def test_each_process_may_generate_alone(player, monkeypatch):
+    """Without `split` nothing is divided, and no other process is asked."""
+    model, processor, examples = player
+    records = [e.record for e in examples]
+    want = sampling.generate(model, processor, records, 4, batch_size=2)
+    monkeypatch.setattr(processes, "total", 2)
+    monkeypatch.setattr(processes, "number", 1)
+    monkeypatch.setattr(processes, "gathered", lambda _: pytest.fail("asked"))
+    assert sampling.generate(model, processor, records, 4, batch_size=2) == want
