@@ -706,7 +706,7 @@ def test_captions_are_drawn_anew(command, monkeypatch):
     for name, held in summary["before"]["reward"].items():  # in another batch, so up to rounding
         then = summary["after"]["reward"][name]
         assert then["accuracy"] == held["accuracy"]
-        assert then["loss"] == pytest.approx(held["loss"], abs=1e-5)
+        assert then["loss"] == pytest.approx(held["loss"], abs=1.1e-4)  # four places are written
     assert json.loads((out / "reward.json").read_text())["max_facts"] == 1
 
 
