@@ -703,3 +703,10 @@ def test_the_page_tells_the_speed_of_grpo():
     times = "{median:.1f} ({min:.1f} - {max:.1f}) times"
     longer, more = (times.format(**trl[f"{kind}_ratio"]) for kind in ("seconds", "peak_mib"))
     assert f"{longer} as long and {more} the memory" in told
+
+
+def test_the_page_tells_the_last_sample_of_mutants():
+    run = json.loads((ROOT / "tests" / "mutants.json").read_text())["run"]
+    can = run["mutants"] - run["equivalent"]
+    assert f"`python tests/mutants.py --sample {run['mutants']} --seed {run['seed']}`" in claims.REST
+    assert f"can change a result | {can} | noticed by a test | {run['noticed']} |" in claims.REST
