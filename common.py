@@ -95,20 +95,21 @@ process_ids = []  # of all processes of a run that torchrun started, in their or
 
 
 def mark_of(name):
-    """The path of a mark of a run that torchrun started.
+    """The path of a mark that the processes of a run see; None if torchrun did not start it.
 
     torchrun gives every process a folder, which stand beside each other in one of the run's own.
     """
-    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / name
+    folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(folder).parents[1] / name if folder else None
 
 
 @functools.cache
 def first_to_fail():
     """Is this process the first that asks? It reports the error; alone it is."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return True
+    mark = mark_of("failed")
     try:
-        mark_of("failed").touch(exist_ok=False)
+        if mark:
+            mark.touch(exist_ok=False)
         return True
     except FileExistsError:
         return False
@@ -130,8 +131,8 @@ def lost():
     """
     script = Path(sys.argv[0]).name
     for _ in range(20):  # torchrun takes a moment to notice
-        gone = {i: pid for i, pid in enumerate(process_ids) if not is_alive(pid)}
-        failed = [i for i, pid in gone.items() if not mark_of(f"told-{pid}").exists()]
+        gone = {i: mark_of(f"told-{pid}") for i, pid in enumerate(process_ids) if not is_alive(pid)}
+        failed = [i for i, told in gone.items() if not (told and told.exists())]
         if failed:
             return (
                 f"{script}: process {min(failed)} of {len(process_ids)} ended, and with it the "

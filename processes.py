@@ -74,7 +74,9 @@ def watch_for_the_end():
         """Read signal numbers, as Python's own handler writes them."""
         while os.read(read, 1)[0] != signal.SIGTERM:
             pass
-        common.mark_of(f"told-{os.getpid()}").touch()
+        told = common.mark_of(f"told-{os.getpid()}")
+        if told:
+            told.touch()
         stopped = f"{Path(sys.argv[0]).name}: torchrun ended the run"
         common.end(common.lost() or stopped, 1, stderr, patience=0)
 

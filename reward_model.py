@@ -44,7 +44,7 @@ base, which the reward model never saw):
 Facts do not help here: in 1.4 epochs it does not learn to read them. In four epochs of captions
 alone it does (lab/sight.py): facts add .01, .06 and .07 to the accuracy on wrong colours, numbers
 and places, and .07, .05 and .13 where all pictures are grey. With --facts-first it is right on .80
-with and without pictures.
+whether it sees or not.
 
 No pair punishes an omission, so the reward model does not either.
 

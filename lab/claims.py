@@ -149,8 +149,7 @@ tests notice, by `python tests/mutants.py --sample 300 --seed 4`:
 | executions of a coverage-guided fuzz run | 150000 | findings | 0 |
 | faults in a copy of the code that can change a result | 299 | noticed by a test | 294 |
 
-The same with seed 0 had found an evaluation that could not begin again after its first moment, and a prompt that ended a reader with
-a traceback; both are mended. 50,000 steps of `dpo.py` keep memory and seconds within 2 % (`tests/long_run.py`, `long_run.json`)."""
+50,000 steps of `dpo.py` keep memory and seconds within 2 % (`tests/long_run.py`, `long_run.json`)."""
 
 
 SHARES = ("judged-share-25", "judged-share-50", "judged-share-75", "judged-dpo")

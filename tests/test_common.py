@@ -214,9 +214,13 @@ def gone_beside_a_run(folder, monkeypatch):
     return other.pid
 
 
-def test_a_collective_that_lost_a_process_says_which(tmp_path, monkeypatch):
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_a_collective_that_lost_a_process_says_which(tmp_path, monkeypatch, torchrun):
+    """Also where another launcher than torchrun started the processes."""
     other = gone_beside_a_run(tmp_path, monkeypatch)
     (tmp_path / f"told-{os.getpid()}").touch()
+    if not torchrun:
+        monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     status, said = ended(ALONE_OF_TWO.format(other=other, error=NCCL))
     assert status == 1
     assert said == (
