@@ -42,14 +42,22 @@ class Samples:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: the prompt's slots, then one a token."""
+    """Keys and values of every layer, allocated once: the prompt's slots, then one a token.
+
+    slot: None, or a tensor (1,) that says where the next token goes. Then attention runs over all
+    slots, so that every step is the same work at the same places: `Recorded`.
+    """
 
     def __init__(self, slots):
-        self.slots, self.length = slots, 0
+        self.slots, self.length, self.slot = slots, 0, None
         self.keys, self.values = [], []
 
     def update(self, key, value, layer, *_, **__):
         """transformers calls this: store (rows, heads, new, d) after what is there, return all."""
+        if self.slot is not None:
+            self.keys[layer].index_copy_(2, self.slot, key)
+            self.values[layer].index_copy_(2, self.slot, value)
+            return self.keys[layer], self.values[layer]
         if layer == len(self.keys):
             shape = (*key.shape[:2], self.slots)
             self.keys.append(key.new_empty((*shape, key.shape[3])))
@@ -63,7 +71,8 @@ class KVCache:
         """Keep (or repeat) these rows, with room for `slots` tokens."""
         for stored in (self.keys, self.values):
             for i, old in enumerate(stored):
-                stored[i] = old.new_empty((len(rows), old.shape[1], slots, old.shape[3]))
+                # zeros: what is hidden has weight 0, and 0 times a NaN that lay there is NaN
+                stored[i] = old.new_zeros((len(rows), old.shape[1], slots, old.shape[3]))
                 stored[i][:, :, : self.length] = old[rows, :, : self.length]
 
 
@@ -253,7 +262,7 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator, wat
     M, L, device = len(h), cache.length, h.device
     visible = F.pad(growing.visible, (0, max_new_tokens))
     positions = F.pad(growing.positions, (0, max_new_tokens))
-    embeddings, head = model.llm.get_input_embeddings(), model.head_weight()
+    head = model.head_weight()
     ends_answer = torch.zeros(len(head), dtype=torch.bool)  # (V,)
     ends_answer[list(stop_ids)] = True
     ends_answer = ends_answer.to(device)
@@ -265,6 +274,9 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator, wat
     computed = torch.arange(M, device=device)  # the answers that are still in the cache ...
     live = torch.ones(M, dtype=torch.bool, device=device)  # ... and which of them still grow
     look_every = 8 if device.type == "cuda" else 1  # to count them, the host waits for the device
+    record = can_record(model, max_new_tokens)
+    worth_a_copy = 0.5 if record else 0.75  # a copy is followed by a new recording
+    step, slots = None, torch.arange(L, L + max_new_tokens, device=device)
 
     for t in range(max_new_tokens):
         # draw token t of every answer
@@ -293,24 +305,89 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator, wat
         growing_now = int(live.sum()) if t % look_every == 0 else len(live)
         if growing_now == 0:
             break
-        if growing_now <= 0.75 * len(live):
+        if growing_now <= worth_a_copy * len(live):
             keep = live.nonzero()[:, 0]
             computed, live, token = computed[keep], live[keep], token[keep]
             visible, positions = visible[keep], positions[keep]
             next_position = next_position[keep]
             cache.take(keep, L + max_new_tokens)
+            step = None
 
         # the hidden state that predicts token t + 1
-        now = next_position + t
-        visible[:, L + t] = True
-        positions[:, L + t] = now
-        keys = slice(0, L + t + 1)
-        mask = sliding_window(
-            visible[:, None, None, keys], now[:, None], positions[:, keys], model.llm.config
-        )
-        h = model.run_llm(embeddings(token)[:, None], mask, now[:, None], cache)[:, 0]
+        places = token, next_position + t, visible, positions, slots[t : t + 1]
+        if record and step is None:
+            step = Recorded(model, cache, *places)
+        h = step(token) if step else next_states(model, cache, *places)
         cache.length += 1
     return tokens, log_probs, drawn, finished, first
+
+
+def next_states(model, cache, token, now, visible, positions, slot):
+    """Run one new token of each answer (M,), at the position ids `now` (M,) -> its state (M, D).
+
+    It goes into the slot `slot` (1,) of the cache, and of visible and positions (M, slots).
+    """
+    visible.index_fill_(1, slot, True)
+    positions.index_copy_(1, slot, now[:, None])
+    keys = slice(cache.length + 1) if cache.slot is None else slice(None)
+    mask = sliding_window(
+        visible[:, None, None, keys], now[:, None], positions[:, keys], model.llm.config
+    )
+    x = model.llm.get_input_embeddings()(token)[:, None]  # (M, 1, D)
+    return model.run_llm(x, mask, now[:, None], cache)[:, 0]
+
+
+class Recorded:
+    """`next_states` as a CUDA graph: a GPU gets one launch a token in place of thousands.
+
+    A 7B model's launches take ten times as long as their arithmetic.
+    """
+
+    def __init__(self, model, cache, token, now, visible, positions, slot):
+        # a replay reads and writes them where they are now
+        self.token, self.now = token.clone(), now.clone()
+        self.slot = cache.slot = slot.clone()
+        self.visible, self.positions = visible, positions
+
+        def step():
+            places = self.visible, self.positions, self.slot
+            h = next_states(model, cache, self.token, self.now, *places)
+            self.now += 1
+            self.slot += 1
+            return h
+
+        self.replay = recording(step)
+
+    def __call__(self, token):
+        """The next token of each answer (M,) -> its state (M, D), which the next call overwrites."""
+        self.token.copy_(token)
+        return self.replay()
+
+
+def recording(step):
+    """Record what a function does on the GPU, without doing it -> a function that does it."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: threads that decode images may go on
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = step()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
+def can_record(model, max_new_tokens):
+    """Is the model on a GPU, its step the same at every length, and are the tokens worth it?
+
+    Rotary embeddings of these two types look at the length on the host. A recording takes as long
+    as some eight tokens.
+    """
+    if model.device.type != "cuda" or max_new_tokens <= 8:
+        return False
+    kind = str(model.llm.base_model.rotary_emb.rope_type)
+    return "dynamic" not in kind and "longrope" not in kind
 
 
 def decode_in_rows(model, growing, max_new_tokens, stop_ids, watch=()):

@@ -383,7 +383,7 @@ def test_given_texts_and_hidden_pictures(twice):
     mask = torch.zeros(3, 14, dtype=torch.bool)
     for b, row in enumerate(rows):
         mask[b, : len(row)] = (row == IMAGE) & (torch.arange(len(row)) % 2 == 0)
-    how = {"max_new_tokens": 7, "temperature": 0, "masked": mask, "given": given}
+    how = {"max_new_tokens": 12, "temperature": 0, "masked": mask, "given": given}
     assert_same_samples(
         sampling.sample(there, rows, images, **how), sampling.sample(here, rows, images, **how)
     )

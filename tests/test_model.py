@@ -1,6 +1,7 @@
 """model.py against the plain way: log-softmax of all logits, a padded row an answer, a full forward pass a token."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -514,8 +515,19 @@ def images_of(rows, images):
     return [next(rest) if (row == IMAGE).any() else None for row in rows]
 
 
+@pytest.fixture(params=["plain", "recorded"])
+def way(request, monkeypatch):
+    """Sampling as on a CPU, and as on a GPU, but that a recorded step is done again and not replayed."""
+    if request.param == "recorded":
+        monkeypatch.setattr(sampling, "can_record", lambda *_: True)
+        monkeypatch.setattr(sampling, "recording", lambda step: step)
+        full = torch.Tensor.new_full  # what nobody wrote is NaN
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, shape: full(x, shape, math.nan))
+    return request.param
+
+
 @pytest.mark.parametrize("kind, more", LLMS)
-def test_cached_sampling_is_uncached(build, kind, more):
+def test_cached_sampling_is_uncached(build, way, kind, more):
     """Unequal prompts with and without pictures in one batch, against each alone, token by token."""
     model, rows, images = build(kind, **more), prompts(), pixels()
     samples = sampling.sample(model, rows, images, max_new_tokens=12, temperature=0)
@@ -537,7 +549,7 @@ def test_text_only_sampling(build):
 
 
 @pytest.mark.parametrize("kind, more", [LLMS[0], LLMS[2], LLMS[4]])
-def test_ended_answers_leave_the_batch(build, kind, more):
+def test_ended_answers_leave_the_batch(build, way, kind, more):
     """Answers end at different lengths; those that go on are what each prompt gives alone."""
     model, rows = build(kind, **more), [*prompts(), *prompts(), *prompts()]
     images = pixels(6)
@@ -631,7 +643,7 @@ def test_frequencies_of_samples(build):
         assert (n * p > 20).sum() > 15, "too few pairs are frequent: says little"
 
 
-def test_hidden_pictures(build):
+def test_hidden_pictures(build, way):
     """image_mask: nothing of the pixels comes through, and what is seen keeps its place."""
     model, rows, images = build(), prompts(), pixels()
     mask = torch.zeros(3, 14, dtype=torch.bool)
@@ -641,6 +653,7 @@ def test_hidden_pictures(build):
         model, rows, images, max_new_tokens=6, temperature=0, masked=mask
     )
     hidden, other = run(images, mask), run(pixels() * 2, mask)
+    assert not hidden.log_probs[0][0].isnan().any()
     for b in range(3):
         assert torch.equal(hidden.tokens[b][0], other.tokens[b][0])
         assert torch.equal(hidden.log_probs[b][0], other.log_probs[b][0])
@@ -673,6 +686,38 @@ def test_ended_answers_are_no_longer_computed(build, monkeypatch):
     )
     prefill, *steps = rows
     assert prefill == 1 and steps == sorted(steps, reverse=True) and steps[-1] <= 20 < steps[0]
+
+
+def test_a_step_is_recorded_anew_when_half_of_the_answers_have_ended(build, monkeypatch):
+    """Recorded for the answers that are left; a step that is replayed must not outlive their cache."""
+    model, made, done = build(), [], []
+    record = lambda step: made.append(1) or (lambda: done.append(len(made)) or step())
+    monkeypatch.setattr(sampling, "can_record", lambda *_: True)
+    monkeypatch.setattr(sampling, "recording", record)
+    rows = []
+    run_llm = model.run_llm
+    monkeypatch.setattr(model, "run_llm", lambda x, *rest: rows.append(len(x)) or run_llm(x, *rest))
+    draw = torch.Generator().manual_seed(0)
+    how = {"k": 40, "max_new_tokens": 12, "stop_ids": range(5, IMAGE, 4), "generator": draw}
+    sampling.sample(model, [ids(4)], **how)
+    sizes = list(dict.fromkeys(rows[1:]))
+    assert len(made) == len(sizes) >= 2 and len(done) == len(rows) - 1
+    assert all(b <= a / 2 for a, b in zip(sizes, sizes[1:]))
+
+
+def test_who_records_a_step(build):
+    """A GPU, for more than a few tokens; rotary embeddings that look at the length do not."""
+    model = build()
+    assert not sampling.can_record(model, 100)
+    there = SimpleNamespace(device=torch.device("cuda"), llm=model.llm)
+    assert sampling.can_record(there, 9) and not sampling.can_record(there, 8)
+    for kind in ("dynamic", "longrope"):
+        model.llm.base_model.rotary_emb.rope_type = kind
+        assert not sampling.can_record(there, 100)
+    model.llm.base_model.rotary_emb.rope_type = {"full_attention": "dynamic"}
+    assert not sampling.can_record(there, 100)
+    model.llm.base_model.rotary_emb.rope_type = "yarn"
+    assert sampling.can_record(there, 100)
 
 
 def test_log_probs_of_a_bfloat16_model_are_not_rounded_to_bfloat16(build):
