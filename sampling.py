@@ -356,7 +356,7 @@ class Recorded:
             self.slot += 1
             return h
 
-        self.replay = recording(step)
+        self.replay = recording(step, token.device)
 
     def __call__(self, token):
         """The next token of each answer (M,) -> its state (M, D), which the next call overwrites."""
@@ -364,11 +364,13 @@ class Recorded:
         return self.replay()
 
 
-def recording(step):
-    """Record what a function does on the GPU, without doing it -> a function that does it."""
+def recording(step, device):
+    """Record what a function does on a GPU, without doing it -> a function that does it."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: threads that decode images may go on
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # the annotator's device need not be the current one; threads that decode images may go on
+    with torch.cuda.device(device), torch.cuda.graph(
+        graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"
+    ):
         result = step()
 
     def replay():

@@ -520,7 +520,7 @@ def way(request, monkeypatch):
     """Sampling as on a CPU, and as on a GPU, but that a recorded step is done again and not replayed."""
     if request.param == "recorded":
         monkeypatch.setattr(sampling, "can_record", lambda *_: True)
-        monkeypatch.setattr(sampling, "recording", lambda step: step)
+        monkeypatch.setattr(sampling, "recording", lambda step, _: step)
         full = torch.Tensor.new_full  # what nobody wrote is NaN
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, shape: full(x, shape, math.nan))
     return request.param
@@ -691,18 +691,25 @@ def test_ended_answers_are_no_longer_computed(build, monkeypatch):
 def test_a_step_is_recorded_anew_when_half_of_the_answers_have_ended(build, monkeypatch):
     """Recorded for the answers that are left; a step that is replayed must not outlive their cache."""
     model, made, done = build(), [], []
-    record = lambda step: made.append(1) or (lambda: done.append(len(made)) or step())
+    record = lambda step, _: made.append(1) or (lambda: done.append(len(made)) or step())
     monkeypatch.setattr(sampling, "can_record", lambda *_: True)
     monkeypatch.setattr(sampling, "recording", record)
-    rows = []
+    rows, widths = [], []
     run_llm = model.run_llm
-    monkeypatch.setattr(model, "run_llm", lambda x, *rest: rows.append(len(x)) or run_llm(x, *rest))
+
+    def noted(x, mask, *rest):
+        rows.append(len(x))
+        widths.append(mask.shape[-1])
+        return run_llm(x, mask, *rest)
+
+    monkeypatch.setattr(model, "run_llm", noted)
     draw = torch.Generator().manual_seed(0)
     how = {"k": 40, "max_new_tokens": 12, "stop_ids": range(5, IMAGE, 4), "generator": draw}
     sampling.sample(model, [ids(4)], **how)
     sizes = list(dict.fromkeys(rows[1:]))
     assert len(made) == len(sizes) >= 2 and len(done) == len(rows) - 1
     assert all(b <= a / 2 for a, b in zip(sizes, sizes[1:]))
+    assert set(widths[1:]) == {4 + 12}  # always all slots: a replay cannot take more than before
 
 
 def test_who_records_a_step(build):
