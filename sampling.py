@@ -5,6 +5,7 @@ texts = generate(model, processor, records, max_new_tokens=64)      # greedy, wi
 samples = answers_to(model, processor, examples, k=4, max_new_tokens=64, seed="0/17")
 """
 
+import functools
 import math
 import random
 from dataclasses import dataclass, replace
@@ -366,10 +367,11 @@ class Recorded:
 
 def recording(step, device):
     """Record what a function does on a GPU, without doing it -> a function that does it."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), recording_stream(device)
     # the annotator's device need not be the current one; threads that decode images may go on
-    with torch.cuda.device(device), torch.cuda.graph(
-        graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
     ):
         result = step()
 
@@ -378,6 +380,12 @@ def recording(step, device):
         return result
 
     return replay
+
+
+@functools.cache
+def recording_stream(device):
+    """One stream of a GPU for all recordings: cuBLAS keeps memory for each that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def can_record(model, max_new_tokens):

@@ -34,7 +34,8 @@ in what they differ, r16 a LoRA of rank 16, nf4 a base in 4 bits (nf4.py):
                 ways of lab/bench_attention.py; `unequal`: prompts and answers of other lengths in
                 each row. `cosine`: of its gradients with those of the dense mask in float32
     sample/     128 tokens of each prompt, LoRA beside the weights; t0 greedy, t1 temperature 1, k4
-                four answers to a prompt; `generate`: transformers' own loop on the same model
+                four answers to a prompt; prefill and the recording of a step (`sampling.Recorded`)
+                included; `generate`: transformers' own loop on the same model
     ppo/        an iteration of ppo.py by part, without its text: 128 tokens of each prompt; scores
                 of a reward model; log-probs of reference and policy, and values; two passes of
                 updates of policy and value network. Ranks as ppo.py's defaults

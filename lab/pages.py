@@ -53,16 +53,15 @@ BENCH = {
 GPU = [  # lab.bench_gpu: what, and the cells of `dpo.py`'s loop, of the plain way, of TRL
     ("LLaVA-1.5-7B, 4 pairs", "step/1.5/b4", "naive/1.5/b4", "trl/1.5/b4"),
     ("LLaVA-1.5-7B, 4 pairs, checkpointing", "step/1.5/b4/checkpointing", "naive/1.5/b4/checkpointing", "trl/1.5/b4/default"),
-    ("LLaVA-1.5-7B, 4 pairs, rank 16", "step/1.5/b4/r16"),
-    ("LLaVA-1.5-7B, 4 pairs, rank 16, checkpointing", "step/1.5/b4/checkpointing/r16"),
-    ("LLaVA-1.5-7B, 4 pairs, NF4", "step/1.5/b4/nf4"),
     ("LLaVA-1.5-7B, 1 pair, NF4, rank 16, checkpointing", "step/1.5/b1/checkpointing/r16/nf4"),
     ("LLaVA-NeXT-7B, 1 pair", "step/next/b1", "naive/next/b1", "trl/next/b1"),
     ("LLaVA-NeXT-7B, 1 pair, checkpointing", "step/next/b1/checkpointing", "naive/next/b1/checkpointing", "trl/next/b1/default"),
     ("LLaVA-NeXT-7B, 1 pair, NF4, rank 16, checkpointing", "step/next/b1/checkpointing/r16/nf4"),
+    ("LLaVA-1.5-7B, sampling: 128 tokens of 8 prompts x 4 answers", "sample/1.5/b8/t1/k4", "sample/1.5/b8/generate/k4", ""),
+    ("LLaVA-1.5-7B, GRPO: an iteration, 4 prompts x 8 answers of 64 tokens", "grpo/1.5/b4/r64", "", "grpo/1.5/b4/trl/r64"),
 ]  # fmt: skip
 GPU_COLUMNS = (
-    "", "s a step", "plain: s a step", "TRL: s a step", "plain: ratio", "TRL: ratio", "peak GiB", "plain: peak GiB",
+    "", "s", "plain: s", "TRL: s", "plain: ratio", "TRL: ratio", "peak GiB", "plain: peak GiB",
     "TRL: peak GiB", "counted GiB", "share of the matrix rate",
 )  # fmt: skip
 
@@ -212,7 +211,7 @@ def gpu_line(what, ours, others):
 
 
 def gpu_table(gpu):
-    """Seconds and peak memory of a DPO step, a table for each GPU; empty columns are left out."""
+    """Seconds and peak memory of a step, a table for each GPU; empty columns are left out."""
     tables = []
     for card in dict.fromkeys(row["card"] for row in gpu):
         cells = {row["cell"]: row for row in gpu if row["card"] == card}

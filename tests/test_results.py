@@ -632,19 +632,21 @@ def test_table_of_gpus():
         {"cell": "step/next/b1", "card": "A", "torch": "2", "does_not_fit": "out of memory"},
         row("step/1.5/b4/checkpointing", "B", 0.25, flop_share=0.412, commit="abc"),
         row("trl/1.5/b4/default", "B", 1.0, trl="1.16.0"),
-        row("step/1.5/b4/r16", "B", 0.2, flop_share=0.5, counted_gib=21.0),
+        row("grpo/1.5/b4/r64", "B", 0.2, flop_share=0.5, counted_gib=21.0),
+        row("grpo/1.5/b4/trl/r64", "B", 1.0),
+        row("step/1.5/b4/r16", "B", 0.2),
         row("head/fused", "B", 0.1),
     ]
     assert pages.gpu_table(gpu).splitlines() == [
-        "| A, torch 2, transformers 5 | s a step | plain: s a step | plain: ratio | peak GiB | plain: peak GiB |",
+        "| A, torch 2, transformers 5 | s | plain: s | plain: ratio | peak GiB | plain: peak GiB |",
         "| --- | --- | --- | --- | --- | --- |",
         "| LLaVA-1.5-7B, 4 pairs | 0.50 | 1.00 | 2.0 | 20.0 | 20.0 |",
         "| LLaVA-NeXT-7B, 1 pair | does not fit |  |  |  |  |",
         "",
-        "| B, torch 2, transformers 5, trl 1.16.0, commit abc | s a step | TRL: s a step | TRL: ratio | peak GiB | TRL: peak GiB | counted GiB | share of the matrix rate |",
+        "| B, torch 2, transformers 5, trl 1.16.0, commit abc | s | TRL: s | TRL: ratio | peak GiB | TRL: peak GiB | counted GiB | share of the matrix rate |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| LLaVA-1.5-7B, 4 pairs, checkpointing | 0.25 | 1.00 | 4.0 | 20.0 | 20.0 |  | 41% |",
-        "| LLaVA-1.5-7B, 4 pairs, rank 16 | 0.20 |  |  | 20.0 |  | 21.0 | 50% |",
+        "| LLaVA-1.5-7B, GRPO: an iteration, 4 prompts x 8 answers of 64 tokens | 0.20 | 1.00 | 5.0 | 20.0 | 20.0 | 21.0 | 50% |",
     ]
 
 
@@ -703,6 +705,25 @@ def test_the_page_tells_the_speed_of_grpo():
     times = "{median:.1f} ({min:.1f} - {max:.1f}) times"
     longer, more = (times.format(**trl[f"{kind}_ratio"]) for kind in ("seconds", "peak_mib"))
     assert f"{longer} as long and {more} the memory" in told
+
+
+def test_the_page_tells_the_speed_of_sampling():
+    cells = {row["cell"]: row for row in json.loads((ROOT / "results" / "gpu.json").read_text())}
+    seconds = lambda name: cells[name]["seconds"][0]
+    told = " ".join(claims.REST.split())
+    pairs = [(f"sample/1.5/{n}/{how}", f"sample/1.5/{n}/generate{k}")
+             for n, how, k in (("b8", "t0", ""), ("b32", "t0", ""), ("b8", "t1/k4", "/k4"))]  # fmt: skip
+    ours = [f"{seconds(one):.2f} s" for one, _ in pairs]
+    longer = [f"{seconds(other) / seconds(one):.1f}" for one, other in pairs]
+    assert "8 greedy answers take {}, of 32 {}, of 4 drawn answers to each of 8 prompts {}".format(*ours) in told
+    assert "`generate` takes {}, {} and {} times as long".format(*longer) in told
+    assert f"4 bits 8 answers take {seconds('sample/1.5/b8/t1/nf4'):.1f} s" in told
+    each = [f"{cells[f'negative/1.5/b8{how}']['seconds_an_answer']:.3f}"[1:] for how in ("", "/plain")]
+    assert "{} s an answer where every sentence shares one prefill, {} s where".format(*each) in told
+    ppo, grpo = cells["ppo/1.5/b32/r64"], "grpo/1.5/b4/{}r64"
+    assert f"takes {ppo['seconds'][0]:.1f} s, {ppo['sample_seconds']:.1f} of them sampling" in told
+    ratio = seconds(grpo.format("trl/")) / seconds(grpo.format(""))
+    assert f"{seconds(grpo.format('')):.1f} s, where TRL's `GRPOTrainer` takes {ratio:.1f} times" in told
 
 
 def test_the_page_tells_the_last_sample_of_mutants():
