@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import eval_pope
 from common import run
 from formats import dataset
 from formats.files import image_folders
-from lab import oracle, parts, toy
+from lab import oracle, parts, toy, toyworld
 
 SOURCES = (
     "sft model attention data lab/parts lab/oracle lab/questions sampling reward_model facts lora"
@@ -43,6 +44,7 @@ def built(monkeypatch, tmp_path):
         return {"pairs": 3}
 
     monkeypatch.setattr(toy, "script", script)
+    monkeypatch.setattr(toy, "sight", lambda model, out, seed: 0.92)
     monkeypatch.setattr(toy, "parts", lambda seed: Path(f"parts-{seed}"))
     monkeypatch.setattr(parts, "take_llm", lambda model, folder: calls.append(("llm", model.name)))
     monkeypatch.setattr(oracle, "answers_of", answers_of)
@@ -69,6 +71,51 @@ def test_the_base_of_seed_0_is_shipped_and_the_others_are_built_once(built):
     assert toy.base(1) == one and one.parts[0] == ".cache" and (one / "model.safetensors").is_file()
     assert toy.base(2) != one
     assert built == of_base(1) + of_base(2)
+
+
+@pytest.mark.parametrize("seen, times", [([0.92], 0), ([0.9199, 0.95], 1), ([0.8, 0.91, 0.5], 2)])
+def test_a_base_that_sees_badly_is_trained_on(built, monkeypatch, capfd, seen, times):
+    """At most twice, each time from where it was; the last model is the base."""
+    asked, given = [], []
+    script = toy.script
+
+    def noted(name, *arguments):
+        given.append(dict(zip(arguments[::2], arguments[1::2])))
+        script(name, *arguments)
+        (arguments[3] / "model" / "model.safetensors").write_text(f"weights {len(given)}")
+
+    def sight(model, out, seed):
+        asked.append((model / "model.safetensors").read_text())
+        assert seed == 3 and out.name == f"run{len(asked)}-before"
+        return seen[len(asked) - 1]
+
+    monkeypatch.setattr(toy, "sight", sight)
+    monkeypatch.setattr(toy, "script", noted)
+    model = toy.base(3)
+    _, first, *others = given  # of the reader, of the base
+    assert asked == [f"weights {2 + i}" for i in range(min(times + 1, 2))]
+    assert (model / "model.safetensors").read_text() == f"weights {2 + times}"
+    assert "--steps" not in first and "--model" not in first and len(others) == times
+    for i, flags in enumerate(others):
+        assert flags["--seed"] == 3 and flags["--steps"] == "1000" and flags["--lr"] == "1.5e-3"
+        assert str(flags["--images"]) == "world-3/images"
+        assert flags["--model"].parts[-2:] == ("run" if i == 0 else "run1", "model")
+    told = [f"it sees {value:.3f}, less than 0.92: trained on" for value in seen[:times]]
+    assert [line for line in capfd.readouterr().err.splitlines() if "sees" in line] == told
+
+
+def test_how_well_a_base_sees(monkeypatch, tmp_path, checkpoint):
+    """By eval_pope.py's own command line, on pictures that neither training nor a test has."""
+    texts = {"text": 1, "text_mix": 1, "text_test": 1}
+    toyworld.write(tmp_path / "world", 0, 8, 12, 8, size=28, texts=texts)
+    monkeypatch.setattr(toy, "world", lambda seed: tmp_path / "world")
+    value = toy.sight(checkpoint, tmp_path / "seen", 0)
+    rows = [json.loads(line) for line in open(tmp_path / "seen" / "pope_random.json")]
+    pictures = {row["image"] for row in rows}
+    assert len(pictures) == 12 and all(name.startswith("preference_") for name in pictures)
+    answers = [json.loads(line) for line in open(tmp_path / "seen/pope/answers_random.jsonl")]
+    right = [eval_pope.parse_answer(a["answer"]) == row["label"] for a, row in zip(answers, rows)]
+    assert len(right) == len(rows) and value == pytest.approx(sum(right) / len(right), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["sft", "model", "attention", "data", "lab/parts"])
