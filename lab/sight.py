@@ -134,11 +134,18 @@ def plain_base(seed, folder):
     return folder / "run" / "model"
 
 
+def plus_base(seed):
+    """The base, after as many steps as the other: one that was trained on left them in its folder."""
+    base = toy.base(seed)
+    before = base.parent / "run" / "model"
+    return before if before.is_dir() else base
+
+
 def abilities(seed, base):
     """{"plus" or "plain" was tuned so: {"pope":, "choice": accuracies, "chair_s":, "recall":}}."""
     world = toy.world(seed)
     with tempfile.TemporaryDirectory() as aside:
-        folder = toy.base(seed) if base == "plus" else plain_base(seed, Path(aside))
+        folder = plus_base(seed) if base == "plus" else plain_base(seed, Path(aside))
         model, processor = checkpoints.load(folder)
     questions = [world / f"pope_{split}.json" for split in ("random", "popular", "adversarial")]
     pope = eval_pope.evaluate(model, processor, questions, world / "images")

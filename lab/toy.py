@@ -154,7 +154,10 @@ def base(seed):
 
 
 def tuned(folder, seed):
-    """Train a base in `folder` until it sees -> where its model is."""
+    """Train a base in `folder` until it sees -> where its model is.
+
+    Where it was trained on, the models before stay in run/ and run1/.
+    """
     script("sft.py", "--seed", seed, "--out", folder / "run", "--dtype", "float32")
     model = folder / "run" / "model"
     for run in ("run1", "run2"):

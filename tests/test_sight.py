@@ -76,6 +76,14 @@ def test_the_plain_mix_has_no_short_questions(world, toy, tmp_path, monkeypatch)
     assert calls[0][0] == "sft.py" and tmp_path / "conversation.json" in calls[0]
 
 
+def test_both_mixes_are_of_as_many_steps(toy, tmp_path, monkeypatch):
+    """A base that was trained on is compared as it was before."""
+    monkeypatch.setattr(toy, "base", lambda seed: tmp_path / "base" / "model")
+    assert sight.plus_base(7) == tmp_path / "base" / "model"
+    (tmp_path / "base" / "run" / "model").mkdir(parents=True)
+    assert sight.plus_base(7) == tmp_path / "base" / "run" / "model"
+
+
 def test_cells_are_resumed_and_told(toy, tmp_path, monkeypatch, capsys):
     """Two seeds, one of them with a cell less; a second call measures only that."""
     measured = []
