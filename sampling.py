@@ -391,13 +391,14 @@ def recording_stream(device):
 def can_record(model, max_new_tokens):
     """Is the model on a GPU, its step the same at every length, and are the tokens worth it?
 
-    Rotary embeddings of these two types look at the length on the host. A recording takes as long
-    as some eight tokens.
+    Rotary embeddings of two types look at the length on the host; blocks that were divided
+    (sharding.py) have hooks of FSDP. A recording takes as long as some eight tokens.
     """
     if model.device.type != "cuda" or max_new_tokens <= 8:
         return False
-    kind = str(model.llm.base_model.rotary_emb.rope_type)
-    return "dynamic" not in kind and "longrope" not in kind
+    base = model.llm.base_model
+    kind = str(base.rotary_emb.rope_type)
+    return not ("dynamic" in kind or "longrope" in kind or hasattr(base, "unshard"))
 
 
 def decode_in_rows(model, growing, max_new_tokens, stop_ids, watch=()):

@@ -725,6 +725,8 @@ def test_who_records_a_step(build):
     assert not sampling.can_record(there, 100)
     model.llm.base_model.rotary_emb.rope_type = "yarn"
     assert sampling.can_record(there, 100)
+    model.llm.base_model.unshard = None  # as FSDP2 leaves it
+    assert not sampling.can_record(there, 100)
 
 
 def test_log_probs_of_a_bfloat16_model_are_not_rounded_to_bfloat16(build):
