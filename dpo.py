@@ -38,9 +38,10 @@ Choices where the paper is silent, and deviations:
    authors asked the paper's authors, who confirmed that its results are of h', so that beta does
    not depend on the length (trl/trainer/dpo_trainer.py; TRL's pull request 1265).
 5. Toy settings: pairs of the base model's own answers and their corrections, as in RLHF-V. Chosen
-   on seeds 1 and 2 among 16 settings: more steps, or a higher rate, cost recall and gain nothing;
-   corrupted truth (row `dpo` of lab/rows.py) gains half as much there. On seeds 0 to 4 adversarial
-   accuracy rises by .042, .040, .026, .044, .045; recall falls by .012 to .028.
+   on seeds 1 and 2 (2 with an earlier base) among 16 settings: more steps, or a higher rate, cost
+   recall and gain nothing; corrupted truth (row `dpo` of lab/rows.py) gained half as much there. On
+   seeds 0 to 4 adversarial accuracy rises by .042, .040, .036, .044, .045; recall falls by .012 to
+   .028.
 
 Metrics: `rewards/chosen` = beta (log pi - log pi_ref) of y+, `rewards/rejected` of y-;
 `rewards/margins` is their difference, `rewards/accuracies` the share of pairs in which it is

@@ -38,8 +38,8 @@ is read at a time. Held-out accuracy on seeds 0 to 2 (the last column are ranked
 base, which the reward model never saw):
 
                         povid.json        povid_seen.json    ranked samples
-    the default          .86  .77  .76     .86  .78  .72      .77  .68  .63
-    --no-facts           .88  .88  .78     .89  .89  .77      .78  .77  .66
+    the default          .86  .77  .79     .86  .78  .70      .77  .68  .74
+    --no-facts           .88  .88  .82     .89  .89  .83      .78  .77  .71
 
 Facts do not help here: in 1.4 epochs it does not learn to read them. In four epochs of captions
 alone it does (lab/sight.py): facts add .01, .06 and .07 to the accuracy on wrong colours, numbers

@@ -1,5 +1,7 @@
 """Drawing answers: the image is encoded once, the prompt is prefilled once, then decoding in place.
 
+On a GPU a decoding step is recorded once and replayed for each token (`Recorded`).
+
 samples = sample(model, prompts, pixel_values, k=4, stop_ids=processor.stop_ids)
 texts = generate(model, processor, records, max_new_tokens=64)      # greedy, with progress
 samples = answers_to(model, processor, examples, k=4, max_new_tokens=64, seed="0/17")
