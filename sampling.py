@@ -17,15 +17,16 @@ import torch.nn.functional as F
 
 import memory
 import processes
-from attention import mask_and_prefix, sliding_window
+from attention import LastBlock, mask_and_prefix, sliding_window
 from common import Progress
 from lora import cast_once
 from model import pack
 
 
 # of the free memory: the cache is copied, and the allocator had taken up to 1.31 times what tensors
-# held (results/gpu.json, sample/)
+# held (results/gpu.json, sample/ without nf4)
 SHARE = 0.75
+FEW = 8  # tokens for which recording a step does not pay
 
 
 @dataclass
@@ -74,9 +75,10 @@ class KVCache:
         """Keep (or repeat) these rows, with room for `slots` tokens."""
         for stored in (self.keys, self.values):
             for i, old in enumerate(stored):
-                # zeros: what is hidden has weight 0, and 0 times a NaN that lay there is NaN
-                stored[i] = old.new_zeros((len(rows), old.shape[1], slots, old.shape[3]))
+                stored[i] = old.new_empty((len(rows), old.shape[1], slots, old.shape[3]))
                 stored[i][:, :, : self.length] = old[rows, :, : self.length]
+                # `Recorded` reads these too: at weight 0, but 0 times a NaN is NaN
+                stored[i][:, :, self.length :] = 0
 
 
 @dataclass
@@ -308,7 +310,8 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator, wat
         growing_now = int(live.sum()) if t % look_every == 0 else len(live)
         if growing_now == 0:
             break
-        if growing_now <= worth_a_copy * len(live):
+        many_left = max_new_tokens - t > FEW or not record
+        if growing_now <= worth_a_copy * len(live) and many_left:
             keep = live.nonzero()[:, 0]
             computed, live, token = computed[keep], live[keep], token[keep]
             visible, positions = visible[keep], positions[keep]
@@ -343,7 +346,7 @@ def next_states(model, cache, token, now, visible, positions, slot):
 class Recorded:
     """`next_states` as a CUDA graph: a GPU gets one launch a token in place of thousands.
 
-    A 7B model's launches take ten times as long as their arithmetic.
+    A 7B model's launches take several times as long as their arithmetic.
     """
 
     def __init__(self, model, cache, token, now, visible, positions, slot):
@@ -393,14 +396,15 @@ def recording_stream(device):
 def can_record(model, max_new_tokens):
     """Is the model on a GPU, its step the same at every length, and are the tokens worth it?
 
-    Rotary embeddings of two types look at the length on the host; blocks that were divided
-    (sharding.py) have hooks of FSDP. A recording takes as long as some eight tokens.
+    Of the kinds of LLM that were tried. Rotary embeddings of two types look at the length on the
+    host; blocks that were divided (sharding.py) have hooks of FSDP.
     """
-    if model.device.type != "cuda" or max_new_tokens <= 8:
-        return False
     base = model.llm.base_model
+    known = isinstance(base.layers[-1], LastBlock) and not hasattr(base, "unshard")
+    if model.device.type != "cuda" or max_new_tokens <= FEW or not known:
+        return False
     kind = str(base.rotary_emb.rope_type)
-    return not ("dynamic" in kind or "longrope" in kind or hasattr(base, "unshard"))
+    return "dynamic" not in kind and "longrope" not in kind
 
 
 def decode_in_rows(model, growing, max_new_tokens, stop_ids, watch=()):

@@ -50,7 +50,7 @@ The default's settings were chosen on seeds 1 and 2, those of GRPO on seed 1; th
 
 CHARTS = """![CHAIR_s against the change in recall, one panel for each family of methods](chart.png)
 
-The same for the hard yes/no questions. The bars are wide because the seeds differ.
+The same for the hard yes/no questions.
 
 ![CHAIR_s against the change in adversarial POPE accuracy](chart_pope.png)"""
 
@@ -114,7 +114,8 @@ rounds (least - most). Ratios are taken within a round.
   answers of 128 tokens, all networks of 7B shape) takes 15.0 s, 2.9 of them sampling; of GRPO (4 prompts x 8 answers of 64 tokens)
   1.7 s, where TRL's `GRPOTrainer` takes 5.0 times as long.
 - `dpo.py`, `bdhs.py`, `sample.py` with an adapter and `eval_pope.py` also ran there as a user runs them, on a checkpoint of 7B shape on
-  disk (13.3 GB, random weights) and nine photographs: `dpo.py` loads it in 10 s, and its first loss in bfloat16 was .6936.
+  disk (13.3 GB, random weights) and nine photographs: `dpo.py` loaded it in 10 s, and its first loss in bfloat16 was .6936 (one run; not in
+  `gpu.json`).
 - Negatives of `bdhs.py` in the toy world: 54 answers a second on one thread, 18 s for 1000. At the shape above (`--only negatives`,
   five sentences an answer, two rounds): .95 to 1.0 CPU s for one answer and one try. With a prefill of prompt and image for each
   sentence it is 2.9 to 3.4. These figures are not in `bench.json`.

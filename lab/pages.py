@@ -61,7 +61,7 @@ GPU = [  # lab.bench_gpu: what, and the cells of `dpo.py`'s loop, of the plain w
     ("LLaVA-1.5-7B, GRPO: an iteration, 4 prompts x 8 answers of 64 tokens", "grpo/1.5/b4/r64", "", "grpo/1.5/b4/trl/r64"),
 ]  # fmt: skip
 GPU_COLUMNS = (
-    "", "s", "plain: s", "TRL: s", "plain: ratio", "TRL: ratio", "peak GiB", "plain: peak GiB",
+    "", "seconds", "plain: seconds", "TRL: seconds", "plain: ratio", "TRL: ratio", "peak GiB", "plain: peak GiB",
     "TRL: peak GiB", "counted GiB", "share of the matrix rate",
 )  # fmt: skip
 

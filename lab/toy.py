@@ -29,8 +29,8 @@ READ = (  # how the LLM learns to read: 3,500 steps of 16 descriptions
     *("--steps", "3500", "--batch-size", "16", "--grad-accum", "1"),
     *("--lr", "1.5e-3", "--projector-lr", "0", "--save-every", "0", "--dtype", "float32"),
 )
-SIGHT = 0.92  # POPE's random accuracy that a base must have
-FARTHER = (  # a base that has less is trained on, at most twice
+LEAST_SIGHT = 0.92  # POPE's random accuracy that a base must have
+TRAIN_ON = (  # a base that has less is trained on, at most twice
     *("--steps", "1000", "--batch-size", "8", "--grad-accum", "1"),
     *("--lr", "1.5e-3", "--projector-lr", "1.5e-3", "--save-every", "0", "--dtype", "float32"),
 )
@@ -138,23 +138,23 @@ def base(seed):
     """The toy base model: shipped for seed 0, built by sft.py's own command line for the others.
 
     Some towers learn to see less well than others. A base that does not see well enough for its
-    yes/no answers to hang on the picture (`sight`) is trained on.
+    yes/no answers to depend on the picture (`sight`) is trained on.
     """
     shipped = Path(__file__).parent / "base"
     if seed == 0 and shipped.is_dir():
         return shipped
     code = sources("sft", "model", "attention", "data", "lab/parts")
-    made = made_of(*code, world(seed).name, reader(seed).parent.name, SIGHT, *FARTHER)
+    made = made_of(*code, world(seed).name, reader(seed).parent.name, LEAST_SIGHT, *TRAIN_ON)
     folder = CACHE / f"base-{made}"
     if not folder.exists():
         print(f"building the toy base model of seed {seed}, once", file=sys.stderr)
         with whole_folder(folder) as aside:
-            os.replace(tuned(aside, seed), aside / "model")
+            os.replace(trained_until_it_sees(aside, seed), aside / "model")
     return folder / "model"
 
 
-def tuned(folder, seed):
-    """Train a base in `folder` until it sees -> where its model is.
+def trained_until_it_sees(folder, seed):
+    """Train a base in `folder` until it sees, at most three times -> where its model is.
 
     Where it was trained on, the models before stay in run/ and run1/.
     """
@@ -162,10 +162,10 @@ def tuned(folder, seed):
     model = folder / "run" / "model"
     for run in ("run1", "run2"):
         seen = sight(model, folder / f"{run}-before", seed)
-        if seen >= SIGHT:
+        if seen >= LEAST_SIGHT:
             break
-        print(f"it sees {seen:.3f}, less than {SIGHT}: trained on", file=sys.stderr)
-        given = ["--model", model, "--images", world(seed) / "images", *FARTHER]
+        print(f"it sees {seen:.3f}, less than {LEAST_SIGHT}: trained on", file=sys.stderr)
+        given = ["--model", model, "--images", world(seed) / "images", *TRAIN_ON]
         for name in ("instruct.json", "text_mix.json"):
             given += ["--data", world(seed) / name]
         script("sft.py", "--seed", seed, "--out", folder / run, *given)

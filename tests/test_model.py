@@ -686,6 +686,7 @@ def test_ended_answers_are_no_longer_computed(build, monkeypatch):
     )
     prefill, *steps = rows
     assert prefill == 1 and steps == sorted(steps, reverse=True) and steps[-1] <= 20 < steps[0]
+    assert len({*steps[-7:]}) > 1, "to the end"
 
 
 def test_a_step_is_recorded_anew_when_half_of_the_answers_have_ended(build, monkeypatch):
@@ -726,6 +727,9 @@ def test_who_records_a_step(build):
     model.llm.base_model.rotary_emb.rope_type = "yarn"
     assert sampling.can_record(there, 100)
     model.llm.base_model.unshard = None  # as FSDP2 leaves it
+    assert not sampling.can_record(there, 100)
+    del model.llm.base_model.unshard
+    model.llm.base_model.layers[-1] = torch.nn.Identity()  # of an LLM that was not tried
     assert not sampling.can_record(there, 100)
 
 

@@ -638,12 +638,12 @@ def test_table_of_gpus():
         row("head/fused", "B", 0.1),
     ]
     assert pages.gpu_table(gpu).splitlines() == [
-        "| A, torch 2, transformers 5 | s | plain: s | plain: ratio | peak GiB | plain: peak GiB |",
+        "| A, torch 2, transformers 5 | seconds | plain: seconds | plain: ratio | peak GiB | plain: peak GiB |",
         "| --- | --- | --- | --- | --- | --- |",
         "| LLaVA-1.5-7B, 4 pairs | 0.50 | 1.00 | 2.0 | 20.0 | 20.0 |",
         "| LLaVA-NeXT-7B, 1 pair | does not fit |  |  |  |  |",
         "",
-        "| B, torch 2, transformers 5, trl 1.16.0, commit abc | s | TRL: s | TRL: ratio | peak GiB | TRL: peak GiB | counted GiB | share of the matrix rate |",
+        "| B, torch 2, transformers 5, trl 1.16.0, commit abc | seconds | TRL: seconds | TRL: ratio | peak GiB | TRL: peak GiB | counted GiB | share of the matrix rate |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| LLaVA-1.5-7B, 4 pairs, checkpointing | 0.25 | 1.00 | 4.0 | 20.0 | 20.0 |  | 41% |",
         "| LLaVA-1.5-7B, GRPO: an iteration, 4 prompts x 8 answers of 64 tokens | 0.20 | 1.00 | 5.0 | 20.0 | 20.0 | 21.0 | 50% |",

@@ -80,7 +80,10 @@ def test_a_base_that_sees_badly_is_trained_on(built, monkeypatch, capfd, seen, t
     script = toy.script
 
     def noted(name, *arguments):
-        given.append(dict(zip(arguments[::2], arguments[1::2])))
+        flags = {"--data": []}
+        for flag, value in zip(arguments[::2], arguments[1::2]):
+            flags[flag] = [*flags["--data"], str(value)] if flag == "--data" else value
+        given.append(flags)
         script(name, *arguments)
         (arguments[3] / "model" / "model.safetensors").write_text(f"weights {len(given)}")
 
@@ -99,6 +102,7 @@ def test_a_base_that_sees_badly_is_trained_on(built, monkeypatch, capfd, seen, t
     for i, flags in enumerate(others):
         assert flags["--seed"] == 3 and flags["--steps"] == "1000" and flags["--lr"] == "1.5e-3"
         assert str(flags["--images"]) == "world-3/images"
+        assert flags["--data"] == ["world-3/instruct.json", "world-3/text_mix.json"]
         assert flags["--model"].parts[-2:] == ("run" if i == 0 else "run1", "model")
     told = [f"it sees {value:.3f}, less than 0.92: trained on" for value in seen[:times]]
     assert [line for line in capfd.readouterr().err.splitlines() if "sees" in line] == told
