@@ -44,7 +44,7 @@ there is none, it is read from the question: lettered options, or a verb such as
 beginning.
 
 In the toy world (seed 0) CHAIR_s falls from .63 to .04, recall stays (.96) and so do POPE and the
-text score. On seeds 0 to 4 CHAIR_s ends at .043, .045, .062, .055, .066, recall at .96, .95, .90,
+text score. On seeds 0 to 4 CHAIR_s ends at .043, .045, .060, .055, .066, recall at .96, .95, .95,
 .91, .92; two threads (OMP_NUM_THREADS=2) round otherwise, and end at the same figures. With
 --length-weight 8 and the same reward model adversarial POPE is .744 instead of .760 (base .756).
 With a plain reward model and no length term the policy learns to say less: 31 % of the words and

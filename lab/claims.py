@@ -815,6 +815,11 @@ def observations(cells):
                 f"Groups without spread: {f.logged('grpo', 'frac_reward_zero_std')}; tokens of an answer: {f.logged('grpo', 'completions/mean_length')}."
             ),
             lambda: (
+                f"**SteerLM needs more steps to read the request.** As many as the others, and asked for all 4: {f.both('judged-steerlm')}, random accuracy {f.value('judged-steerlm', 'POPE random')}. "
+                f"1,200 at 1.5e-3, and asked for short answers (complexity and verbosity 2): {f.both('judged-steerlm-long')}, {f.value('judged-steerlm-long', 'POPE random')}. The text score stays down "
+                f"({f.value('judged-steerlm-long', 'text')}): no text is rated, so none stands behind such a request in training."
+            ),
+            lambda: (
                 f"**2,560 answers each, judged by the oracle** (DPO / online DPO / PPO / GRPO): CHAIR_s {f.list(FEW, 'CHAIR_s')}, recall {f.list(FEW, 'recall')}, adversarial accuracy {f.list(FEW, 'POPE adversarial')}, text {f.list(FEW, 'text')}. "
                 f"With the factual reward model (PPO / RLOO): {f.list(('ppo', 'rloo'), 'CHAIR_s')}, {f.list(('ppo', 'rloo'), 'recall')}, {f.list(('ppo', 'rloo'), 'POPE adversarial')}, {f.list(('ppo', 'rloo'), 'text')}."
             ),

@@ -21,6 +21,8 @@ SFT = [
     *("--model", "@base", "--lora-rank", "16", "--lr", "4e-4", "--projector-lr", "0"),
     *("--steps", "230", "--batch-size", "16", "--grad-accum", "1", "--save-every", "0"),
 ]
+# Until it reads the request: 230 steps at a lower rate do not teach it to.
+STEERED = ["--steps", "1200", "--lr", "1.5e-3", "--attributes", "complexity=2,verbosity=2"]
 OTHER_BASE = ["--model", "@other-base", "--annotator", "oracle", "--max-new-tokens", "96"]
 # As many answers an iteration as PPO.
 RLOO = ["--advantage", "rloo", "--samples", "4", "--minibatches", "1"]
@@ -121,6 +123,8 @@ ROWS = {
         ("rejection_sampling.py", "ratings.jsonl", [])]),
     "judged-steerlm": Row("judged", "SteerLM, asked for the best", "SteerLM", [
         ("steerlm.py", "ratings.jsonl", [])]),
+    "judged-steerlm-long": Row("judged", "SteerLM, five times as many steps, asked for short answers", "SteerLM, longer", [
+        ("steerlm.py", "ratings.jsonl", STEERED)]),
     "judged-dpo": Row("judged", "DPO on the judged answers", "DPO", [
         ("dpo.py", "preferences.json", EPOCHS)]),
     "judged-few": Row("judged", "DPO on 2,560 judged answers", "DPO, 2,560 answers", [
