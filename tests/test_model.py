@@ -1,5 +1,7 @@
 """model.py against the plain way: log-softmax of all logits, a padded row an answer, a full forward pass a token."""
 
+import contextlib
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -711,6 +713,37 @@ def test_a_step_is_recorded_anew_when_half_of_the_answers_have_ended(build, monk
     assert len(made) == len(sizes) >= 2 and len(done) == len(rows) - 1
     assert all(b <= a / 2 for a, b in zip(sizes, sizes[1:]))
     assert set(widths[1:]) == {4 + 12}  # always all slots: a replay cannot take more than before
+
+
+def test_what_is_asked_of_cuda_for_a_recording(monkeypatch):
+    """Done once, within the graph, on one stream of the device for all; then replayed, into the same tensor."""
+    said, device = [], torch.device("cuda", 1)
+    signature = inspect.signature(torch.cuda.graph)
+
+    @contextlib.contextmanager
+    def graph(*arguments, **more):
+        bound = signature.bind(*arguments, **more).arguments
+        said.append(("graph", bound["stream"], bound["capture_error_mode"]))
+        yield
+        said.append("end")
+
+    fake = SimpleNamespace(replay=lambda: said.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda where: ("stream", where, len(said)))
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda where: contextlib.nullcontext(said.append(where))
+    )
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    sampling.recording_stream.cache_clear()
+    result = torch.zeros(1)
+    replay = sampling.recording(lambda: said.append("step") or result, device)
+    stream = ("stream", device, 0)
+    once = [device, ("graph", stream, "thread_local"), "step", "end"]
+    assert said == once
+    assert replay() is result and replay() is result and said == [*once, "replay", "replay"]
+    sampling.recording(lambda: None, device)
+    assert said[-2] == once[1]
+    sampling.recording_stream.cache_clear()
 
 
 def test_who_records_a_step(build):
