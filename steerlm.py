@@ -21,11 +21,14 @@ One step:
 4. step    clip the gradient, update
 5. log
 
-It does not work in the toy world (seed 0): behind a request for all 4, adversarial POPE is .57 (the
-base: .76), CHAIR_s .58 (.63), and the text score .06 (.67), as the LLM never read such a request in
-training on text. 230 steps do not teach so small an LLM to look past 53 new tokens to the question:
-with --lr 1.5e-3 random POPE is .79 instead of .68 (the base: .94), CHAIR_s .64 and the text score
-.06. The packing of the rows is exact by a test.
+In the toy world (seed 0) it needs more steps than the other methods. After the 230 of the toy
+settings, behind a request for all 4, adversarial POPE is .57 (the base: .76), CHAIR_s .58 (.63) and
+the text score .06 (.67): the LLM never read such a request in training on text, and 53 new tokens
+of it stand before the answer. After 1,200 at --lr 1.5e-3 it follows what the request says of
+length: asked for all 4 it writes 42 words a caption, and CHAIR_s is .72; with complexity and
+verbosity at 2 (row `judged-steerlm-long` of lab/rows.py) 30 words and .06, recall .93, adversarial
+POPE .74. Helpfulness and correctness at 0 change nothing (.72). No text is rated, so the text score
+stays at .07. The packing of the rows is exact by a test.
 
 Choices where the paper is silent, and deviations:
 1. It does not say which request gave its row: all five at 4, complexity and verbosity at 2, or
