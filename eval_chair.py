@@ -626,6 +626,8 @@ def ask(args):
         *files, args.images, args.prompt, args.limit, args.questions, args.original
     )
     more = [args.questions] if args.questions else []
+
+    # what a run that goes on must share
     about = {
         "files": evaluation.hashes([*args.instances, *args.captions, args.synonyms, *more]),
         "prompt": args.prompt,
@@ -633,6 +635,7 @@ def ask(args):
         "original": args.original,
         "max_new_tokens": args.max_new_tokens,
     }
+
     said, numbers = {}, [number for number, _ in prompts]
     prompts = prompts if args.questions else None
     for contestant in evaluation.contestants(args, about):

@@ -134,6 +134,8 @@ def check_flags(args, judged=False):
     judged: a judge's replies to --answers are kept in --out, so that this goes on there as well.
     """
     refuse_unwritable(args.out)
+
+    # who is asked
     asks = args.model or args.endpoint
     if args.answers and (asks or args.adapter or args.attributes):
         raise BadInput(
@@ -156,6 +158,8 @@ def check_flags(args, judged=False):
             "--adapter with several --model: an adapter belongs to one model; give one --model, or "
             "merged folders."
         )
+
+    # where it is kept
     out = Path(args.out) if args.out else None
     if out and out.exists():
         ours = (judged or not args.answers) and (out / SETTINGS).is_file()

@@ -265,17 +265,21 @@ def token_weights(owner, lengths, mean, M, N, longest):
 
 def update(model, processor, optimizer, factor, groups, examples, knobs, args):
     """One update with a minibatch of Groups -> metrics. factor: of the learning rates."""
+    # what trains, and the sizes over which the loss is a mean
     cut_off = args.variant == "dapo"  # are they left out?
     trained = [group.without(cut_off) for group in groups if group.spread]
     trained = [group for group in trained if group.answers]
     M, A = (sum(len(group.answers) for group in some) for some in (groups, trained))
     N = sum(len(tokens) for group in trained for tokens in group.answers)
     metrics = Counter(dict.fromkeys(METRICS, 0.0))
+
+    # this process's share, on the device at once
     mine = processes.share(training.chunks(trained, args.batch_size))
     grouping.decode_ahead(processor, mine, examples)
     better_of = [[group.advantages for group in micro] for micro in mine]
     old_of = [[x for group in micro for x in group.old] for micro in mine]
     all_better, all_old = (grouping.on_device(x, model.device) for x in (better_of, old_of))
+
     for micro, better, old in zip(mine, all_better, all_old):  # m answers, n tokens
         rows = [sampling.with_answers(examples[group.place], group.answers) for group in micro]
         batch = processor.collate(rows).to(model.device)

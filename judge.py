@@ -510,7 +510,10 @@ class Watched:
         sockets = self.sockets
 
         class Connection(kind):
+            """A connection that notes its socket."""
+
             def connect(self):
+                """Connect, and note it."""
                 super().connect()
                 sockets.append(self.sock)
 
@@ -535,6 +538,7 @@ def deadline(seconds):
     sockets, late = [], threading.Event()
 
     def cut():
+        """Too late: end every connection."""
         late.set()
         for one in sockets:
             with contextlib.suppress(OSError):

@@ -310,8 +310,8 @@ def decode(model, growing, max_new_tokens, temperature, stop_ids, generator, wat
         growing_now = int(live.sum()) if t % look_every == 0 else len(live)
         if growing_now == 0:
             break
-        many_left = max_new_tokens - t > FEW or not record
-        if growing_now <= worth_a_copy * len(live) and many_left:
+        pays = max_new_tokens - t > FEW or not record
+        if growing_now <= worth_a_copy * len(live) and pays:
             keep = live.nonzero()[:, 0]
             computed, live, token = computed[keep], live[keep], token[keep]
             visible, positions = visible[keep], positions[keep]
@@ -396,7 +396,7 @@ def recording_stream(device):
 def can_record(model, max_new_tokens):
     """Is the model on a GPU, its step the same at every length, and are the tokens worth it?
 
-    Of the kinds of LLM that were tried. Rotary embeddings of two types look at the length on the
+    Only kinds of LLM that were tried are recorded. Rotary embeddings of two types look at the length on the
     host; blocks that were divided (sharding.py) have hooks of FSDP.
     """
     base = model.llm.base_model

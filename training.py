@@ -252,6 +252,8 @@ def parse_run(parser):
     Of several processes, none goes on before all have checked their flags.
     """
     args = parser.parse_args()
+
+    # the run folder
     if args.resume and not (args.out and (Path(args.out) / "args.json").is_file()):
         raise BadInput(
             f"--resume needs --out with the folder of a run; {args.out}/args.json is not there."
@@ -259,6 +261,7 @@ def parse_run(parser):
     if not args.resume and args.out:
         refuse_used(Path(args.out))
     refuse_unwritable(args.out)
+
     if args.model and not args.data:
         raise BadInput(
             "--model needs --data: a data file in one of the layouts of formats/layouts.py."
@@ -283,6 +286,7 @@ def parse(parser):
             f"--quantize nf4 with --lora-rank {args.lora_rank} and --lr {args.lr}: "
             "4-bit weights do not train; LoRA on them does, with a rank and a rate above 0."
         )
+
     # with --batch-size, the batch that was asked for; else the paper's
     if "grad_accum" not in args.given:
         whole, n = args.grad_accum, processes.total

@@ -122,6 +122,7 @@ def within(seconds):
         return
 
     def stop(*_):
+        """The signal: leave the renderer by an error."""
         raise ValueError(f"it takes longer than {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)

@@ -109,20 +109,25 @@ class Sheet:
         self.fonts = {size: ImageFont.load_default(size * SCALE) for size in (12, 13, 15, 18)}
 
     def line(self, points, colour, width=1.0):
+        """A line through points (x, y)."""
         self.draw.line([c * SCALE for p in points for c in p], colour, round(width * SCALE))
 
     def text(self, at, text, colour, size=13, anchor="la"):
+        """A text; `anchor` as in Pillow: which point of it is at (x, y)."""
         self.draw.text([c * SCALE for c in at], text, colour, self.fonts[size], anchor=anchor)
 
     def size(self, text, size=13):
+        """Width and height of a text."""
         x0, y0, x1, y1 = self.fonts[size].getbbox(text)
         return (x1 - x0) / SCALE, (y1 - y0) / SCALE + 3
 
     def dot(self, at, radius, colour, edge="white"):
+        """A filled circle."""
         box = [c * SCALE for c in (at[0] - radius, at[1] - radius, at[0] + radius, at[1] + radius)]
         self.draw.ellipse(box, colour, edge, SCALE)
 
     def diamond(self, at, radius, colour):
+        """A filled square on its corner."""
         x, y = at
         corners = (x - radius, y), (x, y - radius), (x + radius, y), (x, y + radius)
         self.draw.polygon([c * SCALE for corner in corners for c in corner], colour)

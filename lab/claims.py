@@ -114,8 +114,7 @@ rounds (least - most). Ratios are taken within a round.
   answers of 128 tokens, all networks of 7B shape) takes 15.0 s, 2.9 of them sampling; of GRPO (4 prompts x 8 answers of 64 tokens)
   1.7 s, where TRL's `GRPOTrainer` takes 5.0 times as long.
 - `dpo.py`, `bdhs.py`, `sample.py` with an adapter and `eval_pope.py` also ran there as a user runs them, on a checkpoint of 7B shape on
-  disk (13.3 GB, random weights) and nine photographs: `dpo.py` loaded it in 10 s, and its first loss in bfloat16 was .6936 (one run; not in
-  `gpu.json`).
+  disk (13.3 GB, random weights) and nine photographs.
 - Negatives of `bdhs.py` in the toy world: 54 answers a second on one thread, 18 s for 1000. At the shape above (`--only negatives`,
   five sentences an answer, two rounds): .95 to 1.0 CPU s for one answer and one try. With a prefill of prompt and image for each
   sentence it is 2.9 to 3.4. These figures are not in `bench.json`.
@@ -283,9 +282,11 @@ class Figures:
         self.cells = cells
 
     def chair(self, row):
+        """The row's mean CHAIR_s."""
         return f"{mean(after(self.cells, row, 'CHAIR_s')):.3f}"
 
     def value(self, row, column):
+        """The row's mean in a column."""
         return f"{mean(after(self.cells, row, column)):.3f}"
 
     def list(self, rows, column):
@@ -308,6 +309,7 @@ class Figures:
         return f"{mean(values):.3f}{apart}"
 
     def words(self, row):
+        """The row's mean number of words of a caption."""
         return f"{mean(after(self.cells, row, 'words')):.1f}"
 
     def base(self, column, digits=3):
@@ -815,8 +817,8 @@ def observations(cells):
                 f"Groups without spread: {f.logged('grpo', 'frac_reward_zero_std')}; tokens of an answer: {f.logged('grpo', 'completions/mean_length')}."
             ),
             lambda: (
-                f"**SteerLM needs more steps to read the request.** As many as the others, and asked for all 4: {f.both('judged-steerlm')}, random accuracy {f.value('judged-steerlm', 'POPE random')}. "
-                f"1,200 at 1.5e-3, and asked for short answers (complexity and verbosity 2): {f.both('judged-steerlm-long')}, {f.value('judged-steerlm-long', 'POPE random')}. The text score stays down "
+                f"**SteerLM needs more steps to read the request.** As many as the others, and asked for all 4: {f.both('judged-steerlm')}, accuracy on random questions {f.value('judged-steerlm', 'POPE random')}. "
+                f"After 1,200 at a rate of 1.5e-3, and asked for short answers (complexity and verbosity 2): {f.both('judged-steerlm-long')}, accuracy {f.value('judged-steerlm-long', 'POPE random')}. The text score stays down "
                 f"({f.value('judged-steerlm-long', 'text')}): no text is rated, so none stands behind such a request in training."
             ),
             lambda: (

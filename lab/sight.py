@@ -135,7 +135,7 @@ def plain_base(seed, folder):
 
 
 def plus_base(seed):
-    """The base, after as many steps as the other: one that was trained on left them in its folder."""
+    """The base after as many steps as the plain one: before it was trained on, if it was."""
     base = toy.base(seed)
     before = base.parent / "run" / "model"
     return before if before.is_dir() else base

@@ -105,7 +105,7 @@ def test_sampling_on_a_gpu_needs_what_was_measured(shapes, cell):
         need = memory.sampling(model, B, B * number("k", how, 1), length, 128, tiles)
     else:
         need = memory.sampling(model, B, 5 * B, length + 90, 24, tiles)
-    if cell.get("commit"):  # since then the adapter of rank 128 is cast once
+    if cell.get("commit"):  # cells with a commit: the adapter of rank 128 is cast once
         need += model.dtype.itemsize * memory.lora_numbers(model, 128)
     assert need / memory.GIB == pytest.approx(cell["peak_gib"] - cell["held_gib"], rel=0.15)
 
