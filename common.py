@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -92,6 +93,7 @@ def run(main, trains=False):
 # ---- one of several processes (processes.py)
 
 process_ids = []  # of all processes of a run that torchrun started, in their order
+ending = threading.Lock()  # torchrun may tell a process to end while it says why it ends
 
 
 def mark_of(name):
@@ -148,14 +150,16 @@ def end(text, status, stderr, patience=600):
 
     The others wait: torchrun ends them when the first has ended, and that one may have to save.
     """
-    first = first_to_fail()
-    if first:
-        print(printable(text, LONGEST), file=stderr, flush=True)
-    if not process_ids:
-        sys.exit(status)
-    if not first:
-        time.sleep(patience)
-    os._exit(status)  # at a normal end a collective may wait for those that are gone
+    with ending:
+        first = first_to_fail()
+        if first:
+            print(printable(text, LONGEST), file=stderr, flush=True)
+        if not process_ids:
+            sys.exit(status)
+        if first:
+            os._exit(status)  # at a normal end a collective may wait for those that are gone
+    time.sleep(patience)
+    os._exit(status)
 
 
 def lacks_memory(error):

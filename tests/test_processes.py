@@ -1,13 +1,16 @@
 """processes.py and sharding.py: two gloo processes do what one does on the same global batch."""
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,7 +35,7 @@ for script, *flags in json.load(open(sys.argv[1])):
     sys.argv = [script, *flags]
     run(importlib.import_module(script).main)
 """
-# fails in one of two processes, while the other waits for it
+# fails in one of two processes, while the other waits for it; both have printed by then
 FAILING = """
 import os, signal, sys, time
 import processes
@@ -40,6 +43,7 @@ from common import BadInput
 def main():
     processes.start("cpu")
     print("process 0 says so", file=sys.stderr)
+    processes.gathered(0)
     if processes.number == 1 and sys.argv[1] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if processes.number == 1 and sys.argv[1] == "stopped":
@@ -319,6 +323,39 @@ def test_of_several_processes_the_first_reports(tmp_path, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(process) / "error.json"))
         answers.append(common.first_to_fail.__wrapped__())
     assert answers == [True, False, False]
+
+
+def test_a_process_that_says_why_it_ends_is_not_interrupted(monkeypatch):
+    """torchrun tells it to end in the middle of its sentence: one sentence, whole, its status."""
+    ended, said, threads = [], [], []
+    monkeypatch.setattr(common, "process_ids", [1, 2])
+    monkeypatch.setattr(common, "first_to_fail", lambda: True)
+
+    def leave(status):
+        """os._exit, as far as a test can go: the first thread's call stops the process."""
+        ended.append((status, "".join(said)))
+        raise SystemExit
+
+    class Stderr(io.StringIO):
+        """While it takes the sentence, the other thread is told to end."""
+
+        def write(self, text):
+            if not threads:
+                threads.append(threading.Thread(target=told))
+                threads[0].start()
+                threads[0].join(0.3)
+            said.append(text)
+
+    def told():
+        with contextlib.suppress(SystemExit):
+            common.end("torchrun ended the run", 1, stderr, patience=0)
+
+    stderr = Stderr()
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        common.end("a.json, row 3: it is bad.", 2, stderr)
+    threads[0].join()
+    assert ended[0] == (2, "a.json, row 3: it is bad.\n")
 
 
 def test_a_script_that_a_process_starts_is_alone(monkeypatch):
