@@ -666,8 +666,8 @@ def test_after_a_failure_one_may_ask_again(server, record):
             3,
         ),
         (
-            lambda n, body: time.sleep(0.5) or (200, "Better: 1"),
-            "no answer after 3 tries, at last no reply within 0.2 seconds",
+            lambda n, body: time.sleep(2) or (200, "Better: 1"),
+            "no answer after 3 tries, at last no reply within 1 seconds",
             3,
         ),
         (
@@ -681,8 +681,10 @@ def test_after_a_failure_one_may_ask_again(server, record):
 )
 def test_an_endpoint_that_keeps_failing_stops_the_run(server, record, respond, words, count):
     url, requests = server(respond)
+    timeout = 1 if "1 seconds" in words else 60  # a loaded machine may be slow without meaning it
+    ask = judge.ask_endpoint(url, "m", KEY, timeout=timeout, tries=3, pause=0.01)
     with pytest.raises(judge.NoAnswer, match=words) as stopped:
-        list(judge.ask_endpoint(url, "m", KEY, timeout=0.2, tries=3, pause=0.01)([(record, "?")]))
+        list(ask([(record, "?")]))
     assert KEY not in str(stopped.value) and len(requests) == count
 
 

@@ -1,7 +1,6 @@
 """Images decoded ahead: the same tensors, each once, and errors where the image is used."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -69,7 +68,8 @@ def test_no_more_than_some_are_decoded_ahead_and_kept(monkeypatch):
     decode = Decoder()
     ahead = Prefetch(decode, 2, kept_bytes=90)  # two images of 40 bytes
     ahead.expect(range(100))
-    time.sleep(0.05)
+    for future in ahead.begun.values():
+        future.result()
     assert sorted(decode.calls) == [0, 1, 2]
     ahead.get(0), ahead.get(1), ahead.get(0), ahead.get(2)
     assert list(ahead.kept) == [0, 2] and ahead.bytes == 80, "1 was asked for longest ago"
