@@ -18,6 +18,7 @@ from lab.rows import (
     after,
     bases,
     changes,
+    comparable,
     figure,
     mean,
     policies,
@@ -43,6 +44,7 @@ REWARD = {  # what reward_model.py measures on held-out pairs: column
     "longer_preferred": "longer answer is the chosen one",
     "longer_favoured": "longer answer gets the higher score",
 }
+SEED_BY_SEED = (DEFAULT, "ppo")
 FRONT = (DEFAULT, "dpo", "mpo", "bdhs", "online", "ppo", "grpo", "judged-best")
 BENCH = {
     "ours": "`dpo.py`'s loop",
@@ -131,6 +133,25 @@ def log_table(cells):
     return markdown(["method", *LOGGED.values()], lines)
 
 
+def seeds_table(cells):
+    """The rows of SEED_BY_SEED on every seed that they have: from the base to after training."""
+    lines = []
+    for row in SEED_BY_SEED:
+        for seed, cell in cells.get(row, {}).items():
+            before, later = (
+                {c: figure(cell[when], place) for c, place in FIGURES.items()}
+                for when in ("before", "after")
+            )
+            shown = [
+                f"{before[c]:.3f} → {later[c]:.3f} ({100 * (later[c] - before[c]):+.1f})"
+                for c in ("CHAIR_s", "recall", "POPE random", "POPE adversarial", "text")
+            ]
+            words = f"{before['words']:.1f} → {later['words']:.1f} ({100 * later['words'] / before['words'] - 100:+.0f} %)"
+            lines.append([ROWS[row].name, seed, *shown, words])
+    head = ["method", "seed", "CHAIR_s", "recall", "POPE random", "POPE adversarial", "text"]
+    return markdown([*head, "words"], lines)
+
+
 def equal_table(cells):
     """The rows of EQUAL: what they cost and what became of the base."""
     digits = {"CHAIR_s": 3, "recall": 3, "POPE adversarial": 3, "text": 3, "words": 1}
@@ -148,15 +169,18 @@ def front_table(cells):
     """The README's choice of rows and columns."""
     columns = ("CHAIR_s", "recall", "POPE adversarial", "text")
     start = bases(cells).values()
-    lines = [["base", *(f"{mean(figure(b, FIGURES[c]) for b in start):.3f}" for c in columns), ""]]
+    shown = [f"{mean(figure(b, FIGURES[c]) for b in start):.3f}" for c in columns]
+    words = mean(figure(b, FIGURES["words"]) for b in start)
+    lines = [["base", *shown, f"{words:.1f}", ""]]
     for row in [row for row in FRONT if row in cells]:
         shown = [
             f"{mean(after(cells, row, c)):.3f} ({100 * mean(changes(cells, row, c)):+.1f})"
             for c in columns
         ]
         minutes = mean(c["minutes"] for c in cells[row].values())
-        lines.append([ROWS[row].name, *shown, f"{minutes:.1f}"])
-    return markdown(["method", *columns, "minutes"], lines)
+        words = mean(after(cells, row, "words"))
+        lines.append([ROWS[row].name, *shown, f"{words:.1f}", f"{minutes:.1f}"])
+    return markdown(["method", *columns, "words", "minutes"], lines)
 
 
 def bench_table(bench):
@@ -255,8 +279,9 @@ def fill(text, parts):
     return text
 
 
-def results_page(cells, gpu):
-    """results/README.md."""
+def results_page(everything, gpu):
+    """results/README.md, of all cells of results.json."""
+    cells = comparable(everything)
     parts = [claims.INTRODUCTION, table(cells), claims.CHARTS]
     parts += ["## What the papers claim, and what happens here", claims.HOW_TO_READ]
     paper = None
@@ -269,6 +294,7 @@ def results_page(cells, gpu):
         )
     parts.append("## What else the rows show")
     parts.append("\n".join(f"- {text}" for text in claims.observations(cells)))
+    parts += ["## Seed by seed", claims.SEED_BY_SEED, seeds_table(everything)]
     parts += ["## Reward models", claims.REWARD_MODELS, reward_table(cells)]
     parts.append("\n".join(f"- {text}" for text in claims.reward_observations(cells)))
     parts += ["## What was sampled during training", claims.SAMPLED, log_table(cells)]

@@ -9,7 +9,8 @@ Each cell is one command line (or two: make data, train) and one run folder belo
 an unfinished one is begun anew. Each writes a log beside its folder. All methods of a seed start from the same base.
 
 results/results.json holds what the cells wrote. From it come results/README.md (all tables, all claims of the papers), the charts,
-and the marked parts of README.md: of the seeds that the default, row `dpo-corrected`, has, and the rows that have all of them.
+and the marked parts of README.md: of the seeds that the rows `dpo-corrected` (the default) and `dpo` have, and the rows that have
+all of them. Further seeds of the default and of PPO stand in a table of their own.
 """
 
 import json
@@ -28,7 +29,7 @@ from types import SimpleNamespace
 from common import BadInput, Parser, Progress, positive_int, run, write_json
 from formats import adapters, checkpoints
 from lab import chart, pages, report, text_score, toy
-from lab.rows import DEFAULT, ROWS, comparable
+from lab.rows import ROWS, YARDSTICKS, comparable
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,13 +189,14 @@ def run_all(args, runs, path):
         raise failed[0]
 
 
-def write_pages(cells, folder):
+def write_pages(everything, folder):
     """The charts, results/README.md and the marked parts of README.md."""
+    cells = comparable(everything)
     chart.draw(cells, folder / "chart.png", "recall", "present objects still mentioned")
     right = "right answers to hard questions"
     chart.draw(cells, folder / "chart_pope.png", "POPE adversarial", right)
     gpu = json.loads((ROOT / "results" / "gpu.json").read_text())
-    (folder / "README.md").write_text(pages.results_page(cells, gpu), encoding="utf-8")
+    (folder / "README.md").write_text(pages.results_page(everything, gpu), encoding="utf-8")
     if folder.resolve() == ROOT / "results":
         bench = json.loads((folder / "bench.json").read_text())
         front = ROOT / "README.md"
@@ -242,12 +244,12 @@ def main():
         raise BadInput(f"{path}: no results yet.")
     parts = pages.table(cells), pages.reward_table(cells), pages.log_table(cells)
     print("\n\n".join(part for part in parts if part))
-    cells = comparable(cells)
-    if args.report and not cells:
+    if args.report and not comparable(cells):
         raise BadInput(
-            f"{path}: the pages need the row {DEFAULT}, with which the others are compared."
+            f"{path}: the pages need a seed of the rows {' and '.join(YARDSTICKS)}, with which the "
+            "others are compared."
         )
-    if not args.quick and cells:
+    if not args.quick and comparable(cells):
         write_pages(cells, folder)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 BDHS = ["--lr", "3e-4"]  # as bdhs.py --online
 DEFAULT = "dpo-corrected"  # `python dpo.py`
+YARDSTICKS = (DEFAULT, "dpo")  # the rows with which most claims compare another
 # An annotator's corrections only remove text: at a higher rate the model would learn to say less.
 CORRECTED = ["--lr", "5e-5"]
 FAST = ["--lr", "2e-4"]  # where the chosen answers are no shorter than the truth
@@ -176,10 +177,10 @@ def figure(result, place):
 
 
 def comparable(cells):
-    """Of the cells {row: {seed: summary}} those on the seeds of the default, in rows that have all."""
-    seeds = cells.get(DEFAULT, {}).keys()
+    """Of the cells {row: {seed: summary}} those of rows that have all seeds of YARDSTICKS."""
+    seeds = set.intersection(*(set(cells.get(row, {})) for row in YARDSTICKS))
     return {
-        row: {seed: by_seed[seed] for seed in seeds}
+        row: {seed: by_seed[seed] for seed in sorted(seeds, key=int)}
         for row, by_seed in cells.items()
         if seeds and seeds <= by_seed.keys()
     }

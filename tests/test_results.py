@@ -56,7 +56,7 @@ def cells():
 
 @pytest.fixture(scope="module")
 def real():
-    """What the pages show: results/results.json."""
+    """What most tables of the pages show: results/results.json."""
     return comparable(json.loads((ROOT / "results" / "results.json").read_text()))
 
 
@@ -276,10 +276,47 @@ def test_cells_run_once_and_one_that_fails_stops_no_other(cells_run, tmp_path):
     }
 
 
-def test_pages_are_of_the_seeds_of_the_default():
+def test_pages_are_of_the_seeds_of_two_rows():
+    """The default may have further seeds, and so may others."""
     one, two, three = {"0": 1}, {"0": 1, "1": 2}, {"0": 1, "1": 2, "2": 3}
-    assert comparable({DEFAULT: two, "ipo": one, "ppo": three}) == {DEFAULT: two, "ppo": two}
-    assert comparable({"ipo": one}) == comparable({}) == {}
+    cells = {DEFAULT: three, "dpo": two, "ipo": one, "ppo": three}
+    assert comparable(cells) == {DEFAULT: two, "dpo": two, "ppo": two}
+    assert comparable({DEFAULT: two, "dpo": one}) == {DEFAULT: one, "dpo": one}
+    assert (
+        comparable({DEFAULT: two, "ipo": one}) == comparable({"dpo": one}) == comparable({}) == {}
+    )
+
+
+def test_the_table_of_seeds_by_hand():
+    """Each seed on a line, whether other rows have it or not."""
+    before = summary(0.8, 0.6, 0.95, 40.0)
+    later = summary(0.84, 0.1, 0.93, 30.0) | {"text": {"mean": 0.65}}
+    cells = {
+        DEFAULT: {"0": {"before": before, "after": later}, "7": {"before": before, "after": before}}
+    }
+    _, _, first, second = pages.seeds_table(cells | {"dpo": {}}).splitlines()
+    assert first == (
+        "| DPO, corrected samples (default) | 0 | 0.600 → 0.100 (-50.0) | 0.950 → 0.930 (-2.0) | 0.800 → 0.840 (+4.0) "
+        "| 0.800 → 0.840 (+4.0) | 0.700 → 0.650 (-5.0) | 40.0 → 30.0 (-25 %) |"
+    )
+    assert second.startswith("| DPO, corrected samples (default) | 7 | 0.600 → 0.600 (+0.0) |")
+    assert pages.seeds_table({}) == ""
+
+
+def test_the_commands_of_the_results_are_those_of_the_rows():
+    """Else a figure would have another command than the one that is said to give it."""
+    elsewhere = ("--data", "--images", "--seed", "--out")
+    for row, by_seed in json.loads((ROOT / "results" / "results.json").read_text()).items():
+        for seed, cell in by_seed.items():
+            for (script, _, flags), command in zip(
+                ROWS[row].commands, cell["commands"], strict=True
+            ):
+                words = iter(command[1:])
+                shown = [word for word in words if word not in elsewhere or not next(words)]
+                assert command[0] == script and len(shown) == len(flags), (row, seed)
+                for word, flag in zip(shown, flags):
+                    made = flag.startswith("@") or flag.endswith(".jsonl")  # a path by now
+                    assert word == flag or made and not word.startswith("-"), (row, seed)
 
 
 def test_report_writes_pages_elsewhere_and_trains_nothing(cells, tmp_path, monkeypatch, capsys):
@@ -305,7 +342,7 @@ def test_report_writes_pages_elsewhere_and_trains_nothing(cells, tmp_path, monke
     page = (tmp_path / "README.md").read_text()
     assert "the row 'online-povid' is not measured yet." in page and "**Open.**" in page
     (tmp_path / "results.json").write_text(json.dumps({"ipo": cells["ipo"]}))
-    with pytest.raises(BadInput, match="the pages need the row dpo-corrected,"):
+    with pytest.raises(BadInput, match="the pages need a seed of the rows dpo-corrected and dpo,"):
         reproduce.main()
 
 
@@ -462,6 +499,14 @@ def changed(cells, row, place, value):
             lambda s, v: 0.99,
             "Holds here",
         ),
+        # better than SteerLM, which fell apart, is no part of it
+        (
+            "Rejection",
+            "judged-steerlm",
+            ("pope", "adversarial", "accuracy"),
+            lambda s, v: 0.1,
+            "Does not hold here",
+        ),
         (
             "Pairs that another",
             "judged-transfer",
@@ -565,8 +610,9 @@ def test_fill_by_hand():
 
 def test_pages_are_those_of_the_results(real):
     """`python -m lab.reproduce --report` would change nothing."""
+    everything = json.loads((ROOT / "results" / "results.json").read_text())
     gpu = json.loads((ROOT / "results" / "gpu.json").read_text())
-    assert (ROOT / "results" / "README.md").read_text() == pages.results_page(real, gpu)
+    assert (ROOT / "results" / "README.md").read_text() == pages.results_page(everything, gpu)
     bench = json.loads((ROOT / "results" / "bench.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert pages.fill(readme, pages.blocks(real, bench, gpu)) == readme
@@ -582,9 +628,10 @@ def test_front_page(real):
     lines = pages.front_table(real).splitlines()
     assert pages.front_table(real) in readme
     for line in lines[3:]:
-        name, *shown, _ = [cell.strip() for cell in line.strip("|").split("|")]
+        name, *shown, words, _ = [cell.strip() for cell in line.strip("|").split("|")]
         (row,) = [r for r in ROWS if ROWS[r].name == name]
         seeds = real[row].values()
+        assert words == f"{sum(c['after']['chair']['length'] for c in seeds) / len(seeds):.1f}"
         places = [
             ("chair", "chair_s"),
             ("chair", "recall"),
@@ -715,19 +762,33 @@ def test_the_page_tells_the_speed_of_sampling():
              for n, how, k in (("b8", "t0", ""), ("b32", "t0", ""), ("b8", "t1/k4", "/k4"))]  # fmt: skip
     ours = [f"{seconds(one):.2f} s" for one, _ in pairs]
     longer = [f"{seconds(other) / seconds(one):.1f}" for one, other in pairs]
-    assert "8 greedy answers take {}, of 32 {}, of 4 drawn answers to each of 8 prompts {}".format(*ours) in told
+    assert (
+        "8 greedy answers take {}, of 32 {}, of 4 drawn answers to each of 8 prompts {}".format(
+            *ours
+        )
+        in told
+    )
     assert "`generate` takes {}, {} and {} times as long".format(*longer) in told
     assert f"4 bits 8 answers take {seconds('sample/1.5/b8/t1/nf4'):.1f} s" in told
-    each = [f"{cells[f'negative/1.5/b8{how}']['seconds_an_answer']:.3f}"[1:] for how in ("", "/plain")]
-    assert "{} s an answer where every sentence shares one prefill, {} s where".format(*each) in told
+    each = [
+        f"{cells[f'negative/1.5/b8{how}']['seconds_an_answer']:.3f}"[1:] for how in ("", "/plain")
+    ]
+    assert (
+        "{} s an answer where every sentence shares one prefill, {} s where".format(*each) in told
+    )
     ppo, grpo = cells["ppo/1.5/b32/r64"], "grpo/1.5/b4/{}r64"
     assert f"takes {ppo['seconds'][0]:.1f} s, {ppo['sample_seconds']:.1f} of them sampling" in told
     ratio = seconds(grpo.format("trl/")) / seconds(grpo.format(""))
-    assert f"{seconds(grpo.format('')):.1f} s, where TRL's `GRPOTrainer` takes {ratio:.1f} times" in told
+    assert (
+        f"{seconds(grpo.format('')):.1f} s, where TRL's `GRPOTrainer` takes {ratio:.1f} times"
+        in told
+    )
 
 
 def test_the_page_tells_the_last_sample_of_mutants():
     run = json.loads((ROOT / "tests" / "mutants.json").read_text())["run"]
     can = run["mutants"] - run["equivalent"]
-    assert f"`python tests/mutants.py --sample {run['mutants']} --seed {run['seed']}`" in claims.REST
+    assert (
+        f"`python tests/mutants.py --sample {run['mutants']} --seed {run['seed']}`" in claims.REST
+    )
     assert f"can change a result | {can} | noticed by a test | {run['noticed']} |" in claims.REST
