@@ -22,7 +22,7 @@ SFT = [
     *("--model", "@base", "--lora-rank", "16", "--lr", "4e-4", "--projector-lr", "0"),
     *("--steps", "230", "--batch-size", "16", "--grad-accum", "1", "--save-every", "0"),
 ]
-# Until it reads the request: 230 steps at a lower rate do not teach it to.
+# Five times as many steps, a higher rate, and another request: these three differ from the row before.
 STEERED = ["--steps", "1200", "--lr", "1.5e-3", "--attributes", "complexity=2,verbosity=2"]
 OTHER_BASE = ["--model", "@other-base", "--annotator", "oracle", "--max-new-tokens", "96"]
 # As many answers an iteration as PPO.
