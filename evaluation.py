@@ -14,7 +14,9 @@ A script reads its questions, makes a `Record` of each, and asks every contestan
 
 A contestant is a LLaVA checkpoint (--model, several may be given), one with an adapter (--adapter,
 several may be given; `none` is the checkpoint alone), or a server that speaks OpenAI's chat
-completions (--endpoint, --endpoint-model). `in_memory` makes one of a model that is loaded.
+completions (--endpoint, --endpoint-model). `in_memory` makes one of a model that is loaded. Of
+--attributes: the request goes to a model with an adapter, or to one given without --adapter; the
+base beside an adapter is asked plainly.
 
 Decoding is greedy unless a temperature is given. Questions are grouped by image: an image is
 encoded once, and what its questions begin with runs through the LLM once (`sampling.sample`, given
@@ -246,14 +248,16 @@ def contestants(args, about):
 
     chosen, labels = [], []  # labels: paths or names that tell them apart
     for model in args.model or ():
-        for adapter in args.adapter or ["none"]:
-            adapter = None if adapter == "none" else adapter
+        for given in args.adapter or [None]:
+            adapter = None if given == "none" else given
+            attributes = None if given == "none" else args.attributes  # a base never learned them
             settings = {"model": model, "files": files_of(checkpoints.find_model(model))}
             if adapter:
                 files = files_of(adapters.adapter_folder(adapter))
                 settings |= {"adapter": adapter, "adapter files": files}
-            settings |= of_models | {"batch_size": args.batch_size}
-            one = argparse.Namespace(**vars(args) | {"model": model, "adapter": adapter})
+            settings |= of_models | {"attributes": attributes, "batch_size": args.batch_size}
+            own = {"model": model, "adapter": adapter, "attributes": attributes}
+            one = argparse.Namespace(**vars(args) | own)
             chosen.append(
                 Contestant(
                     "",

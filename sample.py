@@ -11,8 +11,11 @@ Without --model, the toy base model of --seed answers; images of its world are b
 written.
 
 With an adapter, the words in [brackets] are those that the model without it would not have said: it
-reads the same words up to there, and its most likely next token is another one. A hallucination
+reads the same answer up to there, and its most likely next token is another one. A hallucination
 that the adapter removes shows as such a word at the place where the two part.
+
+Of --attributes: the request goes to a model with an adapter, or to one given without --adapter; the
+base beside an adapter is asked plainly.
 
 --chat asks on about one image: a line is a turn, an empty line or the end of input ends it. With an
 adapter both answer every turn; the dialogue goes on with the answer of the adapter.
@@ -24,7 +27,7 @@ import re
 import shutil
 import sys
 import textwrap
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -97,12 +100,23 @@ def side_by_side(columns, width):
     return lines
 
 
+@contextmanager
+def base_alone(model, processor):
+    """Inside, the checkpoint answers: no adapter, and no --attributes, which it never learned."""
+    asked, processor.ask = processor.ask, ""
+    try:
+        with model.reference():
+            yield
+    finally:
+        processor.ask = asked
+
+
 def marked(model, processor, record, text):
     """The text, in brackets each word that the model would not have said without its adapter."""
     # 1. what it would have said in the place of each token
-    batch = processor.collate([processor.encode(replace(record, answers=(text,)))])
-    tokens, batch = batch.targets[:-1], batch.to(model.device)  # without the end token
-    with torch.no_grad(), model.reference():
+    with torch.no_grad(), base_alone(model, processor):
+        batch = processor.collate([processor.encode(replace(record, answers=(text,)))])
+        tokens, batch = batch.targets[:-1], batch.to(model.device)  # without the end token
         h = model.hidden_states(batch, batch.index)  # (R, D)
         logits = (h.to(model.dtype) @ model.head_weight().t()).float()  # (R, V)
     logits[:, model.image_token_id] = -torch.inf
@@ -120,7 +134,8 @@ def marked(model, processor, record, text):
 def answers_to(records, model, processor, args):
     """k answers to each record -> columns: with an adapter those without it, then with it."""
     columns = []
-    for who in (model.reference(), nullcontext()) if args.adapter else (nullcontext(),):
+    alone = base_alone(model, processor)
+    for who in (alone, nullcontext()) if args.adapter else (nullcontext(),):
         with who:
             columns.append(
                 generate(
@@ -168,7 +183,11 @@ def main():
     args.model = args.model or str(toy.base(args.seed))
     model, processor = evaluation.load(args)
     (prompt,) = take_placeholder((args.prompt,), args.image)  # `<image>` is the picture's place
-    training.show_prompt(processor, prompt)
+    two = args.adapter and args.attributes  # then they are asked differently
+    if two:
+        with base_alone(model, processor):
+            training.show_prompt(processor, prompt, "BEFORE: ")
+    training.show_prompt(processor, prompt, "AFTER: " if two else "")
     records = [Record(f"--image {file}", Path(file), (prompt,)) for file in args.image]
     if args.chat:
         return chat(records[0], model, processor, args)

@@ -179,13 +179,21 @@ def attributes(text):
 
 
 def add_attributes_flag(group, default=None):
-    """--attributes, for a model of steerlm.py."""
+    """--attributes, for a model of steerlm.py.
+
+    default: a rating, for training; None in what asks models, with or without adapters.
+    """
+    rule = (
+        "(default: all 4)"
+        if default
+        else "(default: the prompt as it is). The request goes to a model with an adapter, or to one "
+        "given without --adapter; the base beside an adapter is asked plainly."
+    )
     group.add_argument(
         "--attributes",
         type=attributes,
         default=default,
         metavar="NAME=0..4,...",
         help=f"ratings that the prompt asks a model of steerlm.py for, of {', '.join(ATTRIBUTES)}; "
-        "what is not named is 4 "
-        + ("(default: all 4)" if default else "(default: the prompt as it is)"),
+        f"what is not named is 4 {rule}",
     )

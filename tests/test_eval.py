@@ -959,6 +959,39 @@ def test_command_lines_with_a_model(world, tmp_path, monkeypatch, capsys):
     assert said["plain"] != said["adapted"]
 
 
+@pytest.mark.parametrize("script", [eval_pope, eval_chair])
+def test_the_request_is_for_the_adapter(script, world, tmp_path, monkeypatch):
+    """The prompts that base and adapter get in one run, as their tokens say."""
+    model, processor = checkpoints.compose(world / "parts" / "clip", world / "parts" / "llm")
+    checkpoints.save(model, processor, tmp_path / "model")
+    model.prepare(lora_rank=2)
+    adapters.save_adapter(model, tmp_path / "run" / "adapter", str(tmp_path / "model"))
+    got, whole = [], evaluation.sample
+
+    def seen(model, prompts, *args, given, **flags):
+        adapted = bool(model.lora_layers())
+        for start, rests in zip(prompts, given):
+            ids = [[*start.tolist(), *rest.tolist()] for rest, _ in rests]
+            got.extend((adapted, processor.tokenizer.decode(of)) for of in ids)
+        return whole(model, prompts, *args, given=given, **flags)
+
+    monkeypatch.setattr(evaluation, "sample", seen)
+    if script is eval_pope:
+        words, question = f"--questions {world}/pope_random.json", "?" + eval_pope.SUFFIX
+    else:
+        files = (f"--{name} {world}/{name}" for name in ("instances", "captions", "synonyms"))
+        words = " ".join(f"{flag}.{end}" for flag, end in zip(files, ("json", "json", "txt")))
+        words, question = f"{words} --limit 3 --max-new-tokens 4", eval_chair.PROMPT
+    words += f" --images {world}/images --model {tmp_path}/model --dtype float32 --device cpu"
+    words += f" --adapter none {tmp_path}/run/adapter --out {tmp_path}/out"
+    words += " --attributes verbosity=1"
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words.split()])
+    script.main()
+    request = "\nHelpfulness:4,Correctness:4,Coherence:4,Complexity:4,Verbosity:1"
+    ends = {(adapted, text[text.rindex(question) :]) for adapted, text in got}
+    assert ends == {(False, f"{question} ASSISTANT:"), (True, f"{question}{request} ASSISTANT:")}
+
+
 def test_the_model_that_is_evaluated(tmp_path, monkeypatch):
     """All flags about it reach it: template and aspect of the image too."""
     loaded, adapted, processor = [], [], SimpleNamespace()

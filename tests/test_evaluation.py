@@ -12,6 +12,7 @@ from PIL import Image
 import comparison
 import evaluation
 import memory
+import sample
 import sampling
 from common import BadInput, Parser
 from data import Record
@@ -47,6 +48,21 @@ def records(pictures):
         for n, (i, text) in enumerate(asked)
     ]
     return [*made, Record("q8", pictures[1], ("Is there a dog?", "No.", "Why not?"))]
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    """The folder of an adapter that changes what the checkpoint says."""
+    model, _ = checkpoints.load(checkpoint)
+    model.prepare(2)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.3)
+    folder = tmp_path / "run" / "adapter"
+    adapters.save_adapter(model, folder, checkpoint)
+    return folder
 
 
 # ---- asking
@@ -306,6 +322,53 @@ def test_weights_that_changed_are_another_model(checkpoint, tmp_path):
     checkpoints.save(model, processor, tmp_path / "m")
     with pytest.raises(BadInput, match="contestants, m, files: "):
         evaluation.contestants(parse(*flags), {})
+
+
+ADAPTED = (
+    "the request goes to a model with an adapter, or to one given without --adapter; the base "
+)
+ADAPTED += "beside an adapter is asked plainly."
+WISHES = "complexity=2,verbosity=2"
+REQUEST = "\nHelpfulness:4,Correctness:4,Coherence:4,Complexity:2,Verbosity:2"
+
+
+@pytest.mark.parametrize(
+    "adapters_given, want",
+    [(("none", "A"), ["", REQUEST]), (("none",), [""]), (("A",), [REQUEST]), ((), [REQUEST])],
+)
+def test_who_is_asked_for_attributes(adapter, checkpoint, tmp_path, adapters_given, want):
+    given = [str(adapter) if name == "A" else name for name in adapters_given]
+    flags = ["--model", checkpoint, *(["--adapter", *given] if given else [])]
+    flags += ["--attributes", WISHES, "--out", tmp_path / "out", "--device", "cpu"]
+    said = [one.load()[1].ask for one in evaluation.contestants(parse(*flags), {})]
+    assert said == want
+    settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())["contestants"]
+    asked = [bool(one["attributes"]) for one in settings.values()]
+    assert asked == [bool(text) for text in want]
+
+
+def test_answers_to_a_request_are_no_answers_without_one(adapter, checkpoint, tmp_path):
+    """The base has the same name and folder, given alone and as `none`; only one is asked."""
+    flags = ["--model", checkpoint, "--attributes", WISHES, "--device", "cpu"]
+    flags += ["--out", tmp_path / "out"]
+    evaluation.contestants(parse(*flags), {})
+    message = f"contestants, {checkpoint.name}, attributes: {{'helpfulness': 4, "
+    with pytest.raises(BadInput, match=f"{message}.*, and here it is None"):
+        evaluation.contestants(parse(*flags, "--adapter", "none"), {})
+    two = ("--adapter", "none", adapter, "--out", tmp_path / "two")
+    evaluation.contestants(parse(*flags, *two), {})
+    plain = [word for word in flags if word not in ("--attributes", WISHES)]
+    with pytest.raises(BadInput, match="contestants, run, attributes: .*, and here it is None"):
+        evaluation.contestants(parse(*plain, *two), {})
+
+
+def test_the_rule_stands_in_the_same_words_where_it_is_looked_for():
+    parser = Parser("")
+    evaluation.add_flags(parser)
+    texts = evaluation.__doc__, sample.__doc__, parser.format_help()
+    assert all(
+        ADAPTED in " ".join(text.split()).replace("The request", "the request") for text in texts
+    )
 
 
 # ---- intervals

@@ -102,17 +102,22 @@ def adapted(tmp_path, monkeypatch, checkpoint):
     return adapters.load_adapter(checkpoints.load(checkpoint)[0], tmp_path / "adapter"), processor
 
 
+def say_whole_words(processor, *models):
+    """Let the models say lower-case words alone, so that their text is read as their tokens."""
+    texts = {i: processor.tokenizer.decode([i]) for i in range(len(processor.tokenizer))}
+    words = [i for i, text in texts.items() if re.fullmatch(" [a-z]{2,}", text)]
+    with torch.no_grad():
+        for m in models:
+            rows = m.head_weight()[words].clone()
+            m.head_weight().zero_()[words] = rows + 9 * rows.sign()
+
+
 def test_marked_words_are_those_of_another_next_token(adapted, checkpoint):
     """By the base alone, token after token: projector and LoRA of the adapter play no part."""
     model, processor = adapted
     base, _ = checkpoints.load(checkpoint)
     record = Record("", Path("a.png"), ("What is in the picture?",))
-    texts = {i: processor.tokenizer.decode([i]) for i in range(len(processor.tokenizer))}
-    words = [i for i, text in texts.items() if re.fullmatch(" [a-z]{2,}", text)]
-    with torch.no_grad():
-        for m in (base, model):  # both say whole words alone
-            rows = m.head_weight()[words].clone()
-            m.head_weight().zero_()[words] = rows + 9 * rows.sign()
+    say_whole_words(processor, base, model)
     ((own,),) = sampling.generate(base, processor, [record], 6)
     assert len(own.split()) == 6 and sample.marked(model, processor, record, own) == own
 
@@ -137,6 +142,46 @@ def test_marked_words_are_those_of_another_next_token(adapted, checkpoint):
         place += len(word)
     assert sample.marked(model, processor, record, text) == want.strip() and "[" in want
     assert sample.marked(model, processor, record, "") == ""
+
+
+def test_the_request_is_for_the_adapter(ask, adapted, checkpoint, tmp_path, monkeypatch):
+    """BEFORE is the base asked plainly, AFTER the adapter asked for the ratings; alone it is asked."""
+    request = "\nHelpfulness:4,Correctness:4,Coherence:4,Complexity:2,Verbosity:4"
+    (tuned, _), (base, processor) = adapted, checkpoints.load(checkpoint)
+    record = Record("", Path("a.png"), ("What?",))
+    wished = Record("", Path("a.png"), ("What?" + request,))
+    said = {}
+    for model, who in ((base, "base"), (tuned, "tuned")):
+        for of, how in ((record, "plainly"), (wished, "asked")):
+            ((said[who, how],),) = sampling.generate(model, processor, [of], 6)
+    assert len(set(said.values())) == 4, "else a mix-up would not be seen"
+
+    marked = sample.marked(tuned, processor, record, said["tuned", "asked"])
+    wishes = ("--attributes", "complexity=2")
+    out, err = ask("--adapter", tmp_path / "adapter", *wishes)
+    lines = ["a.png  What?", *sample.side_by_side(["BEFORE", "AFTER"], 60)]
+    assert out.splitlines() == [
+        *lines,
+        *sample.side_by_side([said["base", "plainly"], marked], 60),
+        "",
+    ]
+    shown = re.findall(r"^(BEFORE|AFTER): .* asked as .*What\?(.*) ASSISTANT:", err, re.MULTILINE)
+    assert shown == [("BEFORE", ""), ("AFTER", request.replace("\n", "\\n"))]
+    out, _ = ask(*wishes)
+    assert out.splitlines()[1:] == [*sample.side_by_side([said["base", "asked"]], 60), ""]
+
+
+def test_marked_words_are_those_of_the_base_asked_plainly(adapted, checkpoint):
+    model, processor = adapted
+    base, _ = checkpoints.load(checkpoint)
+    say_whole_words(processor, base, model)
+    record = Record("", Path("a.png"), ("What is in the picture?",))
+    ((plain,),) = sampling.generate(base, processor, [record], 6)
+    processor.ask = "\nHelpfulness:4,Correctness:4,Coherence:4,Complexity:4,Verbosity:4"
+    ((asked,),) = sampling.generate(base, processor, [record], 6)
+    assert sample.marked(model, processor, record, plain) == plain and "[" not in plain
+    assert "[" in sample.marked(model, processor, record, asked)
+    assert processor.ask, "asked again behind it"
 
 
 def test_chat(ask, monkeypatch, adapted, checkpoint, tmp_path):
