@@ -186,8 +186,8 @@ def add_attributes_flag(group, default=None):
     rule = (
         "(default: all 4)"
         if default
-        else "(default: the prompt as it is). The request goes to a model with an adapter, or to one "
-        "given without --adapter; the base beside an adapter is asked plainly."
+        else "(default: the prompt as it is). The request goes to a model with an adapter, or to "
+        "one given without --adapter; the base beside an adapter is asked plainly."
     )
     group.add_argument(
         "--attributes",

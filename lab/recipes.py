@@ -52,6 +52,7 @@ class Recipe(NamedTuple):
     before: memory.Plan | None = None  # of the first line, if it draws for the second
     rank: int = 128
     model: str = "next"  # or "1.5", "1.5-13b"
+    asked: str = ""  # flags that its evaluations need and those of the other rows do not
 
 
 class Paper(NamedTuple):
@@ -81,7 +82,7 @@ PPO = memory.Plan(k=1, new=896, trained=2, frozen=1)
 def evaluation(script, *flags, model=NEXT, out=None):
     """A command line that evaluates the model and one adapter."""
     who = f"--model {model} --adapter none runs/ROW/adapter"
-    return " ".join([f"python {script}.py", *flags, who, f"--out runs/{out}"])
+    return " ".join([f"python {script}.py", *flags, who, f"--out runs/ROW/{out}"])
 
 
 JUDGED = "--annotator endpoint --judge-url URL --judge-model JUDGE"
@@ -211,8 +212,8 @@ LI_LIN_PEI = Paper(
     "Li, Lin, Pei 2024: LLaVA-1.5-13B, answers rated on five attributes",
     "The files are those of `alexshengzhili/mllm-dpo` (29.9, 21.1, 101 and 11.2 MB in this order). "
     "To rate answers anew, `annotate.py` is first; its judge there was Gemini, with a prompt that "
-    "is not published. The row SteerLM is evaluated with a request for the ratings; which one is "
-    "not published (`--attributes` asks for all 4).",
+    "is not published. The row SteerLM is evaluated with a request for ratings; which one is not "
+    "published: its lines ask for all 4, and its base plainly.",
     ("MM-Vet", "LLaVA-W", "POPE", "MMBench", "MT-Bench", "AlpacaEval"),
     (
         Recipe("base", (), (36.3, 73.1, 0.859, 67.4, 5.99, 79.3), 0, model="1.5-13b"),
@@ -270,6 +271,7 @@ LI_LIN_PEI = Paper(
             answers=(fits.ANSWER,),
             refers=0,
             model="1.5-13b",
+            asked="--attributes helpfulness=4,correctness=4,coherence=4,complexity=4,verbosity=4",
         ),
         Recipe(
             "standard SFT",
@@ -479,6 +481,10 @@ def page():
                 parts.append(f"{recipe.row}:\n\n```\n{text}\n```")
         text = "\n".join(paper.evaluations)
         parts.append(f"The columns, in their order:\n\n```\n{text}\n```")
+        for recipe in paper.recipes:
+            if recipe.asked:
+                text = "\n".join(f"{line} {recipe.asked}" for line in paper.evaluations)
+                parts.append(f"The columns of {recipe.row}:\n\n```\n{text}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -40,6 +40,27 @@ def test_the_page_is_what_the_code_writes():
     assert PAGE.count("not run here") == sum(len(paper.recipes) for paper in recipes.PAPERS)
 
 
+def test_steerlm_is_asked_for_ratings(monkeypatch, tmp_path):
+    """Each of its columns asks for all 4, in words that the evaluations accept; no other row asks."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"The columns of SteerLM:\n\n```\n(.*?)\n```", PAGE, re.DOTALL)
+    lines = block.splitlines()
+    assert len(lines) == len(recipes.LI_LIN_PEI.columns)
+    assert sorted(lines) == sorted(line for line in LINES if "--attributes" in line)
+    four = dict.fromkeys(("helpfulness", "correctness", "coherence", "complexity", "verbosity"), 4)
+    for line in lines:
+        args = parsed(line, monkeypatch)
+        assert args.attributes == four and args.adapter == ["none", "runs/ROW/adapter"]
+
+
+def test_each_row_is_evaluated_in_folders_of_its_own():
+    """A folder of --out belongs to its contestants: another row's adapter is refused there."""
+    for paper in recipes.PAPERS:
+        folders = [line.split("--out ")[1] for line in paper.evaluations]
+        assert all(folder.startswith("runs/ROW/") for folder in folders)
+        assert len(set(folders)) == len(folders)
+
+
 def test_a_row_has_a_figure_for_every_column():
     for paper in recipes.PAPERS:
         assert all(len(recipe.figures) == len(paper.columns) for recipe in paper.recipes)
