@@ -21,18 +21,23 @@ One step:
 4. step    clip the gradient, update
 5. log
 
-In the toy world (seed 0) it needs more steps than the other methods. After the 230 of the toy
-settings, behind a request for all 4, adversarial POPE is .57 (the base: .76), CHAIR_s .58 (.63) and
-the text score .06 (.67): the LLM never read such a request in training on text, and 53 new tokens
-of it stand before the answer. After 1,200 at --lr 1.5e-3 it follows what the request says of
-length: asked for all 4 it writes 42 words a caption, and CHAIR_s is .72; with complexity and
-verbosity at 2 (row `judged-steerlm-long` of lab/rows.py) 30 words and .06, recall .93, adversarial
-POPE .74. Helpfulness and correctness at 0 change nothing (.72). No text is rated, so the text score
-stays at .07. The packing of the rows is exact by a test.
+In the toy world (seed 0), after the 230 steps of the toy settings and behind a request for all 4,
+adversarial POPE is .57 (the base, asked plainly: .76), CHAIR_s .58 (.63) and the text score .06
+(.67). The LLM never read such a request in training on text; it makes a prompt 52 tokens longer.
+
+The row `judged-steerlm-long` of lab/rows.py differs in three things at once: 1,200 steps instead of
+230, --lr 1.5e-3 instead of 4e-4, and a request for complexity and verbosity 2 instead of all 4.
+Adversarial POPE is .74 there, CHAIR_s .06, recall .93 (the base: .96), at 30 words a caption (37).
+So the two rows do not show which of the three makes the difference, nor what more steps alone do.
+With the adapter of the longer run the request alone was changed as well: asked for all 4 it writes
+42 words and CHAIR_s is .72; helpfulness and correctness at 0 change nothing (.72). No text is rated
+in either row, and the text score stays at .06. The packing of the rows is exact by a test.
 
 Choices where the paper is silent, and deviations:
 1. It does not say which request gave its row: all five at 4, complexity and verbosity at 2, or
-   none. Ours is evaluated with --attributes, all 4 by default.
+   none. Ours is evaluated with --attributes, all 4 by default; the base before it plainly. In the
+   evaluations and sample.py the request goes to a model with an adapter, or to one given without
+   --adapter; the base beside an adapter is asked plainly.
 2. The answers of a prompt share its image and the common part of their prompts in one packed row:
    the same loss as separate rows, so --batch-size counts images.
 3. Learning rates, LoRA 128, 3 epochs, batch 128: its scripts. Its LoRA has dropout .05, ours none.
