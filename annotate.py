@@ -17,11 +17,13 @@ The first half of Li et al. 2024:
             best.json          the best answer, if Q >= --threshold   (LLaVA-Instruct's layout)
             attributes.json    every rated answer; the prompt asks for its attributes      (the same)
 
-rejection_sampling.py and steerlm.py read ratings.jsonl (formats/ratings.py); best.json and
-attributes.json are what they train on, for other programs. ratings.jsonl holds the line of a prompt
-as soon as it is rated. A run that was stopped goes on with --resume: a prompt that has its line is
-not asked again. --limit bounds the number of prompts, and so the cost; the tokens that an endpoint
-counted are in statistics.json.
+rejection_sampling.py and steerlm.py read ratings.jsonl (formats/ratings.py), a line a prompt;
+best.json and attributes.json are what they train on, for other programs.
+
+reviews.jsonl holds the judge's replies: an endpoint's as each arrives, with the tokens that it
+counted, a checkpoint's 64 at a time. A run that was stopped goes on with --resume: what has its
+reply is not asked again. --limit bounds the number of prompts, and so the cost; the sum of the
+tokens is in statistics.json.
 
 --flip P exchanges chosen and rejected in a share P of the pairs: the paper's study of noise.
 --share S takes a share S of the prompts: its study of data size. Both draw with --seed.
@@ -32,7 +34,9 @@ Choices where the paper is silent:
 3. Equal answers to a prompt are rated once and kept once; empty answers are left out. The prompts
    of which this leaves nothing are counted.
 4. A rating that cannot be read, or a judge that rates three of four answers, loses that answer
-   and no other. Nothing is guessed; all of it is counted.
+   and no other. Nothing is guessed; all of it is counted. So is a prompt that an endpoint refuses
+   (status 400, 413 or 422: a filter, say) while it answers others; --resume asks it again. Where
+   it refuses the first 8, or all, the run stops; at any other refusal too.
 5. The answers stand in the order in which they were drawn, as in the paper.
 
 Figures (statistics.json): prompts, answers, `unreadable` ratings, mean of each attribute, mean Q of
@@ -59,8 +63,10 @@ import re
 import statistics
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import evaluation
 import judge
 import processes
 import training
@@ -125,8 +131,7 @@ def parse():
         help="prompts that are sampled at a time (default %(default)s)",
     )
     flag("--limit", type=positive_int, metavar="N", help="prompts, the first of the data")
-    judge.add_flags(parser)
-    parser.set_defaults(annotator="endpoint")
+    judge.add_flags(parser, default="endpoint", replies=True)
 
     flag = parser.add_argument_group("what is made of the ratings").add_argument
     flag(
@@ -248,70 +253,94 @@ def dict_of(text):
         return None
 
 
-def make_rater(args, device, dtype, usage):
-    """The judge that the flags name: a function (records, lists of answers) -> an iterator.
+def make_rater(args, device, dtype):
+    """The judge that the flags name: a function (records, lists of answers, path) -> a list.
 
-    It gives (ratings, reasons) of each record in order, as they come. usage: see `ask_endpoint`.
+    It gives (ratings, reasons, what a server counted) of each record. path: reviews.jsonl.
     """
     device = judge.checked(args, device)
-    if args.facts or (Path(args.annotator) / "reward.json").is_file():
+    if (Path(args.annotator) / "reward.json").is_file():
         raise BadInput(
-            f"--annotator {args.annotator}: a reward model, with facts or without, gives one "
-            "score; accepted are oracle, a LLaVA checkpoint, endpoint."
+            f"--annotator {args.annotator} is a reward model, which gives one score; accepted are "
+            "oracle, a LLaVA checkpoint, endpoint."
         )
     if args.annotator == "oracle":
         return rate_by_oracle
-    ask = judge.asker(args, device, dtype, RATING_TOKENS * args.k, usage)
+    ask = judge.asker(args, device, dtype, RATING_TOKENS * args.k)
 
-    def rate(records, answers):
+    def rate(records, answers, path):
         """Ask about each prompt once; the first reply that cannot be read is shown."""
-        questions = [(record, question(record, texts)) for record, texts in zip(records, answers)]
-        shown = False
-        for texts, reply in zip(answers, ask(questions)):
-            rated, reasons = read_reply(reply, len(texts))
+        questions = [question(record, texts) for record, texts in zip(records, answers)]
+        found, shown = [], False
+        for texts, row in zip(answers, reviews(ask, records, questions, path)):
+            rated, reasons = read_reply(row["answer"], len(texts))
             if None in rated and not shown:
                 shown = True
-                print(f"annotator: a rating that cannot be read: {reply!r:.500}", file=sys.stderr)
-            yield rated, reasons
+                what = row["answer"]
+                print(f"annotator: a rating that cannot be read: {what!r:.500}", file=sys.stderr)
+            found.append((rated, reasons, row.get("usage", {})))
+        return found
 
     return rate
 
 
-def rate_by_oracle(records, answers):
-    """The toy world's truth."""
+def reviews(ask, records, questions, path):
+    """The judge's reply to each question -> rows {"image", "prompt", "answer", "usage"}, in order.
+
+    path: reviews.jsonl, to which each reply is added as it comes; a question that has its line is
+    not asked again. One that a server refuses has its words for an answer, and no line.
+    """
+    keys = [evaluation.key_of(replace(r, turns=(q,))) for r, q in zip(records, questions)]
+    rows = evaluation.read_replies(path)
+    todo = {key: item for key, *item in zip(keys, records, questions) if key not in rows}
+    waiting = list(todo)
+    progress = Progress("ratings", len(keys), len(keys) - len(todo))
+    asked = ask([tuple(item) for item in todo.values()], answered=bool(rows))
+    with open(path, "a", encoding="utf-8") as file:
+        for n, reply in enumerate(asked, len(keys) - len(todo) + 1):
+            image, turns = key = waiting[reply.place]
+            row = {"image": image, "prompt": list(turns), "answer": reply.text or ""}
+            rows[key] = row | {"usage": reply.usage}
+            if not reply.refused:
+                file.write(json.dumps(rows[key]) + "\n")
+                file.flush()
+            progress(n)
+    return [rows[key] for key in keys]
+
+
+def rate_by_oracle(records, answers, path):
+    """The toy world's truth. It costs nothing, so that nothing is kept."""
+    found, progress = [], Progress("ratings", len(records))
     for record, texts in zip(records, answers):
         world = judge.world_of(record)
         rated = [world.rate(record.image, record.turns[-1], text) for text in texts]
         counts = [world.judge(record.image, record.turns[-1], text) for text in texts]
-        yield rated, [", ".join(f"{n} {what}" for what, n in count.items()) for count in counts]
+        reasons = [", ".join(f"{n} {what}" for what, n in count.items()) for count in counts]
+        found.append((rated, reasons, {}))
+        progress(len(found))
+    return found
 
 
-def rate_all(args, records, answers, rate, usage, out):
-    """[Rated, ...] of all prompts; each has its line in ratings.jsonl as soon as it is rated."""
-    path = out / "ratings.jsonl"
+def rate_all(args, records, answers, rate, out):
+    """[Rated, ...] of all prompts, also in ratings.jsonl; and the sum of what a server counted."""
     images = dataset.images_folder(records, args.data, args.images)
     remember_images(out, images)
     different = [
         tuple(text for text in dict.fromkeys(map(str.strip, texts)) if text) for texts in answers
     ]
-    lines = whole_lines(path)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    if lines:
-        usage.update(lines[-1]["usage"])
-    first = len(lines)
+    asked = [i for i, texts in enumerate(different) if texts]  # no answer, no question
+    found = rate([records[i] for i in asked], [different[i] for i in asked], out / "reviews.jsonl")
+    by_place = dict(zip(asked, found))
 
-    asked = [i for i in range(first, len(records)) if different[i]]  # no answer, no question
-    replies = rate([records[i] for i in asked], [different[i] for i in asked])
-    progress = Progress("ratings", len(records), first)
-    with open(path, "a", encoding="utf-8") as file:
-        for i in range(first, len(records)):
-            rated, reasons = next(replies) if different[i] else ((), ())
-            one = Rated(records[i], different[i], tuple(rated), tuple(reasons))
-            line = ratings.line_of(one, dataset.image_name(records[i].image, images, out))
-            file.write(json.dumps(line | {"usage": dict(usage)}) + "\n")
-            file.flush()
-            progress(i + 1)
-    return ratings.read(path)
+    lines, usage = [], Counter()
+    for i, (record, texts) in enumerate(zip(records, different)):
+        rated, reasons, counted = by_place.get(i, ((), (), {}))
+        one = Rated(record, texts, tuple(rated), tuple(reasons))
+        line = ratings.line_of(one, dataset.image_name(record.image, images, out))
+        lines.append(json.dumps(line | {"usage": counted}) + "\n")
+        usage.update(counted)
+    write_text(out / "ratings.jsonl", "".join(lines))
+    return ratings.read(out / "ratings.jsonl"), usage
 
 
 # ---- 3. write
@@ -387,7 +416,7 @@ def make_data(args, rated, out, usage):
 
 def main():
     """Load, sample, rate, write."""
-    args, usage = parse(), Counter()
+    args = parse()
     if processes.total > 1:
         raise BadInput(
             "annotate.py is one process; an endpoint is asked --judge-workers at a time."
@@ -401,7 +430,7 @@ def main():
             )
         args.data = [args.ratings]
         rated = ratings.read(args.ratings, args.images)
-        make_data(args, rated, training.start(args, "annotate"), usage)
+        make_data(args, rated, training.start(args, "annotate"), {})
         return
     toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
 
@@ -416,7 +445,7 @@ def main():
         unique=lambda record: record.prompt_key,
         check_images=args.check_images,
     )
-    rate = make_rater(args, device, dtype, usage)
+    rate = make_rater(args, device, dtype)
     model, processor = checkpoints.load(
         args.model, dtype, device, args.template, args.image_aspect, quantize=args.quantize
     )
@@ -429,7 +458,7 @@ def main():
     answers = draw_answers(model, processor, records, args, out / "answers.jsonl")
 
     # 2. rate
-    rated = rate_all(args, records, answers, rate, usage, out)
+    rated, usage = rate_all(args, records, answers, rate, out)
 
     # 3. write
     make_data(args, rated, out, usage)

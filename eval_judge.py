@@ -41,6 +41,8 @@ Deviations:
 1. Answers and reviews are matched by their ids (MMHal-Bench: picture and question), not by order.
 2. The instructions that the official judges get as a system message stand in the one message.
 3. A server's reply may have 1024 tokens at least, so that a judge may think first.
+   A question that it refuses while it answers others (a filter, say) counts as unreadable;
+   it is not kept, and the same command asks it again.
 4. A ratio of nothing is 0.
 """
 
@@ -49,6 +51,7 @@ from common import BadInput, Parser, Progress, positive_int, run
 import functools
 import json
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +162,9 @@ class Judge:
     """Who judges."""
 
     name: str
-    ask: object  # a function ([(question, Request, image or None)], temperature) -> (place, reply)
+    # a function ([(question, Request, image or None)], temperature, answered) -> judge.Reply's;
+    # answered: see `ask_endpoint`
+    ask: object
     served: set = field(default_factory=set)  # names by which a server calls it, or a hash of files
 
 
@@ -170,7 +175,7 @@ def make_judge(args, bench):
     if args.annotator is None:
         return None
     if args.annotator == "oracle":
-        return Judge(TRUTH, lambda items, _: enumerate(by_truth(bench, items)))
+        return Judge(TRUTH, lambda items, *_: by_truth(bench, items))
     if (Path(args.annotator) / "reward.json").is_file():
         raise BadInput(
             f"--annotator {args.annotator} is a reward model, which writes no reply; a checkpoint, "
@@ -191,9 +196,9 @@ def make_judge(args, bench):
         lambda: judge.ask_checkpoint(args.annotator, device, dtype, bench.MAX_TOKENS)
     )
 
-    def ask_it(items, temperature):
+    def ask_it(items, temperature, answered):
         """Replies of a checkpoint in order; it decodes greedily whatever the temperature."""
-        return enumerate(load()([to_judge(*item) for item in items]))
+        return load()([to_judge(*item) for item in items])
 
     files = evaluation.files_of(checkpoints.find_model(args.annotator))
     return Judge(args.annotator, ask_it, {f"files {files}"})
@@ -204,17 +209,12 @@ def of_server(endpoint, name, to_judge, max_tokens):
     served = set()
     tokens = max(judge.REPLY_TOKENS, max_tokens)
 
-    def ask_it(items, temperature):
-        """(place, reply) as they arrive."""
-        connect = lambda arrived: endpoint(
-            max_tokens=tokens,
-            temperature=temperature,
-            resume="the same command",
-            arrived=arrived,
-            served=served,
+    def ask_it(items, temperature, answered):
+        """Replies as they arrive."""
+        ask = endpoint(
+            max_tokens=tokens, temperature=temperature, resume="the same command", served=served
         )
-        parts = evaluation.as_they_arrive(connect, [to_judge(*item) for item in items])
-        return (reply for part in parts for reply in part)
+        return ask([to_judge(*item) for item in items], answered)
 
     endpoint()  # a wrong address is refused now
     return Judge(name, ask_it, served)
@@ -225,14 +225,14 @@ def by_truth(bench, items):
 
     An answer's grade is (the share of what was asked that it tells, its errors).
     """
-    for q, request, image in items:
+    for place, (q, request, image) in enumerate(items):
         grades = []
         for turns, text in request.said:
             record = Record(q.where, image, turns)
             counts = judge.world_of(record).judge(image, turns[-1], text)
             told = counts["true"] / max(1, counts["true"] + counts["missed"])
             grades.append((told, counts["errors"]))
-        yield bench.in_words(grades)
+        yield judge.Reply(place, bench.in_words(grades))
 
 
 def judged(who, bench, questions, said, images, path, sees=False, runs=1):
@@ -288,8 +288,9 @@ def add_replies(who, todo, temperature, rows, path, label):
     progress = Progress(f"{label}, judge", len(todo))
     waiting = list(todo)
     with open(path, "a", encoding="utf-8") as file:
-        for n, (place, reply) in enumerate(who.ask(list(todo.values()), temperature), 1):
-            key = waiting[place]
+        asked = who.ask(list(todo.values()), temperature, bool(rows))
+        for n, reply in enumerate(asked, 1):
+            key = waiting[reply.place]
             names = sorted(known | who.served)
             if len(names) > 1:
                 raise BadInput(
@@ -297,11 +298,16 @@ def add_replies(who, todo, temperature, rows, path, label):
                     "replies of two judges are not mixed; give another --out to judge all again."
                 )
             image, (name, text) = key
-            row = {"image": image, "prompt": [name, text], "answer": reply or "", "judge": who.name}
+            answer = "" if reply.refused else reply.text or ""
+            row = {"image": image, "prompt": [name, text], "answer": answer, "judge": who.name}
             row |= {"served": names[0] if names else None, "date": time.strftime("%Y-%m-%d")}
             rows[key] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            if reply.refused:
+                where = todo[key][0].where
+                print(f"{where}: the judge refuses it: {reply.text}", file=sys.stderr)
+            else:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
             progress(n)
 
 
@@ -469,7 +475,7 @@ def parse():
         help="longest answer (default %(default)s)",
     )
     evaluation.add_flags(parser)
-    judge.add_flags(parser, replies=True)
+    judge.add_flags(parser, default=None, replies=True)
     flag = parser.add_argument_group("judge").add_argument
     flag(
         "--judge-sees-image",

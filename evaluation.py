@@ -44,7 +44,6 @@ import os
 import re
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -197,7 +196,7 @@ class Contestant:
     folder: Path | None = None  # for its answers; None: nothing is written
     settings: dict = field(default_factory=dict)  # what its answers depend on
     load: object = None  # a function () -> (model, processor)
-    server: object = None  # or (max_new_tokens, temperature, arrived) -> `ask` of judge.py
+    server: object = None  # or (max_new_tokens, temperature) -> `ask` of judge.py
     batch_size: int = 64
     loaded: tuple | None = None  # (model, processor)
     asked: int = 0  # questions that this process run has asked ...
@@ -290,7 +289,7 @@ def server_of(args):
 
     key = judge.read_key(args.endpoint_key_file, "--endpoint-key-file")
 
-    def connect(max_new_tokens, temperature, arrived=None):
+    def connect(max_new_tokens, temperature):
         """What asks the server; an answer is as long as the evaluation says, and no longer."""
         return judge.ask_endpoint(
             args.endpoint,
@@ -301,7 +300,6 @@ def server_of(args):
             temperature=temperature,
             flag="--endpoint",
             resume="the same command",
-            arrived=arrived,
         )
 
     connect(1, 0)  # a wrong address is refused now
@@ -462,28 +460,9 @@ def read_replies(path):
 
 def ask_server(contestant, records, max_new_tokens, watch, temperature):
     """Replies of a server: [(place, {"answer"})]; without spaces around, as a model's."""
-    connect = lambda arrived: contestant.server(max_new_tokens, temperature, arrived)
-    for part in as_they_arrive(connect, [(record, None) for record in records]):
-        yield [(place, {"answer": text.strip()}) for place, text in part]
-
-
-def as_they_arrive(connect, items):
-    """Replies to items as they arrive: [(place, text)]. Those after a failure count too.
-
-    connect: a function from `arrived` to `ask`, as judge.py's `ask_endpoint` makes it.
-    """
-    place = {id(item): n for n, item in enumerate(items)}
-    arrived = deque()  # threads add to it
-    asked = iter(connect(lambda item, text: arrived.append((place[id(item)], text)))(items))
-    going_on, failure = True, None
-    while going_on:
-        try:
-            going_on = next(asked, None) is not None
-        except BaseException as error:  # its other requests have come to an end
-            going_on, failure = False, error
-        yield [arrived.popleft() for _ in range(len(arrived))]
-    if failure:
-        raise failure
+    asked = contestant.server(max_new_tokens, temperature)([(record, None) for record in records])
+    for reply in asked:
+        yield [(reply.place, {"answer": reply.text.strip()})]
 
 
 def ask_model(contestant, records, max_new_tokens, watch=(), temperature=0.0):

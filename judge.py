@@ -43,9 +43,8 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -87,32 +86,45 @@ AT_A_TIME = 64  # questions to a checkpoint
 REPLY_BYTES = 4 * 2**20  # of an endpoint's reply: more is no verdict
 REPLY_TOKENS = 1024  # of an endpoint: a verdict and its reason, with room for some thought
 RETRY = (408, 409, 429, 500, 502, 503, 504, 529)  # statuses for which another try may help
+OF_A_QUESTION = (400, 413, 422)  # statuses that may mean one question: a filter, its length
+FIRST = 8  # questions: where the first are all refused, it is no question's fault
 
 
 class NoAnswer(BadInput):
     """An endpoint keeps failing, or refuses. What has been trained so far is worth keeping."""
 
 
-def add_flags(parser, replies=False):
+@dataclass
+class Reply:
+    """What a checkpoint or a server wrote to one of the questions that it was asked."""
+
+    place: int  # of the question among them
+    text: str | None  # None: the question does not fit into a checkpoint's context
+    usage: dict = field(default_factory=dict)  # a server's "requests", "tokens in", "tokens out"
+    refused: bool = False  # the server will not answer this question; the text says why
+
+
+def add_flags(parser, default="llava-hf/llava-v1.6-34b-hf", replies=False):
     """Add the flags that name the annotator.
 
-    replies: of a script that reads what an annotator writes. A reward model writes nothing, and
-    without the flag nobody is asked.
+    default: who it is without the flag; None: nobody. replies: of a script that reads what an
+    annotator writes; a reward model writes nothing.
     """
     flag = parser.add_argument_group("annotator").add_argument
     scorer = "" if replies else "a run folder of reward_model.py, "
     flag(
         "--annotator",
-        default=None if replies else "llava-hf/llava-v1.6-34b-hf",
+        default=default,
         metavar="oracle|DIR_OR_HUB_ID|endpoint",
         help=f"who judges answers: the toy world's truth, {scorer}a LLaVA checkpoint, or a server "
-        f"(default{': nobody' if replies else ' %(default)s'})",
+        f"(default: {default or 'nobody'})",
     )
     flag(
         "--annotator-device",
         metavar="DEVICE",
-        help="of a reward model or a checkpoint: cuda:1, say; a 34B in bfloat16 takes 65 GiB and "
-        "leaves an 80 GB GPU no room for the policy (default: the policy's device)",
+        help=f"of {'' if replies else 'a reward model or '}a checkpoint: cuda:1, say; a 34B in "
+        "bfloat16 takes 65 GiB and leaves an 80 GB GPU no room for the policy (default: the "
+        "policy's device)",
     )
     if not replies:
         flag(
@@ -205,15 +217,15 @@ def make(args, device="cpu", dtype=torch.float32, records=()):
     return pairwise(asker(args, device, dtype, VERDICT_TOKENS))
 
 
-def asker(args, device, dtype, max_tokens, usage=None):
-    """What asks --annotator, a checkpoint or a server: a function [(record, question)] -> replies.
+def asker(args, device, dtype, max_tokens):
+    """What asks --annotator, a checkpoint or a server: `ask`, see `ask_endpoint`.
 
     max_tokens: of a checkpoint's reply; a server's model may think first, and has at least
-    REPLY_TOKENS. usage: see `ask_endpoint`.
+    REPLY_TOKENS.
     """
     if args.annotator != "endpoint":
         return ask_checkpoint(args.annotator, device, dtype, max_tokens)
-    return connector(args)(max_tokens=max(REPLY_TOKENS, max_tokens), usage=usage)
+    return connector(args)(max_tokens=max(REPLY_TOKENS, max_tokens))
 
 
 def connector(args):
@@ -359,7 +371,7 @@ def score_by_reward_model(folder, facts, device="cpu", dtype=torch.float32):
 
 
 def pairwise(ask):
-    """A scorer that compares answers two by two. ask: [(record, question)] -> replies, or None."""
+    """A scorer that compares answers two by two. ask: see `ask_endpoint`."""
     reported = set()  # the kinds of unreadable verdicts that have been printed
 
     def score(records, answers):
@@ -378,7 +390,9 @@ def pairwise(ask):
             for first, second in ((a, b), (b, a)):
                 text = question(records[i], different[i][first], different[i][second])
                 questions.append((records[i], text))
-        replies = list(ask(questions)) if questions else []
+        replies = [None] * len(questions)
+        for reply in ask(questions, answered=False):
+            replies[reply.place] = reply.text
 
         # count the verdicts that agree: the same answer won in both orders, or neither did
         points = [[[] for _ in texts] for texts in different]
@@ -438,7 +452,7 @@ def ask_checkpoint(name, device="cpu", dtype=torch.float32, max_tokens=VERDICT_T
     training.show_prompt(processor, who="annotator: ")
 
     def replies_to(questions):
-        """One reply a question; None for a question that does not fit into the context."""
+        """One text a question; None for a question that does not fit into the context."""
         fitting = {}  # number of the question -> Record
         for i, (record, text) in enumerate(questions):
             query = Record(record.where, record.image, (text,))
@@ -456,10 +470,11 @@ def ask_checkpoint(name, device="cpu", dtype=torch.float32, max_tokens=VERDICT_T
             replies[i] = reply
         return replies
 
-    def ask(questions):
-        """One reply a question, some at a time, so that a caller can keep what there is."""
+    def ask(questions, answered=None):
+        """Replies in order, some at a time, so that a caller can keep what there is."""
         for start in range(0, len(questions), AT_A_TIME):
-            yield from replies_to(questions[start : start + AT_A_TIME])
+            texts = replies_to(questions[start : start + AT_A_TIME])
+            yield from (Reply(place, text) for place, text in enumerate(texts, start))
 
     return ask
 
@@ -571,27 +586,30 @@ def ask_endpoint(
     tries=6,
     pause=1.0,
     max_tokens=REPLY_TOKENS,
-    usage=None,
     temperature=0,
     flag="--judge-url",
     resume="--resume",
-    arrived=None,
     served=None,
 ):
-    """A server's chat completions -> `ask`, which yields the replies in order as they come.
+    """A server's chat completions -> `ask`, a function (items, answered=None) -> iterator.
 
-    An item of what `ask` gets is (record, text): the record's image and the text, or with None for
-    the text the record's own dialogue, turn by turn.
+    It gives a `Reply` to each item as it arrives, in any order, so that a caller can keep it at
+    once. An item is (record, text): the record's image and the text, or with None for the text the
+    record's own dialogue, turn by turn.
 
-    max_tokens bounds a reply: a model that rambles is paid for. usage: a Counter that gets the
-    server's counts, "requests", "tokens in", "tokens out". flag, resume: how messages name the
-    address and the way to go on. arrived: a function (item, reply) that is called on a thread as
-    soon as a reply is there, also of one that comes after another has failed. served: a set that
-    gets the names by which the server calls its model; one name may be another model tomorrow.
+    max_tokens bounds a reply: a model that rambles is paid for. flag, resume: how messages name the
+    address and the way to go on. served: a set that gets the names by which the server calls its
+    model; one name may be another model tomorrow.
 
     `workers` requests run at a time. Each is tried up to `tries` times. The pauses between tries
     are `pause` seconds, twice that, four times that, ..., or as long as the server says; a minute
-    at most. Raises NoAnswer after the last try, and at once if the server refuses.
+    at most. Raises NoAnswer after the last try, and at once if the server refuses; the replies to
+    the requests that are on their way come before it.
+
+    answered: has this server answered other questions of the run? If it has, or once it does, a
+    question that it refuses with a status of OF_A_QUESTION is one it cannot take: the `Reply` is
+    marked as refused. Before the first answer such replies are held back; FIRST of them, or an end
+    without an answer, mean a wrong flag and raise NoAnswer. None: every refusal does.
 
     A reply must be whole within `timeout` seconds, and have at most REPLY_BYTES.
     """
@@ -607,8 +625,8 @@ def ask_endpoint(
     if key:
         headers["Authorization"] = f"Bearer {key}"
     options = {"temperature": temperature, "max_tokens": max_tokens}
-    usage = Counter() if usage is None else usage
-    stop, counting = threading.Event(), threading.Lock()
+    stop = threading.Event()
+    has_answered = False
 
     def clean(text):
         """The server's words, short and without the key."""
@@ -616,7 +634,7 @@ def ask_endpoint(
         return printable((text.replace(key, "***") if key else text)[:200], 200)
 
     def once(body):
-        """One request -> (reply, "", 0), or (None, why it failed, seconds to wait).
+        """One request -> ((text, usage, refused), "", 0), or (None, why, seconds to wait).
 
         The seconds are those that the server asks for. Raises NoAnswer for an error that another
         try cannot mend.
@@ -639,25 +657,27 @@ def ask_endpoint(
 
         try:
             whole = json.loads(content)
-            reply, usage_of_reply = whole["choices"][0]["message"]["content"], whole.get("usage")
+            text, counts = whole["choices"][0]["message"]["content"], whole.get("usage")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             shown = clean(content[:10_000].decode("utf-8", "replace"))
             return None, f"a reply that is no chat completion ({shown})", 0
-        count(usage_of_reply)
         if served is not None and isinstance(whole.get("model"), str):
             served.add(printable(whole["model"], 200))
-        if not isinstance(reply, str):
-            return "", "", 0  # null: the model declined
-        return reply, "", 0
+        text = text if isinstance(text, str) else ""  # null: the model declined
+        return (text, usage_of(counts), False), "", 0
 
-    def count(tokens):
-        """Add what the server says of one reply; not every server says it."""
+    def usage_of(tokens):
+        """What the server says that one reply cost; not every server says it."""
         tokens = tokens if isinstance(tokens, dict) else {}
-        with counting:
-            usage["requests"] += 1
-            for name, key in (("tokens in", "prompt_tokens"), ("tokens out", "completion_tokens")):
-                if type(tokens.get(key)) is int and 0 <= tokens[key] <= MOST:
-                    usage[name] += tokens[key]
+        usage = {"requests": 1}
+        for name, key in (("tokens in", "prompt_tokens"), ("tokens out", "completion_tokens")):
+            if type(tokens.get(key)) is int and 0 <= tokens[key] <= MOST:
+                usage[name] = tokens[key]
+        return usage
+
+    def refusal(status):
+        """The error of a refusal that ends the run."""
+        return NoAnswer(f"{flag} {url}: {status}; mend it, and {resume} goes on from here.")
 
     def refused(error, body):
         """What `once` returns or raises for a status other than 200."""
@@ -677,15 +697,15 @@ def ask_endpoint(
             options.pop("max_tokens", None)
             options["max_completion_tokens"] = max_tokens
             return None, status, 0
+        if error.code in OF_A_QUESTION:
+            return (status, {}, True), "", 0
         if error.code not in RETRY:
-            raise NoAnswer(
-                f"{flag} {url}: {status}; mend it, and {resume} goes on from here."
-            ) from None
+            raise refusal(status) from None
         wait = error.headers.get("Retry-After", "")
         return None, status, float(wait[:9]) if wait.isdecimal() else 0
 
-    def patient(item):
-        """The reply to one question, asked again after a pause if that may help."""
+    def patient(place, item):
+        """The Reply to one question, asked again after a pause if that may help."""
         record, text = item
         turns = record.turns if text is None else (text,)
         content = [{"type": "text", "text": turns[0]}]
@@ -697,11 +717,9 @@ def ask_endpoint(
         body = {"model": model, "messages": messages}
 
         for n in range(tries):
-            reply, why, wait = once(body)
-            if reply is not None:
-                if arrived:
-                    arrived(item, reply)
-                return reply
+            given, why, wait = once(body)
+            if given is not None:
+                return Reply(place, *given)
             if n + 1 < tries and stop.wait(min(60.0, max(wait, pause * 2**n))):
                 break
         raise NoAnswer(
@@ -709,15 +727,42 @@ def ask_endpoint(
             f"{resume} goes on from here."
         )
 
-    def ask(questions):
-        """One reply a question, `workers` at a time."""
+    def ask(items, answered=None):
+        """Replies as they arrive, `workers` at a time."""
+        nonlocal has_answered
+        has_answered |= bool(answered)
         stop.clear()
+        held, failure = [], None  # held: refused, before any answer
+
         with ThreadPoolExecutor(workers) as pool:
+            asked = [pool.submit(patient, place, item) for place, item in enumerate(items)]
+
+            def end():
+                """Ask no more; what is on its way still comes, and waits for no further try."""
+                stop.set()
+                for one in asked:
+                    one.cancel()
+
             try:
-                yield from pool.map(patient, questions)
-            except BaseException:
-                stop.set()  # the other questions need not wait for their next try
-                raise
+                for one in as_completed(asked):
+                    error = None if one.cancelled() else one.exception()
+                    if not (error or one.cancelled()):
+                        reply = one.result()
+                        has_answered |= not reply.refused
+                        if not reply.refused or (has_answered and answered is not None):
+                            yield from (*held, reply)
+                            held.clear()
+                        else:
+                            held.append(reply)
+                            if answered is None or len(held) == FIRST:
+                                error = refusal(reply.text)
+                    if error and not failure:
+                        failure = error
+                        end()
+            finally:
+                end()
+        if failure or held:
+            raise failure or refusal(held[0].text)
 
     return ask
 

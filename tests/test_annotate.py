@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+import time
 from collections import Counter
 
 import pytest
@@ -19,6 +20,7 @@ from common import BadInput
 from data import Processor, Record
 from formats import checkpoints, layouts, ratings
 from formats.ratings import ATTRIBUTES, Rated
+from test_judge import server  # noqa: F401
 
 RATED = "helpfulness {}, correctness {}, coherence {}, complexity {}, verbosity {}"
 
@@ -203,11 +205,15 @@ SHORT = ("--max-new-tokens", 8, "--batch-size", 3, "--k", 3)
 def by_length(questions):
     """A judge: the longer the answer, the better; response 1 of every other prompt is not rated."""
     for n, (_, text) in enumerate(questions):
-        parts = text.split("Rate each")[0].split("Response ")[1:]
-        lengths = [len(part.split(":\n", 1)[1].strip()) for part in parts]
-        values = [min(4, size // 6) for size in lengths]
-        lines = [line(i, v, v, v, 2, 1) for i, v in enumerate(values, 1)]
-        yield "\n".join(lines[n % 2 :])
+        yield "\n".join(lines_by_length(text)[n % 2 :])
+
+
+def lines_by_length(text):
+    """The lines that rate each response in a question by its length."""
+    parts = text.split("Rate each")[0].split("Response ")[1:]
+    lengths = [len(part.split(":\n", 1)[1].strip()) for part in parts]
+    values = [min(4, size // 6) for size in lengths]
+    return [line(i, v, v, v, 2, 1) for i, v in enumerate(values, 1)]
 
 
 @pytest.fixture
@@ -215,12 +221,12 @@ def asked(monkeypatch):
     """The questions that reach the judge, which is `by_length`; it dies before question `asked.dies`."""
     seen = Counter()
 
-    def ask(questions):
-        for reply, (record, _) in zip(by_length(questions), questions):
+    def ask(questions, answered):
+        for place, (reply, (record, _)) in enumerate(zip(by_length(questions), questions)):
             if sum(seen.values()) == ask.dies:
                 raise judge.NoAnswer("the server is gone.")
             seen[record.turns[-1]] += 1
-            yield reply
+            yield judge.Reply(place, reply)
 
     ask.dies = -1
     ask.seen = seen
@@ -275,15 +281,106 @@ def test_a_killed_run_asks_only_what_is_left(run, asked):
     asked.dies = 4
     with pytest.raises(judge.NoAnswer):
         run(annotate, "b", *ENDPOINT, *SHORT)
-    path = whole.parent / "b" / "ratings.jsonl"
-    assert len(path.read_text().splitlines()) == 4
-    with open(path, "a") as file:
-        file.write('{"torn')
+    assert len((whole.parent / "b" / "reviews.jsonl").read_text().splitlines()) == 4
     asked.dies = -1
     out = run(annotate, "b", *ENDPOINT, *SHORT, "--resume")
     assert set(asked.seen.values()) == {1} and len(asked.seen) == 7
     answers = lambda folder: (folder / "answers.jsonl").read_text()
     assert answers(out) == answers(whole)
+
+
+MADE = ("ratings.jsonl", "preferences.json", "best.json", "attributes.json", "reference.json",
+        "statistics.json")  # fmt: skip
+
+
+def completion(body):
+    """(prompt of a request, a server's reply that rates by length and counts tokens)."""
+    text = body["messages"][0]["content"][-1]["text"]
+    prompt = text.split("What was asked:\n")[1].split("\n")[0]
+    said = {"choices": [{"message": {"content": "\n".join(lines_by_length(text))}}]}
+    return prompt, json.dumps(said | {"usage": {"prompt_tokens": 10, "completion_tokens": 5}})
+
+
+def test_each_reply_is_kept_when_it_arrives(run, server, tmp_path, capsys):  # noqa: F811
+    """While the first prompt has no reply, those of the others are on disk; all are paid once."""
+    paths = [tmp_path / name / "reviews.jsonl" for name in ("whole", "cut")]
+    failing, kept = [False], []
+
+    def respond(n, body):
+        prompt, reply = completion(body)
+        if prompt == "What is 0?" and failing[0]:
+            lines = lambda: len(paths[1].read_text().splitlines()) if paths[1].exists() else 0
+            end = time.monotonic() + 20
+            while lines() < 6 and time.monotonic() < end:
+                time.sleep(0.02)
+            kept.append(lines())
+            return 401, b"no more credit"
+        return 200, reply.encode()
+
+    url, requests = server(respond)
+    flags = ("--judge-url", url, "--judge-model", "m", "--judge-workers", 2, *SHORT)
+    whole = run(annotate, "whole", *flags)
+    figures = json.loads((whole / "statistics.json").read_text())
+    assert {name: figures[name] for name in ("requests", "tokens in", "tokens out")} == {
+        "requests": 7,
+        "tokens in": 70,
+        "tokens out": 35,
+    }
+
+    failing[0] = True
+    with pytest.raises(judge.NoAnswer, match="status 401 .no more credit.*--resume goes on"):
+        run(annotate, "cut", *flags)
+    assert kept == [6]
+    with open(paths[1], "a") as file:
+        file.write('{"image": nu')  # killed inside a line
+    failing[0] = False
+    requests.clear()
+    cut = run(annotate, "cut", *flags, "--resume")
+    assert [completion(body)[0] for _, _, body in requests] == ["What is 0?"]
+    assert "reviews.jsonl, line 7: half a line" in capsys.readouterr().err
+    for name in MADE:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("status, which", [(400, 3), (413, 0), (422, 6)])
+def test_a_prompt_that_the_server_refuses(run, server, capsys, status, which):  # noqa: F811
+    """It is counted, the server's words are shown, and --resume asks it again and nothing else."""
+    refusing = [True]
+
+    def respond(n, body):
+        prompt, reply = completion(body)
+        if prompt == f"What is {which}?" and refusing[0]:
+            return status, b"content management policy"
+        return 200, reply.encode()
+
+    url, requests = server(respond)
+    flags = ("--judge-url", url, "--judge-model", "m", "--judge-workers", 1, *SHORT)
+    out = run(annotate, "a", *flags)
+    words = f"status {status} (content management policy)"
+    assert f"annotator: a rating that cannot be read: {words!r}" in capsys.readouterr().err
+    rated = ratings.read(out / "ratings.jsonl", "images")
+    assert set(rated[which].ratings) == {None}
+    assert set(rated[which].reasons) == {f"unreadable: {words}"}
+    figures = json.loads((out / "statistics.json").read_text())
+    assert figures["unreadable ratings"] == len(rated[which].answers) > 0
+    assert figures["prompts without a rated answer"] == 1 and figures["requests"] == 6
+
+    refusing[0] = False
+    requests.clear()
+    again = run(annotate, "a", *flags, "--resume")
+    assert [completion(body)[0] for _, _, body in requests] == [f"What is {which}?"]
+    whole = run(annotate, "whole", *flags)
+    for name in MADE:
+        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_server_that_refuses_every_prompt(run, server, tmp_path):  # noqa: F811
+    """A wrong name of the model, say: nothing is made of it, and nothing kept."""
+    url, requests = server(lambda n, body: (400, b"no model m"))
+    with pytest.raises(judge.NoAnswer, match=r"--judge-url .*: status 400 \(no model m\); mend it"):
+        run(annotate, "a", "--judge-url", url, "--judge-model", "m", *SHORT)
+    assert not (tmp_path / "a" / "reviews.jsonl").read_text() and len(requests) == 7
+    assert not (tmp_path / "a" / "ratings.jsonl").exists()
 
 
 def test_flags_that_would_do_nothing_are_refused(run, checkpoint, tmp_path):
@@ -395,15 +492,17 @@ def test_the_request_stands_behind_the_last_turn(checkpoint):
     assert "Why?\nHelpfulness:4" in text and text.count("Helpfulness") == 1
 
 
-def test_a_real_endpoint_is_asked(monkeypatch):
+def test_a_real_endpoint_is_asked(monkeypatch, tmp_path):
     """The flags reach judge.asker; a checkpoint's reply is bounded by the number of answers."""
     seen = []
-    monkeypatch.setattr(judge, "asker", lambda *args: seen.append(args) or by_length)
+    ask = lambda items, answered: [judge.Reply(0, *by_length(items))]
+    monkeypatch.setattr(judge, "asker", lambda *args: seen.append(args) or ask)
     monkeypatch.setattr(sys, "argv", ["x", *ENDPOINT, "--k", "3"])
-    args, usage = annotate.parse(), Counter()
-    rate = annotate.make_rater(args, "cpu", torch.float32, usage)
-    assert seen == [(args, "cpu", torch.float32, 300, usage)]
-    (found,) = rate([Record("r", None, ("What?",))], [("a" * 12, "b" * 30)])
+    args = annotate.parse()
+    rate = annotate.make_rater(args, "cpu", torch.float32)
+    assert seen == [(args, "cpu", torch.float32, 300)]
+    record, texts = Record("r", None, ("What?",)), ("a" * 12, "b" * 30)
+    (found,) = rate([record], [texts], tmp_path / "reviews.jsonl")
     assert found[0] == [rating(2, 2, 2, 2, 1), rating(4, 4, 4, 2, 1)]
     assert training.flag_name("judge_url") == "--judge-url"
 

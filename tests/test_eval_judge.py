@@ -17,6 +17,7 @@ from PIL import Image
 
 import eval_judge
 import evaluation
+import judge
 from common import BadInput
 from formats import alpaca_eval, llava_bench, mm_vet, mmhal, mt_bench
 from formats.benchmarks import Question, in_groups
@@ -338,11 +339,12 @@ def test_mm_vet_unreadable_is_asked_again(tmp_path, pictures, monkeypatch):
     questions, answers = vet_files(tmp_path)
     seen = []
 
-    def ask(items, temperature):
+    def ask(items, temperature, answered):
         for place, (q, request, _) in enumerate(items):
             seen.append((q.id, temperature, request.text.endswith(mm_vet.CUE)))
             tried = sum(key == q.id for key, *_ in seen)
-            yield place, {"v1_0": "0.5", "v1_1": "good" if tried < 3 else "1.0"}.get(q.id, "?")
+            said = {"v1_0": "0.5", "v1_1": "good" if tried < 3 else "1.0"}
+            yield judge.Reply(place, said.get(q.id, "?"))
 
     monkeypatch.setattr(eval_judge, "make_judge", lambda *a: eval_judge.Judge("j", ask))
     flags = ("--questions", questions, "--answers", answers, "--out", tmp_path / "out")
@@ -462,12 +464,11 @@ def test_mt_bench_is_asked_turn_by_turn(tmp_path):
     questions = mt_bench.read(path, references=references)
     asked = []
 
-    def server(max_new_tokens, temperature, arrived):
+    def server(max_new_tokens, temperature):
         def ask(items):
-            for item in items:
-                asked.append((item[0].turns, temperature))
-                arrived(item, f"answer to {item[0].turns[-1]}")
-                yield ""
+            for place, (record, _) in enumerate(items):
+                asked.append((record.turns, temperature))
+                yield judge.Reply(place, f"answer to {record.turns[-1]}")
 
         return ask
 
@@ -701,8 +702,8 @@ def test_a_judge_that_fails_in_the_middle_is_resumed(template, filled, serve, tm
     with pytest.raises(BadInput, match="status 401.*the same command goes on from here"):
         main(*flags, *judge_flags(server))
     kept = (tmp_path / "out" / "reviews.jsonl").read_text().splitlines()
-    assert len(kept) == 3
-    with pytest.raises(BadInput, match="holds 3 of 4 replies; --annotator is needed"):
+    assert len(kept) == len(server.bodies) - 1 >= 2
+    with pytest.raises(BadInput, match=f"holds {len(kept)} of 4 replies; --annotator is needed"):
         main(*flags)
 
     with open(tmp_path / "out" / "reviews.jsonl", "a") as file:
@@ -710,7 +711,7 @@ def test_a_judge_that_fails_in_the_middle_is_resumed(template, filled, serve, tm
     failing[0] = False
     server.bodies.clear()
     main(*flags, *judge_flags(server))
-    assert len(server.bodies) == 1
+    assert len(server.bodies) == 4 - len(kept)
     assert "image_url" not in json.dumps(server.bodies)
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["score"] == 1.5 and found["hallucination_rate"] == 0.75
@@ -725,6 +726,30 @@ def test_a_judge_that_fails_in_the_middle_is_resumed(template, filled, serve, tm
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
 
 
+def test_a_question_that_the_judge_refuses(template, filled, serve, tmp_path, capsys):
+    """It is unreadable, told and not kept: the same command asks it again. Not so if all are."""
+    refuses = [str, "2".__eq__]  # at first all
+    words = "content management policy"
+
+    def reply(body):
+        n = body["messages"][0]["content"][0]["text"].rsplit("answer ", 1)[1].strip()
+        return (400 if refuses and refuses[0](n) else 200), f"Rating: 6 {words}", "m"
+
+    server = serve(reply)
+    flags = ("--questions", template, "--answers", filled, "--out", tmp_path / "out")
+    with pytest.raises(judge.NoAnswer, match=f"status 400 .*{words}.*the same command goes on"):
+        main(*flags, *judge_flags(server))
+    figures = lambda: json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for unreadable, asked in ((1, 4), (1, 1), (0, 1)):
+        refuses.pop(0) if len(refuses) > 1 or not unreadable else None
+        server.bodies.clear()
+        main(*flags, *judge_flags(server))
+        assert figures()["unreadable"] == unreadable and len(server.bodies) == asked
+        told = capsys.readouterr().err
+        assert unreadable == told.count("the judge refuses it: status 400")
+    assert len((tmp_path / "out" / "reviews.jsonl").read_text().splitlines()) == 4
+
+
 def test_two_judges_are_not_mixed(template, filled, serve, tmp_path):
     """Neither another name on the command line, nor another name that the server tells."""
     served, n = ["a-1"], [0]
@@ -737,12 +762,13 @@ def test_two_judges_are_not_mixed(template, filled, serve, tmp_path):
     flags = ("--questions", template, "--answers", filled, "--out", tmp_path / "out")
     with pytest.raises(BadInput, match="status 401"):
         main(*flags, *judge_flags(server))
+    kept = (tmp_path / "out" / "reviews.jsonl").read_text()
     with pytest.raises(BadInput, match="replies of the judge 'gpt-x' .* and of 'gpt-y' \\(here\\)"):
         main(*flags, *judge_flags(server, "gpt-y"))
     served[0] = "a-2"
     with pytest.raises(BadInput, match="served as 'a-1' and as 'a-2'; .* another --out"):
         main(*flags, *judge_flags(server))
-    assert len((tmp_path / "out" / "reviews.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "out" / "reviews.jsonl").read_text() == kept
     served[0] = "a-1"
     main(*flags, *judge_flags(server))
 

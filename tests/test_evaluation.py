@@ -11,6 +11,7 @@ from PIL import Image
 
 import comparison
 import evaluation
+import judge
 import memory
 import sample
 import sampling
@@ -223,12 +224,9 @@ def test_a_file_that_is_not_ours(tmp_path, line, why):
 
 
 def test_empty_answers_are_told(tmp_path, capsys):
-    ask = lambda tokens, temperature, arrived: (
-        lambda items: [
-            arrived(item, text) or text for item, text in zip(items, ["", " Yes\n", " "])
-        ]
-    )
-    contestant = evaluation.Contestant("m", server=ask)
+    texts = ("", " Yes\n", " ")
+    ask = lambda items: [judge.Reply(place, text) for place, text in enumerate(texts)]
+    contestant = evaluation.Contestant("m", server=lambda tokens, temperature: ask)
     records = [Record("", None, (f"{i}?",)) for i in range(3)]
     assert evaluation.answer(contestant, records, 5) == ["", "Yes", ""]
     assert "m: 2 of 3 answers are empty" in capsys.readouterr().err

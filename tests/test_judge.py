@@ -5,7 +5,6 @@ import io
 import json
 import threading
 import time
-from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -147,14 +146,22 @@ def shown(text):
 
 
 def asker(prefer):
-    """An `ask` that answers by a function of the two responses, and remembers."""
+    """An `ask` that answers by a function of the two responses, the last one first, and remembers."""
     seen = []
 
-    def ask(questions):
+    def ask(questions, answered):
         seen.extend(shown(text) for _, text in questions)
-        return [prefer(*shown(text)) for _, text in questions]
+        texts = [prefer(*shown(text)) for _, text in questions]
+        return [judge.Reply(place, text) for place, text in enumerate(texts)][::-1]
 
     return ask, seen
+
+
+def texts_of(replies):
+    """The texts of replies in the order of their questions."""
+    replies = sorted(replies, key=lambda reply: reply.place)
+    assert [reply.place for reply in replies] == list(range(len(replies)))
+    return [reply.text for reply in replies]
 
 
 longer = lambda a, b: (
@@ -179,9 +186,8 @@ def test_equal_texts_are_a_tie_unasked(record):
 
 def test_a_verdict_that_depends_on_the_place_is_none(record, capsys):
     for reply in ("Better: 1", "Better: 2", "no idea", None):
-        assert judge.pairwise(lambda questions, reply=reply: [reply] * len(questions))(
-            [record], [["a", "b"]]
-        ) == [[None, None]]
+        ask, _ = asker(lambda a, b, reply=reply: reply)
+        assert judge.pairwise(ask)([record], [["a", "b"]]) == [[None, None]]
     told = capsys.readouterr().err
     assert (
         told.count("cannot be read") == 2
@@ -194,7 +200,7 @@ def test_a_verdict_that_depends_on_the_place_is_none(record, capsys):
 @pytest.mark.parametrize("replies", [["Better: 1", "Hm."], ["Hm.", "Better: 1"], ["Hm.", "So."]])
 def test_the_verdict_that_cannot_be_read_is_shown(record, capsys, replies):
     """Of a pair's two the one that it is; once a kind."""
-    ask = lambda questions: replies * (len(questions) // 2)
+    ask, _ = asker(lambda a, b: replies[a > b])
     assert judge.pairwise(ask)([record], [["a", "b", "c"]]) == [[None] * 3]
     told = "annotator: a verdict that cannot be read, counted as unreadable: "
     assert capsys.readouterr().err == f"{told}'Hm.'\n"
@@ -312,7 +318,7 @@ def test_checkpoint_leaves_room_for_a_verdict(record, checkpoint, monkeypatch, c
     for room, replies in ((16, texts), (15, [None, "short"])):
         processor.max_length = lengths[0] + room
         ask = judge.ask_checkpoint("name")
-        assert list(ask([(record, text) for text in texts])) == replies
+        assert texts_of(ask([(record, text) for text in texts])) == replies
         assert capsys.readouterr().err.count("annotator: template vicuna_v1, image aspect pad") == 1
 
 
@@ -583,7 +589,7 @@ def test_a_reply_without_text_is_unreadable_and_not_asked_again(server, record):
 def test_trouble_is_tried_again(server, record, trouble):
     url, requests = server(lambda n, body: trouble if n < 2 else (200, "Better: 1"))
     (reply,) = judge.ask_endpoint(url, "m", pause=0.01)([(record, "?")])
-    assert reply == "Better: 1" and len(requests) == 3
+    assert reply.text == "Better: 1" and len(requests) == 3
 
 
 def test_a_reply_is_bounded_and_counted(server, record):
@@ -597,12 +603,13 @@ def test_a_reply_is_bounded_and_counted(server, record):
         return 200, json.dumps(content | {"usage": counts}).encode()
 
     url, requests = server(respond)
-    usage = Counter()
-    ask = judge.ask_endpoint(url, "m", workers=1, pause=0.01, max_tokens=77, usage=usage)
-    assert list(ask([(record, "?")] * 3)) == ["Better: 1"] * 3
+    ask = judge.ask_endpoint(url, "m", workers=1, pause=0.01, max_tokens=77)
+    replies = list(ask([(record, "?")] * 3))
+    assert texts_of(replies) == ["Better: 1"] * 3
     bodies = [body for _, _, body in requests]
     assert bodies[0]["max_tokens"] == 77 and bodies[-1]["max_completion_tokens"] == 77
-    assert usage == {"requests": 3, "tokens in": 60, "tokens out": 8}, "of requests 1 and 3"
+    counted, alone = {"requests": 1, "tokens in": 30, "tokens out": 4}, {"requests": 1}
+    assert [reply.usage for reply in replies] == [counted, alone, counted], "of requests 1 and 3"
 
 
 def test_pauses_grow_and_heed_the_server(server, record):
@@ -638,7 +645,7 @@ def test_no_pause_is_longer_than_a_minute(server, record, monkeypatch):
     )
     busy = [(429, b"", ("Retry-After", "3600")), (503, b""), (503, b"", ("Retry-After", "7"))]
     url, _ = server(lambda n, body: (busy + [(503, b"")] * 2)[n] if n < 5 else (200, "Better: 1"))
-    assert list(judge.ask_endpoint(url, "m", pause=10)([(record, "?")])) == ["Better: 1"]
+    assert texts_of(judge.ask_endpoint(url, "m", pause=10)([(record, "?")])) == ["Better: 1"]
     assert waits == [60, 20, 40, 60, 60]
 
 
@@ -649,7 +656,7 @@ def test_after_a_failure_one_may_ask_again(server, record):
     ask = judge.ask_endpoint(url, "m", pause=0.01)
     with pytest.raises(judge.NoAnswer, match="status 401"):
         list(ask([(record, "?")]))
-    assert list(ask([(record, "?")])) == ["Better: 1"]
+    assert texts_of(ask([(record, "?")])) == ["Better: 1"]
 
 
 @pytest.mark.parametrize(
@@ -686,6 +693,43 @@ def test_an_endpoint_that_keeps_failing_stops_the_run(server, record, respond, w
     with pytest.raises(judge.NoAnswer, match=words) as stopped:
         list(ask([(record, "?")]))
     assert KEY not in str(stopped.value) and len(requests) == count
+
+
+def test_a_refused_question_among_others(server, record):
+    """Its reply is the server's words; before the first answer it is held back."""
+    respond = lambda n, body: (400, b"a filter") if "bad" in text_of(body) else (200, "Better: 1")
+    url, _ = server(respond)
+    words = judge.Reply(0, "status 400 (a filter)", {}, refused=True)
+    asked = [(record, text) for text in ("bad", "bad", "good", "bad")]
+    found = list(judge.ask_endpoint(url, "m", workers=1)(asked, answered=False))
+    assert [reply.refused for reply in found] == [True, True, False, True] and found[0] == words
+    assert list(judge.ask_endpoint(url, "m")([(record, "bad")] * 1, answered=True)) == [words]
+    ask = judge.ask_endpoint(url, "m")  # it remembers an answer
+    assert len([*ask([(record, "good")]), *ask([(record, "bad")], answered=False)]) == 2
+    for answered in (None, False):
+        with pytest.raises(judge.NoAnswer, match=r"status 400 \(a filter\); mend it, and --resume"):
+            list(judge.ask_endpoint(url, "m")([(record, "bad")], answered))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_first_questions_are_all_refused(server, record, workers):
+    """A wrong flag, not a question: the run ends without going through the data."""
+    url, requests = server(lambda n, body: (422, b"no such model"))
+    found, asked = [], [(record, "?")] * 60
+    with pytest.raises(judge.NoAnswer, match="status 422"):
+        found.extend(judge.ask_endpoint(url, "m", workers=workers)(asked, answered=False))
+    assert judge.FIRST <= len(requests) <= judge.FIRST + 2 * workers + 4 and not found
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_of_the_whole_run(server, record, status):
+    """Whatever was answered before."""
+    url, _ = server(lambda n, body: (200, "Better: 1") if n < 3 else (status, b"no"))
+    found = []
+    with pytest.raises(judge.NoAnswer, match=f"status {status}"):
+        ask = judge.ask_endpoint(url, "m", workers=1)
+        found.extend(ask([(record, "?")] * 6, answered=True))
+    assert not any(reply.refused for reply in found)
 
 
 def test_nobody_there(record):
@@ -725,8 +769,8 @@ def test_a_server_with_a_temperature_of_its_own(server, record):
 
     url, requests = server(respond)
     ask = judge.ask_endpoint(url, "m", pause=0.01, workers=2)
-    assert list(ask([(record, "?")] * 4)) == ["Better: 1"] * 4
-    assert list(ask([(record, "?")])) == ["Better: 1"]
+    assert texts_of(ask([(record, "?")] * 4)) == ["Better: 1"] * 4
+    assert texts_of(ask([(record, "?")])) == ["Better: 1"]
     assert "temperature" not in requests[-1][2]
 
 

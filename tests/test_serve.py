@@ -81,7 +81,7 @@ def test_a_dialogue_for_a_server(server, tmp_path):  # noqa: F811
     """Turn by turn, the picture in the first."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     url, requests = server(lambda n, body: (200, "Yes"))
-    connect = lambda tokens, temperature, arrived: judge.ask_endpoint(url, "m", arrived=arrived)
+    connect = lambda tokens, temperature: judge.ask_endpoint(url, "m")
     turns = ("Is there a dog?", "No.", "A cat?")
     records = [Record("", tmp_path / "a.png", turns), Record("", None, turns[:1])]
     assert evaluation.answer(evaluation.Contestant("m", server=connect), records, 5) == ["Yes"] * 2
