@@ -31,16 +31,17 @@ tokens is in statistics.json.
 Choices where the paper is silent:
 1. Its prompt for Gemini is not published. Ours defines the attributes in HelpSteer's words.
 2. Its threshold for rejection sampling is inferred from a file name, "perfectscored": Q = 12.
-3. Equal answers to a prompt are rated once and kept once; empty answers are left out. The prompts
-   of which this leaves nothing are counted.
+3. Equal answers to a prompt are rated once and kept once; empty answers are left out. Both are
+   counted, and so are the prompts of which this leaves nothing.
 4. A rating that cannot be read, or a judge that rates three of four answers, loses that answer
    and no other. Nothing is guessed; all of it is counted. So is a prompt that an endpoint refuses
    (status 400, 413 or 422: a filter, say) while it answers others; --resume asks it again. Where
    it refuses the first 8, or all, the run stops; at any other refusal too.
 5. The answers stand in the order in which they were drawn, as in the paper.
 
-Figures (statistics.json): prompts, answers, `unreadable` ratings, mean of each attribute, mean Q of
-chosen and rejected answers, words of both, pairs and prompts without one.
+Figures (statistics.json): prompts, rated answers and those left out, `unreadable` ratings, mean of
+each attribute, mean Q of chosen and rejected answers, words of both, pairs and prompts without one,
+what an endpoint counted.
 """
 
 from common import (
@@ -95,6 +96,7 @@ For each response first write a reason in one sentence, then one line of exactly
 Ratings of response 1: helpfulness 3, correctness 4, coherence 4, complexity 2, verbosity 1"""
 LINE = re.compile(r"[\W\d]*ratings? of response (\d+)\W+(.*)", re.IGNORECASE)
 VALUE = re.compile(rf"\b({'|'.join(ATTRIBUTES)})\b\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+OF_RATINGS = ("images", "seed", "out", "resume", "margin", "threshold", "flip", "share")
 RATING_TOKENS = 100  # of a checkpoint's reply, for each answer: a reason and a line
 
 
@@ -346,8 +348,11 @@ def rate_all(args, records, answers, rate, out):
 # ---- 3. write
 
 
-def make_data(args, rated, out, usage):
-    """Write the four data files and statistics.json; print the figures."""
+def make_data(args, rated, out, drawn=None, usage=None):
+    """Write the four data files and statistics.json; print the figures.
+
+    drawn: all answers to each prompt, also those that were not rated. usage: what a server counted.
+    """
     images = dataset.images_folder([one.record for one in rated], args.data, args.images)
     remember_images(out, images)
     order = list(range(len(rated)))
@@ -390,10 +395,19 @@ def make_data(args, rated, out, usage):
 
     every = [r for i in chosen for _, r in rated[i].readable()]
     n_answers = sum(len(rated[i].answers) for i in chosen)
+    left_out = {}
+    if drawn:
+        stripped = [text.strip() for i in chosen for text in drawn[i]]
+        empty = stripped.count("")
+        left_out = {
+            "equal answers, left out": len(stripped) - empty - n_answers,
+            "empty answers, left out": empty,
+        }
     mean = lambda values: round(statistics.fmean(values), 3) if values else None
     figures = {
         "prompts": len(chosen),
         "answers": n_answers,
+        **left_out,
         "unreadable ratings": n_answers - len(every),
         "prompts without a rated answer": sum(not rated[i].readable() for i in chosen),
         **{f"mean {name}": mean([r[name] for r in every]) for name in ATTRIBUTES},
@@ -404,7 +418,7 @@ def make_data(args, rated, out, usage):
         "mean words, chosen": mean([n for n, _ in words]),
         "mean words, rejected": mean([n for _, n in words]),
         "best answers": len(best),
-        **usage,
+        **(usage or {}),
     }
     write_json(out / "statistics.json", figures)
     print("\n".join(f"{name:<32}{value}" for name, value in figures.items()))
@@ -422,15 +436,15 @@ def main():
             "annotate.py is one process; an endpoint is asked --judge-workers at a time."
         )
     if args.ratings:  # made already
-        other = args.given & {"data", "model", "limit", "subset", "k", "temperature", "annotator"}
+        other = args.given - {"ratings", *OF_RATINGS}
         if other:
             raise BadInput(
-                f"{flag_name(min(other))} does not go with --ratings, which asks nobody; "
-                "--margin, --threshold, --flip and --share do."
+                f"{flag_name(min(other))} does not go with --ratings, which asks nobody; accepted "
+                f"are {', '.join(map(flag_name, OF_RATINGS))}."
             )
         args.data = [args.ratings]
         rated = ratings.read(args.ratings, args.images)
-        make_data(args, rated, training.start(args, "annotate"), {})
+        make_data(args, rated, training.start(args, "annotate"))
         return
     toy.fill(args, TOY)  # without --model: our own small model and world, TOY for flags not given
 
@@ -450,9 +464,12 @@ def main():
         args.model, dtype, device, args.template, args.image_aspect, quantize=args.quantize
     )
     examples = rows.encode(processor, prompts_only=True, room=args.max_new_tokens)
+    records = [e.record for e in examples][: args.limit]
+    if args.annotator == "oracle":  # a picture that it does not know, before hours of sampling
+        for record in records:
+            judge.world_of(record).scene(record.image)
     out = training.start(args, "annotate", rows.skipped)
     report.show_start(processor, examples)
-    records = [e.record for e in examples][: args.limit]
 
     # 1. sample
     answers = draw_answers(model, processor, records, args, out / "answers.jsonl")
@@ -461,7 +478,7 @@ def main():
     rated, usage = rate_all(args, records, answers, rate, out)
 
     # 3. write
-    make_data(args, rated, out, usage)
+    make_data(args, rated, out, answers, usage)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     score(records, answers)                             # [[float or None, ...], ...]
 
 The result holds one list a record and one number an answer. Higher is better. Equal numbers are a
-tie; equal texts always tie. None is a verdict that could not be read, or that changed when the
-answers changed places. Nothing is guessed: the caller counts ties and None, and makes no pair of
-them.
+tie; equal texts always tie. None is a verdict that could not be read, that a server refused to give
+while it gave others, or that changed when the answers changed places. Nothing is guessed: the
+caller counts ties and None, and makes no pair of them.
 
 There are four annotators:
 

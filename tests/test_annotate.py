@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -273,6 +274,29 @@ def test_annotate(run, asked):
     figures = json.loads((out / "statistics.json").read_text())
     assert figures["answers"] - figures["unreadable ratings"] == len(readable)
     assert figures["unreadable ratings"] == 3, "response 1 of prompts 1, 3 and 5"
+    assert figures["equal answers, left out"] == figures["empty answers, left out"] == 0
+
+
+def test_answers_that_are_left_out_are_counted(run, asked, monkeypatch, capsys):
+    """Of the prompts that --share takes; of ratings made before, nobody knows them."""
+    drawn = [["a cat", " a cat\n", "a dog"], ["", "  ", "a dog"], ["a cat"] * 3, [""] * 3]
+    drawn += [["a cat", "a dog", "a cup"]] * 3
+    generate = lambda model, processor, records, *_, **__: [
+        drawn[int(r.turns[0][len("What is ")])] for r in records
+    ]
+    monkeypatch.setattr(annotate, "generate", generate)
+    figures = lambda out: json.loads((out / "statistics.json").read_text())
+    known = ("answers", "equal answers, left out", "empty answers, left out")
+    out = run(annotate, "a", *ENDPOINT, *SHORT)
+    assert [figures(out)[name] for name in known] == [13, 3, 5]
+    assert figures(out)["prompts without a rated answer"] >= 1
+    assert re.search(
+        "equal answers, left out +3\nempty answers, left out +5\n", capsys.readouterr().out
+    )
+    part = figures(run(annotate, "b", *ENDPOINT, *SHORT, "--share", 0.4))
+    assert sum(part[name] for name in known) == 3 * part["prompts"] == 9
+    made = figures(run(annotate, "c", "--ratings", out / "ratings.jsonl", "--images", "images"))
+    assert made["answers"] == 13 and not made.keys() & set(known[1:])
 
 
 def test_a_killed_run_asks_only_what_is_left(run, asked):
@@ -365,10 +389,12 @@ def test_a_prompt_that_the_server_refuses(run, server, capsys, status, which):  
     assert figures["unreadable ratings"] == len(rated[which].answers) > 0
     assert figures["prompts without a rated answer"] == 1 and figures["requests"] == 6
 
-    refusing[0] = False
-    requests.clear()
-    again = run(annotate, "a", *flags, "--resume")
-    assert [completion(body)[0] for _, _, body in requests] == [f"What is {which}?"]
+    for refusing[0] in (True, False):
+        requests.clear()
+        again = run(annotate, "a", *flags, "--resume")
+        assert [completion(body)[0] for _, _, body in requests] == [f"What is {which}?"]
+        figures = json.loads((again / "statistics.json").read_text())
+        assert figures["requests"] == 7 - refusing[0]
     whole = run(annotate, "whole", *flags)
     for name in MADE:
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
@@ -384,15 +410,48 @@ def test_a_server_that_refuses_every_prompt(run, server, tmp_path):  # noqa: F81
 
 
 def test_flags_that_would_do_nothing_are_refused(run, checkpoint, tmp_path):
-    with pytest.raises(BadInput, match="--k does not go with --ratings, which asks nobody"):
-        run(annotate, "a", "--ratings", "x.jsonl", "--k", 7)
+    for flag, value in (
+        ("--k", 7),
+        ("--judge-url", "http://x"),
+        ("--judge-workers", 2),
+        ("--max-new-tokens", 9),
+        ("--batch-size", 2),
+        ("--quantize", "nf4"),
+    ):
+        match = f"{flag} does not go with --ratings, which asks nobody; accepted are .*--margin"
+        with pytest.raises(BadInput, match=match):
+            run(annotate, "a", "--ratings", "x.jsonl", flag, value)
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "reward.json").write_text("{}")
     for flags, message in (
         (("--annotator", "oracle", "--judge-url", "http://x"), "--judge-url is for --annotator"),
         (("--annotator", "oracle", "--annotator-device", "cpu"), "--annotator-device is for"),
-        (("--annotator", checkpoint, "--facts", "x.json"), "accepted are oracle, a LLaVA"),
+        (("--annotator", tmp_path / "reward"), "a reward model, which .*; accepted are oracle, a"),
+        (("--annotator", checkpoint, "--facts", "x.json"), "unrecognized arguments: --facts"),
+        (("--annotator", checkpoint, "--missing-facts", "count"), "unrecognized arguments: --miss"),
     ):
         with pytest.raises(BadInput, match=message):
             run(annotate, "a", *flags)
+
+
+def test_help_offers_what_is_accepted(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["annotate.py", "--help"])
+    with pytest.raises(SystemExit):
+        annotate.parse()
+    told = capsys.readouterr().out
+    assert "(default: endpoint)" in told and "reward" not in told and "-facts" not in told
+
+
+def test_the_oracle_s_pictures_are_checked_before_sampling(run, monkeypatch, tmp_path):
+    """And before there is a run folder. Both a folder without a world and another world's picture."""
+    monkeypatch.setattr(annotate, "generate", None)
+    match = "prompts.json, row 0: the oracle knows pictures of a toy world"
+    with pytest.raises(BadInput, match=match):
+        run(annotate, "a", "--annotator", "oracle", *SHORT)
+    (tmp_path / "scenes.json").write_text("{}")
+    with pytest.raises(BadInput, match="0.png is no picture of this world"):
+        run(annotate, "a", "--annotator", "oracle", *SHORT)
+    assert not (tmp_path / "a").exists()
 
 
 def test_images_inside_a_parquet_file(run, asked, tmp_path):

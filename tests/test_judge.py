@@ -146,13 +146,14 @@ def shown(text):
 
 
 def asker(prefer):
-    """An `ask` that answers by a function of the two responses, the last one first, and remembers."""
+    """An `ask` that answers by a function of the two responses, the first one last, and remembers."""
     seen = []
 
     def ask(questions, answered):
         seen.extend(shown(text) for _, text in questions)
         texts = [prefer(*shown(text)) for _, text in questions]
-        return [judge.Reply(place, text) for place, text in enumerate(texts)][::-1]
+        replies = [judge.Reply(place, text) for place, text in enumerate(texts)]
+        return replies[1:] + replies[:1]
 
     return ask, seen
 
@@ -703,7 +704,7 @@ def test_a_refused_question_among_others(server, record):
     asked = [(record, text) for text in ("bad", "bad", "good", "bad")]
     found = list(judge.ask_endpoint(url, "m", workers=1)(asked, answered=False))
     assert [reply.refused for reply in found] == [True, True, False, True] and found[0] == words
-    assert list(judge.ask_endpoint(url, "m")([(record, "bad")] * 1, answered=True)) == [words]
+    assert list(judge.ask_endpoint(url, "m")([(record, "bad")], answered=True)) == [words]
     ask = judge.ask_endpoint(url, "m")  # it remembers an answer
     assert len([*ask([(record, "good")]), *ask([(record, "bad")], answered=False)]) == 2
     for answered in (None, False):
