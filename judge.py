@@ -35,6 +35,7 @@ import http.client
 import io
 import json
 import os
+import queue
 import random
 import re
 import socket
@@ -43,7 +44,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -604,7 +605,7 @@ def ask_endpoint(
     `workers` requests run at a time. Each is tried up to `tries` times. The pauses between tries
     are `pause` seconds, twice that, four times that, ..., or as long as the server says; a minute
     at most. Raises NoAnswer after the last try, and at once if the server refuses; the replies to
-    the requests that are on their way come before it.
+    the requests that are on their way come before it, as they do before a KeyboardInterrupt.
 
     answered: has this server answered other questions of the run? If it has, or once it does, a
     question that it refuses with a status of OF_A_QUESTION is one it cannot take: the `Reply` is
@@ -733,9 +734,12 @@ def ask_endpoint(
         has_answered |= bool(answered)
         stop.clear()
         held, failure = [], None  # held: refused, before any answer
+        arrived = queue.SimpleQueue()
 
         with ThreadPoolExecutor(workers) as pool:
             asked = [pool.submit(patient, place, item) for place, item in enumerate(items)]
+            for one in asked:
+                one.add_done_callback(arrived.put)
 
             def end():
                 """Ask no more; what is on its way still comes, and waits for no further try."""
@@ -744,9 +748,21 @@ def ask_endpoint(
                     one.cancel()
 
             try:
-                for one in as_completed(asked):
-                    error = None if one.cancelled() else one.exception()
-                    if not (error or one.cancelled()):
+                left = len(asked)
+                while left:
+                    try:
+                        one = arrived.get()
+                    except KeyboardInterrupt as error:
+                        if failure:
+                            raise
+                        failure = error
+                        end()
+                        continue
+                    left -= 1
+                    if one.cancelled():
+                        continue
+                    error = one.exception()
+                    if not error:
                         reply = one.result()
                         has_answered |= not reply.refused
                         if not reply.refused or (has_answered and answered is not None):

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -720,6 +722,23 @@ def test_the_first_questions_are_all_refused(server, record, workers):
     with pytest.raises(judge.NoAnswer, match="status 422"):
         found.extend(judge.ask_endpoint(url, "m", workers=workers)(asked, answered=False))
     assert judge.FIRST <= len(requests) <= judge.FIRST + 2 * workers + 4 and not found
+
+
+def test_an_interrupt_loses_no_reply(server, record):
+    """Control-C while four requests are on their way: their replies come, no more is asked."""
+    under_way = threading.Barrier(4, timeout=20)
+
+    def respond(n, body):
+        if under_way.wait() == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # for the main thread, on a loaded machine
+        return 200, "Better: 1"
+
+    url, requests = server(respond)
+    found = []
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(judge.ask_endpoint(url, "m", workers=4)([(record, "?")] * 20))
+    assert len(requests) == len(found) == 4
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
