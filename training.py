@@ -274,7 +274,8 @@ def parse_run(parser):
 def refuse_used(out):
     """Refuse a folder of --out that holds more than what a run killed in its first moment leaves."""
     first = {"skipped.json", "skipped.json.tmp", "args.json.tmp"}
-    if os.path.lexists(out) and not (out.is_dir() and first.issuperset(os.listdir(out))):
+    left = lambda name: name in first or name.startswith(".probe-")  # of `refuse_unwritable`
+    if os.path.lexists(out) and not (out.is_dir() and all(map(left, os.listdir(out)))):
         raise BadInput(f"--out {out} exists; give another folder, or --resume to go on with it.")
 
 

@@ -842,7 +842,7 @@ def observations(cells):
                 f"**SteerLM.** With as many steps as the others, and asked for all 4: {f.both('judged-steerlm')}, {f.words('judged-steerlm')} words, accuracy on random questions {f.value('judged-steerlm', 'POPE random')}. "
                 f"With 1,200 steps at a higher rate, and asked for short answers (complexity and verbosity 2): {f.both('judged-steerlm-long')}, {f.words('judged-steerlm-long')} words, accuracy {f.value('judged-steerlm-long', 'POPE random')}. "
                 f"The two differ in steps, rate and request, so no one of them is shown to be the cause. The text score stays down "
-                f"({f.value('judged-steerlm-long', 'text')}): no text is rated, so none stands behind such a request in training."
+                f"({f.value('judged-steerlm-long', 'text')}): no text is rated in either row."
             ),
             lambda: (
                 f"**2,560 answers each, judged by the oracle** (DPO / online DPO / PPO / GRPO): CHAIR_s {f.list(FEW, 'CHAIR_s')}, recall {f.list(FEW, 'recall')}, adversarial accuracy {f.list(FEW, 'POPE adversarial')}, text {f.list(FEW, 'text')}. "

@@ -124,7 +124,7 @@ ROWS = {
         ("rejection_sampling.py", "ratings.jsonl", [])]),
     "judged-steerlm": Row("judged", "SteerLM, asked for the best", "SteerLM", [
         ("steerlm.py", "ratings.jsonl", [])]),
-    "judged-steerlm-long": Row("judged", "SteerLM, five times as many steps, asked for short answers", "SteerLM, longer", [
+    "judged-steerlm-long": Row("judged", "SteerLM, five times as many steps, higher rate, asked for short answers", "SteerLM, longer", [
         ("steerlm.py", "ratings.jsonl", STEERED)]),
     "judged-dpo": Row("judged", "DPO on the judged answers", "DPO", [
         ("dpo.py", "preferences.json", EPOCHS)]),

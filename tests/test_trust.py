@@ -754,6 +754,7 @@ def test_a_run_folder_that_was_killed_in_its_first_moment(folder):
     """Before args.json is there, --resume cannot go on, and the same command may begin anew."""
     Path("run").mkdir()
     Path("run/args.json.tmp").touch()
+    Path("run/.probe-k3a_9x").mkdir()
     training.refuse_used(Path("run"))
     assert training.start(flags(out="run"), "dpo") == Path("run")
     with pytest.raises(BadInput, match="--out run exists"):
