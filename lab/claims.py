@@ -271,7 +271,7 @@ def told_of_tuning(found):
 
     return (
         "visual tuning on captions and open questions → with yes/no and multiple-choice questions of the same pictures besides: "
-        f"POPE random {told_of('random')}, adversarial {told_of('adversarial')}, multiple choice {told_of('choice')}, CHAIR_s {told_of('chair_s')}. Captions are in both."
+        f"POPE random {told_of('random')}, adversarial {told_of('adversarial')}, multiple choice {told_of('choice')}, CHAIR_s {told_of('chair_s')}, text score {told_of('text')}. Captions are in both."
     )
 
 

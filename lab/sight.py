@@ -39,7 +39,7 @@ from common import Parser, Progress, run, whole_folder, write_json
 from data import Record
 from formats import checkpoints
 from formats.files import remember_images
-from lab import toy
+from lab import text_score, toy
 from lab.benchmarks import problems, test_scenes
 from lab.chart import GRAY, Sheet
 from lab.oracle import Oracle
@@ -142,7 +142,10 @@ def plus_base(seed):
 
 
 def abilities(seed, base):
-    """{"plus" or "plain" was tuned so: {"pope":, "choice": accuracies, "chair_s":, "recall":}}."""
+    """Of a base that was tuned so: {"pope": accuracies, "choice": accuracy, "chair_s", "recall", "text"}.
+
+    base: "plus" or "plain".
+    """
     world = toy.world(seed)
     with tempfile.TemporaryDirectory() as aside:
         folder = plus_base(seed) if base == "plus" else plain_base(seed, Path(aside))
@@ -162,6 +165,7 @@ def abilities(seed, base):
         "choice": statistics.fmean(right),
         "chair_s": chair["chair_s"],
         "recall": chair["recall"],
+        "text": text_score.evaluate(model, processor, world / "text_test.json")["mean"],
     }
 
 
@@ -210,12 +214,12 @@ def table(found):
         lines.append(f"{f'{side} pixels':22}" + "".join(f"{text:18}" for text in shown))
     lines += [
         "",
-        f"{'visual tuning':22}{'POPE random':18}{'adversarial':18}{'choice':18}{'CHAIR_s':18}",
+        f"{'visual tuning':22}{'POPE random':18}{'adversarial':18}{'choice':18}{'CHAIR_s':18}text",
     ]
     for base in ("plain", "plus"):
         figures = over_seeds(found, f"tuning/{{}}/{base}")
         shown = [spread([f["pope"][split] for f in figures]) for split in ("random", "adversarial")]
-        shown += [spread([f[name] for f in figures]) for name in ("choice", "chair_s")]
+        shown += [spread([f[name] for f in figures]) for name in ("choice", "chair_s", "text")]
         lines.append(f"{base:22}" + "".join(f"{text:18}" for text in shown))
     return "\n".join(lines)
 

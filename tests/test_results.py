@@ -391,7 +391,12 @@ def of_sight(gains, tuned=(0.5, 0.9)):
             found[f"accuracy/{seed}/{side}/facts"] = 0.7 + gain
         for base, right in zip(("plain", "plus"), tuned):
             pope = {"random": right, "adversarial": right - seed / 10}
-            found[f"tuning/{seed}/{base}"] = {"pope": pope, "choice": right, "chair_s": 0.6}
+            found[f"tuning/{seed}/{base}"] = {
+                "pope": pope,
+                "choice": right,
+                "chair_s": 0.6,
+                "text": 0.7,
+            }
     return found
 
 
