@@ -1,11 +1,17 @@
 """lab/sight.py: pairs with wrong attributes, pictures of less sight, rows left out, what is told of the cells."""
 
 import json
+import random
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from lab import sight, toyworld
+import eval_chair
+import eval_pope
+from formats import checkpoints
+from lab import parts, sight, toyworld
+from lab.benchmarks import problems
+from lab.benchmarks import test_scenes as scenes_of_the_test
 from lab.oracle import Oracle, mentions
 
 
@@ -76,6 +82,31 @@ def test_the_plain_mix_has_no_short_questions(world, toy, tmp_path, monkeypatch)
     assert calls[0][0] == "sft.py" and tmp_path / "conversation.json" in calls[0]
 
 
+def test_what_a_base_can_do(world, toy, tmp_path, monkeypatch):
+    """Each figure is that of the base's own evaluation."""
+    parts.write(tmp_path / "parts", world, 7, epochs=0)
+    model, processor = checkpoints.compose(tmp_path / "parts" / "clip", tmp_path / "parts" / "llm")
+    checkpoints.save(model, processor, tmp_path / "plain")
+    monkeypatch.setattr(sight, "plain_base", lambda seed, folder: tmp_path / "plain")
+    asked = problems(scenes_of_the_test(world, 300), random.Random("7/vqa"))[1::3]
+    letter = asked[0]["solution"]
+    right = [row["solution"] == letter for row in asked]
+    assert all("\nA. " in row["problem"] for row in asked) and 0 < sum(right) < len(right)
+    says = lambda model, processor, records, most: [(f" {letter}. a cup",)] * len(records)
+    monkeypatch.setattr(sight, "generate", says)
+    scored = lambda model, processor, path: {"mean": 0.5} if path.name == "text_test.json" else {}
+    monkeypatch.setattr(sight.text_score, "evaluate", scored)
+    found = sight.abilities(7, "plain")
+    assert found["choice"] == sum(right) / len(right) and found["text"] == 0.5
+    images = world / "images"
+    questions = [world / f"pope_{split}.json" for split in ("random", "adversarial")]
+    pope = eval_pope.evaluate(model, processor, questions, images)
+    assert found["pope"] == {name: pope[name]["accuracy"] for name in ("random", "adversarial")}
+    truth = [world / "instances.json"], [world / "captions.json"], world / "synonyms.txt"
+    chair = eval_chair.evaluate(model, processor, *truth, images, None)
+    assert (found["chair_s"], found["recall"]) == (chair["chair_s"], chair["recall"])
+
+
 def test_both_mixes_are_of_as_many_steps(toy, tmp_path, monkeypatch):
     """A base that was trained on is compared as it was before."""
     monkeypatch.setattr(toy, "base", lambda seed: tmp_path / "base" / "model")
@@ -95,7 +126,8 @@ def test_cells_are_resumed_and_told(toy, tmp_path, monkeypatch, capsys):
             return 0.5 + len(measured) / 1000
         if what == "accuracy":
             return 0.75
-        return {"pope": {"random": 0.9, "adversarial": 0.8}, "choice": 0.25, "chair_s": 0.6}
+        pope = {"random": 0.9, "adversarial": 0.8}
+        return {"pope": pope, "choice": 0.25, "chair_s": 0.6, "text": 0.7}
 
     run = lambda: monkeypatch.setattr(
         "sys.argv", ["x", "--seeds", "0", "1", "--out", str(tmp_path)]
@@ -115,4 +147,5 @@ def test_cells_are_resumed_and_told(toy, tmp_path, monkeypatch, capsys):
     assert measured[2 * count :] == [(1, 12, "facts")]
     shown = capsys.readouterr().out
     assert "0.500 ± 0.354" in shown, "mean and deviation of .25 and .75"
+    assert "0.700 ± 0.000" in shown, "the text score"
     assert "0.900 ± 0.000" in shown and Image.open(tmp_path / "sight.png").size[0] > 500
