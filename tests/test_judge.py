@@ -736,8 +736,13 @@ def test_an_interrupt_loses_no_reply(server, record):
 
     url, requests = server(respond)
     found = []
-    with pytest.raises(KeyboardInterrupt):
-        found.extend(judge.ask_endpoint(url, "m", workers=4)([(record, "?")] * 20))
+    # a shell starts background jobs with Ctrl-C ignored, and children inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            found.extend(judge.ask_endpoint(url, "m", workers=4)([(record, "?")] * 20))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(requests) == len(found) == 4
 
 
