@@ -41,8 +41,8 @@ Choices where the paper is silent, and deviations:
    on seeds 1 and 2 (2 with an earlier base) among 16 settings: more steps, or a higher rate, cost
    recall and gain nothing; corrupted truth (row `dpo` of lab/rows.py) gained half as much there. On
    seeds 0 to 4 adversarial accuracy rises by .042, .040, .036, .044, .045; recall falls by .012 to
-   .028, and words by 16 to 19 %. On seed 5, which came after all choices, they change by .049, .040
-   and 20 % (results/README.md, "Seed by seed").
+   .028, and words by 16 to 19 %. On seed 5, which came after all choices, accuracy rises by .049,
+   recall falls by .040 and words by 20 % (results/README.md, "Seed by seed").
 
 Metrics: `rewards/chosen` = beta (log pi - log pi_ref) of y+, `rewards/rejected` of y-;
 `rewards/margins` is their difference, `rewards/accuracies` the share of pairs in which it is

@@ -254,7 +254,7 @@ def told_of_sight(found):
 
 
 def tuned(found, base, name):
-    """POPE accuracies ("random", "adversarial") or "choice" of a way of visual tuning, one a seed."""
+    """A figure of a way of visual tuning, one a seed: a split of POPE, or a name in `lab.sight.abilities`."""
     return [
         f["pope"][name] if name in f["pope"] else f[name]
         for f in by_seed(found, f"tuning/{{}}/{base}")
@@ -265,6 +265,7 @@ def told_of_tuning(found):
     """What yes/no and multiple-choice rows add to visual tuning."""
 
     def told_of(name):
+        """Means without and with these rows, and the gain of each seed."""
         plain, plus = (tuned(found, base, name) for base in ("plain", "plus"))
         gains = ", ".join(signed(100 * (b - a)) for a, b in zip(plain, plus, strict=True))
         return f"{mean(plain):.3f} → {mean(plus):.3f} (by seed {gains} points)"
